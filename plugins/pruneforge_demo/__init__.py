@@ -1,0 +1,11 @@
+"""The embedded default: a small trained checkpoint and real data, so that everything runs without a network."""
+
+from pruneforge.hookspecs import hookimpl
+from pruneforge.registry import Registry
+
+
+@hookimpl
+def pruneforge_register(registry: Registry) -> None:
+    """Register the demo and the text it uses."""
+    registry.demo("text", "pruneforge_demo.text:TextDemo")
+    registry.source("python-docs", "pruneforge_demo.text:PythonDocs")

@@ -1,0 +1,163 @@
+"""LLaMA-1/2 (Touvron et al., 2023) and every transformers causal language model of the same block shape.
+
+A block of that shape has attention of four projections (grouped-query or not, biases or not, query and
+key norms or not) and a gated MLP of three. Models are recognised by that shape and not by their name, so
+Mistral, Qwen2 and 3, Gemma 1 to 3, SmolLM, Granite and others of it load alike. Which masks and
+positions a block is given (sliding windows, per-layer rotary bases) is the model's own business.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pruneforge import Adapter, Batch, Block, Layer, PruneForgeError
+
+SHAPES = (
+    ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+)
+"""Names of the linear layers of a block: separate, or fused as in Phi-3."""
+
+
+class Llama(Adapter):
+    """Causal language models whose blocks have LLaMA's shape."""
+
+    def declines(self, reference: str) -> str | None:
+        """Build the model without weights from its configuration and look at its shape."""
+        import transformers
+
+        folder = Path(reference)
+        if folder.exists() and not (folder / "config.json").is_file():
+            return "the folder has no config.json"
+        try:
+            config = transformers.AutoConfig.from_pretrained(reference)
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(config)
+        except Exception as error:
+            # Configurations fail in as many ways as there are architectures.
+            return _first_line(error)
+        return self.declines_module(model)
+
+    def declines_module(self, module: nn.Module) -> str | None:
+        """Look for one list of blocks of LLaMA's shape, and an embedding and head around it."""
+        if not hasattr(module, "get_output_embeddings") or not hasattr(module, "config"):
+            return f"{type(module).__name__} is no transformers model"
+        if module.get_output_embeddings() is None:
+            return f"{type(module).__name__} has no language model head"
+        found = _block_list(module)
+        if found is None:
+            return f"{type(module).__name__} has no list of decoder blocks"
+        for name, block in zip(_names(module, found), found, strict=True):
+            reason = _not_of_shape(block)
+            if reason is not None:
+                return f"block {name} {reason}"
+        return None
+
+    def load(self, reference: str, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
+        """Load with transformers, in the checkpoint's dtype unless another is asked for."""
+        import transformers
+        from safetensors import SafetensorError
+
+        try:
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                reference, dtype=dtype or "auto", output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise PruneForgeError(f"model {reference!r} cannot be loaded: {_first_line(error)}") from error
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise PruneForgeError(
+                f"model {reference!r} lacks {len(missing)} weights, such as {missing[0]!r}; the checkpoint is damaged"
+            )
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(reference)
+        except (OSError, ValueError, KeyError, ImportError, AttributeError):
+            tokenizer = None  # batches of token ids need none; text says what is missing when it comes to it
+        return model.eval(), tokenizer
+
+    def save(self, module: nn.Module, processor: Any, folder: Path) -> None:
+        """Write the layout that `AutoModelForCausalLM.from_pretrained` loads."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module.save_pretrained(folder)  # type: ignore[operator]
+        if processor is not None:
+            processor.save_pretrained(folder)
+
+    def blocks(self, module: nn.Module) -> list[Block]:
+        """Return the decoder blocks; all their linear layers are prunable."""
+        found = _block_list(module)
+        assert found is not None
+        blocks = []
+        for name, block in zip(_names(module, found), found, strict=True):
+            linear = [(n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]
+            blocks.append(Block(name, block, tuple(Layer(f"{name}.{n}", m) for n, m in linear)))
+        return blocks
+
+    def batch(self, data: Tensor | Mapping[str, Tensor]) -> Batch:
+        """Take token ids [samples, tokens], or a mapping with `input_ids` and maybe `attention_mask`."""
+        inputs = {"input_ids": data} if isinstance(data, Tensor) else dict(data)
+        ids = inputs.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
+            shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+            raise PruneForgeError(f"a batch must hold token ids, int64 [samples, tokens]; got {shape}")
+        inputs.pop("labels", None)
+        mask = inputs.get("attention_mask")
+        valid = None
+        if mask is not None:
+            if mask.shape != ids.shape:
+                raise PruneForgeError(f"attention_mask {tuple(mask.shape)} does not fit input_ids {tuple(ids.shape)}")
+            valid = None if mask.bool().all() else mask.bool()
+        return Batch(inputs, size=len(ids), valid=valid)
+
+    def forward(self, module: nn.Module, batch: Batch) -> Any:
+        """Run the model without a cache."""
+        return module(**batch.inputs, use_cache=False)
+
+    def losses(self, output: Any, batch: Batch) -> Tensor:
+        """Return each sequence's mean cross-entropy of the next token [samples], in float32 or better."""
+        ids = batch.inputs["input_ids"]
+        logits = output.logits[:, :-1]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        if batch.valid is None:
+            return losses.mean(dim=1)
+        counted = batch.valid[:, 1:] & batch.valid[:, :-1]
+        return (losses * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+
+    def context_length(self, module: nn.Module) -> int | None:
+        """Return the number of positions the configuration names."""
+        return getattr(module.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr]
+
+
+def _block_list(module: nn.Module) -> nn.ModuleList | None:
+    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList) and len(part)]
+    # The outermost list is the first; a list within a block (of experts, say) comes later.
+    return lists[0] if lists else None
+
+
+def _names(module: nn.Module, blocks: nn.ModuleList) -> list[str]:
+    prefix = next(name for name, part in module.named_modules() if part is blocks)
+    return [f"{prefix}.{index}" for index in range(len(blocks))]
+
+
+def _not_of_shape(block: nn.Module) -> str | None:
+    linear = [name.rpartition(".")[2] for name, part in block.named_modules() if isinstance(part, nn.Linear)]
+    if not any(sorted(linear) == sorted(shape) for shape in SHAPES):
+        return f"({type(block).__name__}) has linear layers {', '.join(linear) or 'none'}, not those of LLaMA's shape"
+    inside = {id(part.weight) for part in block.modules() if isinstance(part, nn.Linear)}
+    for name, parameter in block.named_parameters():
+        if parameter.dim() > 1 and id(parameter) not in inside:
+            return f"({type(block).__name__}) has a weight {name} {list(parameter.shape)} that is no linear layer's"
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__

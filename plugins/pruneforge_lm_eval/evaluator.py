@@ -1,0 +1,112 @@
+"""Tasks of the Language Model Evaluation Harness, through its Python API."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from pruneforge import Evaluator, Options, PruneForgeError
+from pruneforge.evaluator import Subject
+
+ZERO_SHOT_7 = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+"""The seven tasks of the published zero-shot tables."""
+
+
+class LMEval(Evaluator):
+    """Any task lm-eval knows: `lm-eval:TASK[,TASK]`; `zero-shot-7` stands for the seven published ones.
+
+    Results, standard errors, task versions and shots are lm-eval's own.
+    """
+
+    argument = "tasks"
+
+    class Options(Options):
+        """Options of the lm-eval evaluator."""
+
+        tasks: str = Field(description="names of tasks, separated by commas")
+        include_path: str | None = Field(None, description="folder of local task definitions")
+        num_fewshot: int | None = Field(None, ge=0, description="examples in the prompt; by default the task's own")
+        limit: int | None = Field(None, ge=1, description="only the first so many documents of each task")
+
+    options: Options
+
+    def evaluate(self, subject: Subject) -> dict[str, Any]:
+        """Return lm-eval's results by task, and their mean accuracy."""
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+
+        include = self.options.include_path
+        if include is not None and not Path(include).is_dir():
+            raise PruneForgeError(f"include-path {include!r} is no folder")
+        model = subject.model
+        if model.processor is None:
+            raise PruneForgeError("the model came without a tokenizer, which lm-eval needs; pass processor=")
+        manager = TaskManager(include_path=include)
+        tasks = self._tasks(manager)
+        harness = HFLM(
+            pretrained=model.module, tokenizer=model.processor, batch_size=subject.batch_size or 8, device=str(subject.device)
+        )
+        try:
+            # The harness prints progress of its own; what it has to say is in the results.
+            with contextlib.redirect_stderr(io.StringIO()):
+                outcome = lm_eval.simple_evaluate(
+                    model=harness,
+                    tasks=tasks,
+                    task_manager=manager,
+                    num_fewshot=self.options.num_fewshot,
+                    limit=self.options.limit,
+                    random_seed=subject.seed,
+                    numpy_random_seed=subject.seed,
+                    torch_random_seed=subject.seed,
+                    fewshot_random_seed=subject.seed,
+                )
+        except (OSError, ConnectionError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise PruneForgeError(f"lm-eval cannot run {', '.join(tasks)}: {reason}") from error
+        return self._results(outcome, tasks)
+
+    def _tasks(self, manager: Any) -> list[str]:
+        names: list[str] = []
+        for name in (part.strip() for part in self.options.tasks.split(",")):
+            names += ZERO_SHOT_7 if name == "zero-shot-7" else [name] if name else []
+        unknown = [name for name in names if not manager.match_tasks([name])]
+        if unknown or not names:
+            raise PruneForgeError(
+                f"lm-eval knows no task {', '.join(unknown) or 'of an empty name'}; "
+                "`lm-eval ls tasks` lists them, --include-path adds local ones"
+            )
+        return names
+
+    def _results(self, outcome: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
+        results = {
+            task: {key: value for key, value in values.items() if isinstance(value, int | float | str)}
+            for task, values in outcome["results"].items()
+        }
+        accuracies = [results[task]["acc,none"] for task in tasks if "acc,none" in results.get(task, {})]
+        limited = [f"only the first {self.options.limit} documents of each task were used"] if self.options.limit else []
+        return {
+            "results": results,
+            "mean_accuracy": sum(accuracies) / len(accuracies) if accuracies else None,
+            "task_versions": outcome["versions"],
+            "shots": outcome.get("n-shot", {}),
+            "documents": {task: count["effective"] for task, count in outcome.get("n-samples", {}).items()},
+            "warnings": limited,
+        }
+
+
+class ZeroShot7(LMEval):
+    """The seven zero-shot tasks of the published tables, and their mean accuracy."""
+
+    argument = None
+
+    class Options(LMEval.Options):
+        """Options of lm-eval, with the tasks given."""
+
+        tasks: str = Field(",".join(ZERO_SHOT_7), description="the seven tasks")
+
+    options: Options

@@ -1,0 +1,17 @@
+"""Magnitude pruning (Han et al., 2015; Zhu and Gupta, 2017)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pruneforge import Layer, LayerStatistics, Metric
+
+
+class Magnitude(Metric):
+    """`|W|`, compared within each layer."""
+
+    scope = "layer"
+
+    def score(self, layer: Layer, stats: LayerStatistics) -> Tensor:
+        """Return the weights' absolute values [out, in]."""
+        return layer.weight.abs()

@@ -1,0 +1,89 @@
+"""Perplexity of a causal language model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from pruneforge import Evaluator, Options, PruneForgeError, TextSource
+from pruneforge.calibration import LONGEST_DEFAULT, TOKENS_A_BATCH, create_source
+from pruneforge.evaluator import Subject
+from pruneforge.overlap import shared
+from pruneforge.text import tokenize
+
+
+class Perplexity(Evaluator):
+    """exp of the mean loss a token, by the published protocol.
+
+    The documents are joined (by a blank line, unless the source says otherwise) and tokenised as one
+    text; consecutive windows are scored each on its own and the tail is dropped. As in the published
+    code, a window's loss is the mean over its `window - 1` predicted tokens, and the mean over windows
+    is taken. Values for different windows or tokenizers do not compare.
+    """
+
+    class Options(Options):
+        """Options of the perplexity evaluator."""
+
+        data: str = Field(description="source or path of the evaluation text")
+        window: int | None = Field(None, ge=2, description="tokens a window; by default the context, at most 2048")
+        limit: int | None = Field(None, ge=1, description="score only the first so many windows")
+        source_options: dict[str, Any] = Field(default_factory=dict, description="options of the source")
+
+    options: Options
+
+    def evaluate(self, subject: Subject) -> dict[str, Any]:
+        """Return perplexity, loss, and what they were measured on."""
+        source = create_source(self.options.data, self.options.source_options, subject.registry)
+        if not isinstance(source, TextSource):
+            raise PruneForgeError(f"perplexity needs text, and source {source.name!r} gives none")
+        model = subject.model
+        context = model.adapter.context_length(model.module)
+        window = self.options.window or min(context or LONGEST_DEFAULT, LONGEST_DEFAULT)
+        if context and window > context:
+            raise PruneForgeError(f"window {window} is longer than the model's context of {context} tokens")
+        documents = source.documents("evaluation")
+        tokens = tokenize(model.processor, source.separator.join(documents))
+        count = len(tokens) // window
+        if count == 0:
+            raise PruneForgeError(
+                f"{self.options.data!r} holds {len(tokens)} tokens, less than one window of {window}; "
+                "use a shorter --window or more text"
+            )
+        scored = min(count, self.options.limit or count)
+        windows = tokens[: scored * window].view(scored, window)
+        losses = self._losses(subject, windows)
+        mean = losses.mean().item()
+        if not math.isfinite(mean):
+            raise PruneForgeError(f"the model's loss on {self.options.data!r} is not finite; check its weights and dtype")
+        return {
+            "perplexity": math.exp(mean),
+            "loss": mean,
+            "data": {"source": self.options.data, **source.describe("evaluation")},
+            "window": window,
+            "windows": scored,
+            "tokens": scored * window,
+            "warnings": self._warnings(subject, tokens),
+        }
+
+    def _losses(self, subject: Subject, windows: torch.Tensor) -> torch.Tensor:
+        """Return each window's mean loss [windows], float64 on the CPU."""
+        model = subject.model
+        size = subject.batch_size or max(1, TOKENS_A_BATCH // windows.shape[1])
+        losses = []
+        with torch.no_grad():
+            for chunk in subject.progress.track(windows.split(size), "perplexity"):
+                batch = model.adapter.batch(chunk).to(subject.device)
+                losses.append(model.adapter.losses(model.adapter.forward(model.module, batch), batch).double().cpu())
+        return torch.cat(losses)
+
+    def _warnings(self, subject: Subject, tokens: torch.Tensor) -> list[str]:
+        sketched = (subject.calibration or {}).get("sketch")
+        share = shared(sketched, tokens) if sketched else 0.0
+        if share == 0:
+            return []
+        return [
+            f"about {share:.0%} of the calibration text stands in the evaluation text too; the perplexity flatters the model"
+        ]

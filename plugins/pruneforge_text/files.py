@@ -1,0 +1,92 @@
+"""Local text: plain, JSON Lines and Parquet files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from pruneforge import PruneForgeError, TextSource
+from pruneforge.text import Part
+from pruneforge_text.slices import split_slice
+
+SUFFIXES = (".txt", ".text", ".md", ".jsonl", ".json", ".parquet")
+
+
+class TextFile(TextSource):
+    """A local file: `.txt` is one document, `.jsonl` and `.parquet` hold one a row.
+
+    Behind the path, `[:80%]` or `[1000:2000]` takes part of the lines or rows, so that calibration and
+    evaluation can share a file and not the text.
+    """
+
+    argument = "path"
+
+    class Options(TextSource.Options):
+        """Options of a local text file."""
+
+        path: str = Field(description="the file, with a slice of its lines or rows behind it if not all are wanted")
+        column: str = Field("text", description="field or column that holds the text of a row")
+
+    options: Options
+
+    @classmethod
+    def reads(cls, path: Path) -> bool:
+        """Return whether the file's name ends like a text file's."""
+        return path.is_file() and path.suffix.lower() in SUFFIXES
+
+    def documents(self, part: Part) -> Sequence[str]:
+        """Read the file; the part makes no difference."""
+        name, rows = split_slice(self.options.path)
+        path = Path(name)
+        try:
+            if path.suffix.lower() == ".parquet":
+                documents = self._parquet(path)
+            elif path.suffix.lower() in (".jsonl", ".json"):
+                documents = self._json_lines(path)
+            else:
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                start, stop = rows.bounds(len(lines)) if lines else (0, 0)
+                return ["".join(lines[start:stop])]
+        except FileNotFoundError:
+            raise PruneForgeError(f"text file {name!r} does not exist") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise PruneForgeError(f"text file {name!r} cannot be read: {error}") from error
+        if not documents:
+            raise PruneForgeError(f"text file {name!r} holds no rows")
+        start, stop = rows.bounds(len(documents))
+        return documents[start:stop]
+
+    def describe(self, part: Part) -> dict[str, Any]:
+        """Return the file's name, slice and hash."""
+        name, rows = split_slice(self.options.path)
+        digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()
+        return {"file": Path(name).name, "rows": str(rows), "sha256": digest}
+
+    def _json_lines(self, path: Path) -> list[str]:
+        documents = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                documents.append(str(json.loads(line)[self.options.column]))
+            except (ValueError, KeyError, TypeError):
+                raise PruneForgeError(
+                    f"line {number} of {str(path)!r} is no JSON object with a field {self.options.column!r}; "
+                    "name another with --source-option column=NAME"
+                ) from None
+        return documents
+
+    def _parquet(self, path: Path) -> list[str]:
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            return [str(value) for value in parquet.read_table(path, columns=[self.options.column]).column(0).to_pylist()]
+        except (pyarrow.ArrowException, IndexError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise PruneForgeError(f"{str(path)!r} has no readable column {self.options.column!r}: {reason}") from error

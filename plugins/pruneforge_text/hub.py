@@ -1,0 +1,139 @@
+"""Text data sets of the Hub, through `datasets`, none of which runs remote code.
+
+The pinned names are those of data sets stored as files. `PRUNEFORGE_PLUGINS`, `HF_HOME`, `HF_TOKEN` and
+`HF_DATASETS_OFFLINE` have their usual meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from pruneforge import PruneForgeError, TextSource
+from pruneforge.text import Part
+from pruneforge_text.slices import Slice, split_slice
+
+
+class _HubText(TextSource):
+    """Text of a Hub data set; a subclass says where it is."""
+
+    field: ClassVar[str] = "text"
+
+    def location(self, part: Part) -> dict[str, Any]:
+        """Return the arguments of `datasets.load_dataset` for one part."""
+        raise NotImplementedError
+
+    def slice(self) -> Slice:
+        """Return which rows count."""
+        return Slice()
+
+    def documents(self, part: Part) -> Sequence[str]:
+        """Download (or find in the cache) and return the documents."""
+        import datasets
+
+        location = self.location(part)
+        try:
+            rows = datasets.load_dataset(**location)
+        except Exception as error:
+            # datasets, its download backends and its file readers each raise their own.
+            reason = " ".join(str(error).split())[:300]
+            raise PruneForgeError(
+                f"source {self.name!r} cannot be loaded ({location['path']}): {reason}; "
+                "give a local file with --calibration or --data instead, or try again"
+            ) from error
+        if self.field not in rows.column_names:
+            raise PruneForgeError(
+                f"source {self.name!r} ({location['path']}) has no column {self.field!r}; "
+                f"it has {', '.join(rows.column_names)}"
+            )
+        start, stop = self.slice().bounds(len(rows))
+        return rows.select(range(start, stop))[self.field][:]
+
+    def describe(self, part: Part) -> dict[str, Any]:
+        """Return where the documents come from."""
+        location = {key: value for key, value in self.location(part).items() if value is not None}
+        return {"dataset": location.pop("path"), **location, "column": self.field, "rows": str(self.slice())}
+
+
+class C4(_HubText):
+    """C4, English: the first training file for calibration, the first validation file for evaluation."""
+
+    def location(self, part: Part) -> dict[str, Any]:
+        """Return the one file of the part; C4 as a whole is 300 GB."""
+        split = "train" if part == "calibration" else "validation"
+        shards = {"train": "01024", "validation": "00008"}[split]
+        files = {split: f"en/c4-{split}.00000-of-{shards}.json.gz"}
+        return {"path": "allenai/c4", "data_files": files, "split": split}
+
+
+class _Running(_HubText):
+    """Rows too short to crop: for calibration they are one text, joined by a space as in the authors' code."""
+
+    def documents(self, part: Part) -> Sequence[str]:
+        """Return the rows, for calibration as one document."""
+        rows = super().documents(part)
+        return [" ".join(rows)] if part == "calibration" else rows
+
+
+class WikiText2(_Running):
+    """WikiText-2, raw: the training split for calibration, the test split for evaluation."""
+
+    def location(self, part: Part) -> dict[str, Any]:
+        """Return the split of the part."""
+        split = "train" if part == "calibration" else "test"
+        return {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": split}
+
+
+class PTB(_Running):
+    """Penn Treebank, text only: the training split for calibration, the test split for evaluation.
+
+    Sentences are joined by a space. The data set's own script no longer runs; its Parquet conversion,
+    which the Hub keeps, does.
+    """
+
+    field = "sentence"
+    separator = " "
+
+    def location(self, part: Part) -> dict[str, Any]:
+        """Return the converted split of the part."""
+        split = "train" if part == "calibration" else "test"
+        return {
+            "path": "ptb-text-only/ptb_text_only",
+            "name": "penn_treebank",
+            "revision": "refs/convert/parquet",
+            "split": split,
+        }
+
+
+class Hub(_HubText):
+    """Any text data set: `hub:OWNER/NAME`, with rows `[10%:20%]` behind it if not all are wanted."""
+
+    argument = "path"
+
+    class Options(TextSource.Options):
+        """Options of a Hub data set."""
+
+        path: str = Field(description="OWNER/NAME on the Hub, or a local folder that `datasets` reads")
+        config: str | None = Field(None, description="configuration of the data set")
+        split: str = Field("train", description="split to read")
+        column: str = Field("text", description="column that holds the text")
+        revision: str | None = Field(None, description="branch, tag or commit of the data set")
+
+    options: Options
+
+    @property
+    def field(self) -> str:  # type: ignore[override]
+        """The column asked for."""
+        return self.options.column
+
+    def slice(self) -> Slice:
+        """Return the rows asked for."""
+        return split_slice(self.options.path)[1]
+
+    def location(self, part: Part) -> dict[str, Any]:
+        """Return what was asked for, whichever the part."""
+        options = self.options
+        path = split_slice(options.path)[0]
+        return {"path": path, "name": options.config, "split": options.split, "revision": options.revision}

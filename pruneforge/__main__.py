@@ -1,0 +1,5 @@
+"""`python -m pruneforge`."""
+
+from pruneforge.cli import main
+
+main()

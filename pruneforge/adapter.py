@@ -1,0 +1,88 @@
+"""The interface of an adapter: how an architecture is loaded, split, run and saved."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruneforge.batch import Batch
+from pruneforge.layer import Layer
+from pruneforge.options import Configurable
+
+
+@dataclass(frozen=True)
+class Block:
+    """One repeated transformer layer, the unit of the loop.
+
+    Attributes:
+        name: Full name in the model.
+        module: Maps hidden states to hidden states of the next block.
+        layers: Its prunable weight matrices, in the order their masks are made.
+    """
+
+    name: str
+    module: nn.Module = field(repr=False)
+    layers: tuple[Layer, ...] = ()
+
+
+class Adapter(Configurable, ABC):
+    """Says how an architecture splits into stem, blocks and head, and how to run it.
+
+    The blocks must form a chain: each receives the hidden states that the one before returned, as its
+    first argument. Everything else a block is called with (masks, positions) is recorded by the engine,
+    for each block and batch.
+    """
+
+    @abstractmethod
+    def declines(self, reference: str) -> str | None:
+        """Return why this adapter cannot load `reference` (a folder or hub id), or `None` if it can.
+
+        Reads the configuration, not the weights.
+        """
+
+    @abstractmethod
+    def declines_module(self, module: nn.Module) -> str | None:
+        """Return why this adapter cannot split `module`, or `None` if it can."""
+
+    @abstractmethod
+    def load(self, reference: str, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
+        """Return the model on the CPU, and its processor (tokenizer or image transform).
+
+        Args:
+            reference: A folder or hub id that `declines` did not decline.
+            dtype: Dtype of the weights; `None` keeps the checkpoint's.
+        """
+
+    @abstractmethod
+    def save(self, module: nn.Module, processor: Any, folder: Path) -> None:
+        """Write the model and its processor to `folder` in the layout that its own library loads."""
+
+    @abstractmethod
+    def blocks(self, module: nn.Module) -> list[Block]:
+        """Return the blocks in the order they run."""
+
+    @abstractmethod
+    def batch(self, data: Tensor | Mapping[str, Tensor]) -> Batch:
+        """Return a batch for what a source or a user gave.
+
+        Raises:
+            PruneForgeError: `data` has none of the forms this architecture takes.
+        """
+
+    @abstractmethod
+    def forward(self, module: nn.Module, batch: Batch) -> Any:
+        """Run the whole model on a batch and return its output."""
+
+    @abstractmethod
+    def losses(self, output: Any, batch: Batch) -> Tensor:
+        """Return each sample's own mean loss [samples], differentiable, for what `forward` returned."""
+
+    @abstractmethod
+    def context_length(self, module: nn.Module) -> int | None:
+        """Return the longest sequence the model takes, or `None` where that has no meaning."""

@@ -1,0 +1,134 @@
+"""From what a user calls calibration data to batches on their way to the engine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruneforge.batch import Batch
+from pruneforge.errors import PruneForgeError, unknown_name
+from pruneforge.model import LoadedModel
+from pruneforge.overlap import sketch
+from pruneforge.progress import Progress
+from pruneforge.registry import Registry
+from pruneforge.source import Request, Source
+
+LONGEST_DEFAULT = 2048
+"""Tokens; the published sequence length. A model's own context can be far longer than is wise."""
+
+TOKENS_A_BATCH = 4096
+"""Tokens that go through a block together when no batch size is given."""
+
+Data = str | Path | Iterable[Tensor | Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration data ready to use.
+
+    Attributes:
+        batches: The batches.
+        description: What the report says of them: source, counts, fingerprint, sketch.
+    """
+
+    batches: list[Batch]
+    description: dict[str, Any]
+
+
+def create_source(data: str | Path, options: Mapping[str, Any], registry: Registry) -> Source:
+    """Return the source of a registered name, `name:argument`, or local path.
+
+    Raises:
+        PruneForgeError: It is neither, or no source reads the path.
+    """
+    text = str(data)
+    names = [entry.name for entry in registry.entries("source")]
+    if text.partition(":")[0] in names:
+        return registry.create("source", text, options)
+    path = Path(text.partition("[")[0])
+    if not path.exists():
+        near = unknown_name("source", text, names)
+        raise PruneForgeError(f"{near}, and there is no file or folder {str(path)!r}")
+    for entry in registry.entries("source"):
+        cls = entry.load()
+        if issubclass(cls, Source) and cls.reads(path):
+            return registry.create("source", f"{entry.name}:{text}", options)
+    raise PruneForgeError(f"no source reads {str(path)!r}; installed are {', '.join(names)}")
+
+
+def collect(
+    data: Data,
+    model: LoadedModel,
+    registry: Registry,
+    *,
+    samples: int,
+    seqlen: int | None,
+    batch_size: int | None,
+    seed: int,
+    options: Mapping[str, Any],
+    progress: Progress,
+) -> Calibration:
+    """Return the batches of a source, path or iterable.
+
+    Args:
+        data: Source name, path, or batches in a form that the model's adapter takes.
+        model: The model they are for.
+        registry: The sources there are.
+        samples: Sequences or images to draw; batches from Python are used whole.
+        seqlen: Tokens a sequence; by default the model's context, at most `LONGEST_DEFAULT`.
+        batch_size: Samples a batch; by default `TOKENS_A_BATCH` tokens.
+        seed: Seed of the draw.
+        options: Options of the source.
+        progress: Where to show how far along reading is.
+
+    Raises:
+        PruneForgeError: The data cannot be had, are too little, or longer than the model's context.
+    """
+    context = model.adapter.context_length(model.module)
+    if isinstance(data, str | Path):
+        length = seqlen or (min(context, LONGEST_DEFAULT) if context else None)
+        if length and context and length > context:
+            raise PruneForgeError(f"seqlen {length} is longer than the model's context of {context} tokens")
+        size = batch_size or max(1, TOKENS_A_BATCH // (length or 256))
+        source = create_source(data, options, registry)
+        raw = source.calibration(Request(model.processor, samples, length, size, seed, progress))
+        origin: dict[str, Any] = {"source": str(data), **_described(source)}
+    else:
+        if options:
+            raise PruneForgeError("source options go with a source, not with batches from Python")
+        raw, origin = data, {"source": "batches from Python"}
+    batches = [model.adapter.batch(item) for item in progress.track(raw, "reading calibration data")]
+    if not batches:
+        raise PruneForgeError(f"calibration data {origin['source']!r} are empty")
+    return Calibration(batches, origin | _summary(batches))
+
+
+def _described(source: Source) -> dict[str, Any]:
+    describe = getattr(source, "describe", None)
+    return describe("calibration") if describe else {}
+
+
+def _summary(batches: list[Batch]) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    sequences: list[Tensor] = []
+    tokens = 0
+    for batch in batches:
+        for key in sorted(batch.inputs):
+            value = batch.inputs[key]
+            digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+            digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
+        ids = batch.inputs.get("input_ids")
+        if ids is not None:
+            keep = torch.ones_like(ids, dtype=torch.bool) if batch.valid is None else batch.valid
+            tokens += int(keep.sum())
+            sequences += [row[kept] for row, kept in zip(ids, keep, strict=True)]
+    summary: dict[str, Any] = {"samples": sum(batch.size for batch in batches), "fingerprint": digest.hexdigest()}
+    if sequences:
+        summary |= {"tokens": tokens, "sketch": sketch(sequences)}
+    return summary

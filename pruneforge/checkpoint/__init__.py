@@ -1,0 +1,1 @@
+"""What a run writes: an ordinary model folder, the masks, the report."""

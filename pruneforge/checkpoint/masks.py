@@ -1,0 +1,44 @@
+"""Masks on disk: one bit a weight."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from pruneforge.errors import PruneForgeError
+
+FILE = "masks.safetensors"
+
+
+def save_masks(masks: Mapping[str, Tensor], folder: Path) -> None:
+    """Write masks (boolean [out, in], by layer name) to `folder`, packed along the flattened weight."""
+    packed = {name: np.packbits(mask.numpy().reshape(-1)) for name, mask in masks.items()}
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    save_file(packed, folder / FILE, metadata={"shapes": json.dumps(shapes), "packing": "bits, most significant first"})
+
+
+def load_masks(folder: Path) -> dict[str, Tensor]:
+    """Return the masks that `save_masks` wrote.
+
+    Raises:
+        PruneForgeError: The folder holds none, or the file is damaged.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise PruneForgeError(f"{str(folder)!r} holds no {FILE}; it is not the output of a pruning run")
+    try:
+        with safe_open(path, "numpy") as file:
+            shapes: dict[str, list[int]] = json.loads(file.metadata()["shapes"])
+            return {
+                name: torch.from_numpy(np.unpackbits(file.get_tensor(name), count=int(np.prod(shape)))).bool().view(shape)
+                for name, shape in shapes.items()
+            }
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise PruneForgeError(f"{str(path)!r} is damaged: {error}") from error

@@ -1,0 +1,50 @@
+"""The command line. Importing it imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from pruneforge.cli import demo, doctor, evaluate, plugins, prune
+from pruneforge.errors import PruneForgeError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+class _Group(TyperGroup):
+    """Turns errors a user can mend into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PruneForgeError as error:
+            print(f"pruneforge: {error}", file=sys.stderr)
+            raise typer.Exit(USER_ERROR) from None
+        except KeyboardInterrupt:
+            print("pruneforge: interrupted; no output was written", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="One-shot pruning of transformers: metrics and architectures as plugins, one loop for all of them.",
+    epilog="Start with `pruneforge demo`; `pruneforge COMMAND --help` shows examples.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command(epilog=prune.EXAMPLES)(prune.prune)
+app.command(name="eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command(epilog=plugins.EXAMPLES)(plugins.plugins)
+app.command(epilog=demo.EXAMPLES)(demo.demo)
+app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,78 @@
+"""`pruneforge doctor`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from pruneforge.cli import common
+
+EXAMPLES = """[bold]Examples[/bold]
+
+pruneforge doctor
+
+pruneforge doctor --json
+"""
+
+
+def doctor(as_json: common.Json = False, plugin: common.PluginFiles = None, config: common.Config = None) -> None:
+    """Show versions, devices, plugins and caches, and what works here."""
+    common.load_plugin_files(plugin)
+    findings = examine()
+    if as_json:
+        print(json.dumps(findings, indent=2))
+        return
+    for section, values in findings.items():
+        table = Table(title=section, title_justify="left", show_header=False)
+        for name, value in values.items():
+            table.add_row(name, str(value))
+        common.console.print(table)
+
+
+def examine() -> dict[str, dict[str, Any]]:
+    """Return what this installation has and can do, as JSON types."""
+    import torch
+    from huggingface_hub import constants
+
+    from pruneforge.plugins import plugins
+    from pruneforge.registry import KINDS
+    from pruneforge.report import machine, versions
+
+    found = plugins()
+    cache = Path(constants.HF_HUB_CACHE)
+    return {
+        "versions": versions(),
+        "machine": machine(),
+        "plugins": {p.name: f"{p.origin} {p.version}: {'failed' if p.error else 'loaded'}" for p in found.loaded},
+        "registered": {f"{kind}s": ", ".join(entry.name for entry in found.registry.entries(kind)) for kind in KINDS},
+        "cache": {
+            "hub cache": str(cache),
+            "writable": os.access(next(p for p in [cache, *cache.parents] if p.exists()), os.W_OK),
+            "offline": bool(constants.HF_HUB_OFFLINE),
+        },
+        "works here": {
+            "CUDA": f"{torch.cuda.device_count()} devices" if torch.cuda.is_available() else "no device; runs on the CPU",
+            "bfloat16 on the CPU": _works(lambda: torch.ones(2, 2, dtype=torch.bfloat16) @ torch.ones(2, 2).bfloat16()),
+            "factorisation": _works(lambda: torch.linalg.cholesky(torch.eye(4))),
+            "every registered name": _imports(),
+        },
+    }
+
+
+def _works(attempt: Any) -> str:
+    try:
+        attempt()
+    except RuntimeError as error:
+        return f"no: {error}"
+    return "yes"
+
+
+def _imports() -> str:
+    from pruneforge.cli.plugins import describe
+
+    broken = [f"{item['kind']} {item['name']}" for item in describe()["registered"] if item["error"]]
+    return f"cannot be imported: {', '.join(broken)}" if broken else "imports"

@@ -1,0 +1,97 @@
+"""`pruneforge prune`."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pruneforge.cli import common
+
+EXAMPLES = """[bold]Examples[/bold]
+
+pruneforge prune MODEL --metric NAME --sparsity 0.5 --calibration c4 --output pruned
+
+pruneforge prune MODEL --metric NAME --pattern 2:4 --calibration text.txt --samples 64 --output pruned
+
+pruneforge prune MODEL --metric mine -p mine.py --option power=0.5 --calibration c4 --output pruned
+
+pruneforge prune --config pruned/recipe.yaml --seed 1 --output again
+"""
+
+
+class Propagate(str, Enum):
+    """What calibration sees of the earlier blocks."""
+
+    pruned = "pruned"
+    dense = "dense"
+
+
+def prune(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of the model.", metavar="MODEL")],
+    metric: Annotated[str, typer.Option(help="Name of the metric; `pruneforge plugins` lists them.")],
+    output: Annotated[Path, typer.Option(help="Folder to write to; absent or empty.", metavar="DIR")],
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of weights to prune, in [0, 1). (default: 0.5, or what the pattern says)")
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="N:M keeps N of every M consecutive inputs; unstructured if left out.")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Source or file of the calibration data.", metavar="SOURCE|PATH")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Sequences or images to draw.")] = 128,
+    seqlen: Annotated[
+        int | None, typer.Option(min=1, help="Tokens a sequence. (default: the model's context, at most 2048)")
+    ] = None,
+    batch_size: common.BatchSize = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Option of the metric; repeatable.", metavar="NAME=VALUE")
+    ] = None,
+    source_option: Annotated[
+        list[str] | None, typer.Option(help="Option of the calibration source; repeatable.", metavar="NAME=VALUE")
+    ] = None,
+    propagate: Annotated[
+        Propagate, typer.Option(help="Whether calibration sees earlier blocks pruned or dense.")
+    ] = Propagate.pruned,
+    device: common.Device = "auto",
+    dtype: common.Dtype = "auto",
+    seed: common.Seed = 0,
+    plugin: common.PluginFiles = None,
+    config: common.Config = None,
+) -> None:
+    """Prune a model in one shot and write an ordinary model folder, its masks and a report."""
+    options = common.assignments(option, "--option")
+    source_options = common.assignments(source_option, "--source-option")
+    common.load_plugin_files(plugin)
+    common.quieten()
+    from pruneforge.pruning import prune as run
+
+    result = run(
+        model,
+        metric,
+        sparsity,
+        pattern,
+        calibration,
+        samples=samples,
+        seqlen=seqlen,
+        batch_size=batch_size,
+        options=options,
+        source_options=source_options,
+        propagate=propagate.value,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        output=output,
+        progress=True,
+    )
+    report = result.report
+    common.warn(report["warnings"])
+    measured = report["measured"]
+    print(
+        f"pruned {report['sparsity']['pruned']:,} of {report['sparsity']['weights']:,} weights "
+        f"({report['sparsity']['reached']:.2%}) in {measured['seconds']['total']:.1f} s, "
+        f"peak memory {common.mebibytes(measured['peak_memory']['host_bytes'])}; wrote {output}"
+    )

@@ -1,0 +1,1 @@
+"""The loop: capture, calibrate, score, select, apply, propagate."""

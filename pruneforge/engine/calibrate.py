@@ -1,0 +1,119 @@
+"""Feeding input statistics from a block's forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruneforge.adapter import Block
+from pruneforge.batch import Batch
+from pruneforge.errors import PruneForgeError
+from pruneforge.layer import Layer, accumulation_dtype
+from pruneforge.statistics import InputStatistic, Statistic
+
+
+class _Input:
+    """One input of a block's layers: its statistics, and what metrics derived from them."""
+
+    def __init__(self, leader: Layer, kinds: Sequence[type[InputStatistic]]) -> None:
+        self.leader = leader
+        dtype = accumulation_dtype(leader.parameter.dtype)
+        device = leader.parameter.device
+        self.statistics: dict[type[Statistic], InputStatistic] = {
+            kind: kind(leader.shape, dtype, device) for kind in kinds
+        }
+        self.shared: dict[Any, Any] = {}
+
+
+class InputRecorder:
+    """Updates one set of statistics for each *input* of a block while it runs.
+
+    Layers that are handed the very same tensor (q, k, v; gate and up) share an input. The first batch
+    tells which; from then on the first layer of each input records for all of them.
+    """
+
+    def __init__(self, block: Block, kinds: Sequence[type[InputStatistic]]) -> None:
+        self._block = block
+        self._kinds = kinds
+        self._inputs: dict[str, _Input] = {}
+        self._batch: Batch | None = None
+        self._seen: dict[int, tuple[Tensor, int, _Input]] = {}
+
+    @contextmanager
+    def recording(self) -> Iterator[InputRecorder]:
+        """Hook the block's layers within the context."""
+        handles = [
+            layer.module.register_forward_pre_hook(self._hook(layer), with_kwargs=True)
+            for layer in (self._block.layers if self._kinds else ())
+        ]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def start(self, batch: Batch) -> None:
+        """Say which batch runs next."""
+        self._batch = batch
+        self._seen = {}
+
+    def _hook(self, layer: Layer) -> Any:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            value: Tensor = args[0] if args else kwargs["input"]
+            known = self._inputs.get(layer.name)
+            if known is None:
+                same = self._seen.get(id(value))
+                known = same[2] if same and same[1] == value._version else _Input(layer, self._kinds)
+                self._inputs[layer.name] = known
+            # Holding the tensor keeps its id from being given to another within this batch.
+            self._seen.setdefault(id(value), (value, value._version, known))
+            if known.leader is layer:
+                self._update(known, layer.inputs(value))
+
+        return hook
+
+    def _update(self, known: _Input, inputs: Tensor) -> None:
+        batch = self._batch
+        assert batch is not None
+        tokens = valid_tokens(inputs, batch, known.leader)
+        for statistic in known.statistics.values():
+            statistic.update(tokens, batch.size)
+
+    def statistics(self, layer: Layer) -> tuple[dict[type[Statistic], Statistic], dict[Any, Any]]:
+        """Return what was recorded for `layer`, and the values shared with layers of the same input.
+
+        Raises:
+            PruneForgeError: No batch reached the layer, or a non-finite value did.
+        """
+        if not self._kinds:
+            return {}, {}
+        if layer.name not in self._inputs:
+            raise PruneForgeError(f"no calibration batch reached layer {layer.name!r}")
+        known = self._inputs[layer.name]
+        for statistic in known.statistics.values():
+            if not torch.isfinite(statistic.total).all():
+                raise PruneForgeError(
+                    f"non-finite activations reach layer {layer.name!r}; check the model's weights and the "
+                    "calibration data, or run with --dtype float32"
+                )
+        return dict(known.statistics), known.shared
+
+
+def valid_tokens(inputs: Tensor, batch: Batch, layer: Layer) -> Tensor:
+    """Return the tokens that count [tokens, in] of `inputs` [samples, tokens, in].
+
+    Raises:
+        PruneForgeError: The batch holds padding, and the layer sees other tokens than the batch has.
+    """
+    if batch.valid is None:
+        return inputs.reshape(-1, inputs.shape[-1])
+    if inputs.shape[:2] != batch.valid.shape:
+        raise PruneForgeError(
+            f"layer {layer.name!r} sees {tuple(inputs.shape[:2])} tokens where the batch has "
+            f"{tuple(batch.valid.shape)}, so padding cannot be left out; calibrate with batches of equal lengths"
+        )
+    return inputs[batch.valid]

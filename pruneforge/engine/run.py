@@ -1,0 +1,65 @@
+"""What a run is, for the loop that works on it and the plugins that observe it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from pruneforge.adapter import Block
+from pruneforge.metric import Metric
+from pruneforge.patterns import Pattern
+
+Propagate = Literal["pruned", "dense"]
+
+
+@dataclass
+class Run:
+    """One pruning run.
+
+    Attributes:
+        metric: The metric, with its options.
+        pattern: The pattern asked for.
+        propagate: Whether calibration sees the earlier blocks pruned or dense.
+        blocks: The model's blocks in the order they run.
+        masks: For each finished layer, by full name, its mask [out, in] on the CPU; `True` keeps. The
+            engine owns them; nothing infers a mask from zeros.
+        seconds: Time by stage.
+        warnings: What a user has to know, one line each.
+    """
+
+    metric: Metric
+    pattern: Pattern
+    propagate: Propagate
+    blocks: list[Block]
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time spent within the context to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """One finished block.
+
+    Attributes:
+        index: Position among the blocks, from 0.
+        block: The block.
+        masks: Mask [out, in] of each of its layers, by full name.
+    """
+
+    index: int
+    block: Block
+    masks: dict[str, Tensor]

@@ -1,0 +1,28 @@
+"""Errors that a user can mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PruneForgeError(Exception):
+    """A problem that the user can mend.
+
+    Its text is one line that names the thing and the way out. The command line prints that line and
+    exits with code 2; from Python it is raised before anything is written.
+    """
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> PruneForgeError:
+    """Return the error for a name that nobody registered, with the nearest one that somebody did.
+
+    Args:
+        kind: What was asked for, as the message should call it: `metric`, `option of wanda`.
+        name: The unknown name.
+        known: The names there are.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names) or 'none'}"
+    return PruneForgeError(f"unknown {kind} {name!r}; {hint}")

@@ -1,0 +1,53 @@
+"""The hooks a plugin may implement.
+
+pluggy does two things here: registration, and observation of a run. It is never in the inner loop:
+numerics go through the classes a plugin registers. Implement a hook as a function of the same name
+in the plugin's module, marked with `pruneforge.hookimpl`; take only the arguments you need.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from pruneforge.engine.run import BlockResult, Run
+    from pruneforge.registry import Registry
+
+hookspec = pluggy.HookspecMarker("pruneforge")
+hookimpl = pluggy.HookimplMarker("pruneforge")
+
+
+@hookspec
+def pruneforge_register(registry: Registry) -> None:
+    """Register the plugin's metrics, adapters, sources, evaluators and demos.
+
+    Called once, when plugins are discovered. Give names and `"module:Class"` targets; the module is
+    imported when somebody asks for the name, so a plugin's own package stays cheap to import.
+    """
+
+
+@hookspec
+def pruneforge_run_started(run: Run) -> None:
+    """Observe that a run starts, before the first block is calibrated.
+
+    `run` names the metric, the pattern, the blocks and their layers. Return nothing.
+    """
+
+
+@hookspec
+def pruneforge_block_pruned(run: Run, result: BlockResult) -> None:
+    """Observe that a block has its masks, before the next block is calibrated.
+
+    `result` holds the block's name and position, each layer's mask and what the metric reported.
+    Called once a block, in the order of the model. Return nothing; changing a mask here changes nothing.
+    """
+
+
+@hookspec
+def pruneforge_run_finished(run: Run, report: dict[str, Any]) -> None:
+    """Observe that a run is over and its report is complete, before the output is written.
+
+    `report` is what `pruneforge.json` will hold. Return nothing.
+    """

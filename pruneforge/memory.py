@@ -1,0 +1,50 @@
+"""Peak memory of a stretch of work."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class PeakMemory:
+    """Measures the peak from its creation to `read`.
+
+    On Linux the kernel's own peak of resident memory is reset at the start; where that is not allowed,
+    and elsewhere, the peak of the whole process is reported and says so.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._reset = _reset_peak()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def read(self) -> dict[str, Any]:
+        """Return peak bytes of host memory, of device memory on CUDA, and what the host figure covers."""
+        found: dict[str, Any] = {"host_bytes": _peak(), "host_covers": "run" if self._reset else "process"}
+        if self._device.type == "cuda":
+            found["device_bytes"] = torch.cuda.max_memory_allocated(self._device)
+        return found
+
+
+def _reset_peak() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _peak() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

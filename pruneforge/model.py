@@ -1,0 +1,98 @@
+"""A model together with the adapter that knows its architecture."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pruneforge.adapter import Adapter
+from pruneforge.errors import PruneForgeError, unknown_name
+from pruneforge.registry import Registry
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory.
+
+    Attributes:
+        module: The model.
+        adapter: Knows how to split, run and save it.
+        processor: Its tokenizer or image transform, or `None`.
+        reference: The folder or hub id it came from, or the class name of a model given from Python.
+    """
+
+    module: nn.Module
+    adapter: Adapter
+    processor: Any
+    reference: str
+
+
+def load_model(model: str | Path | nn.Module, dtype: str, processor: Any, registry: Registry) -> LoadedModel:
+    """Load a folder or hub id, or wrap a model that is already in memory.
+
+    Args:
+        model: What to load or wrap.
+        dtype: `auto` keeps the checkpoint's dtype, else a name of `DTYPES`.
+        processor: Tokenizer or image transform of a model given from Python; `None` looks for the one it
+            was loaded with.
+        registry: The adapters to try.
+
+    Raises:
+        PruneForgeError: No adapter takes the model; the message says why each declined.
+    """
+    target = parse_dtype(dtype)
+    reference = type(model).__name__ if isinstance(model, nn.Module) else str(model)
+    if not isinstance(model, nn.Module) and _is_path(reference) and not Path(reference).exists():
+        raise PruneForgeError(f"model folder {reference!r} does not exist")
+    reasons = []
+    for entry in registry.entries("adapter"):
+        adapter: Adapter = registry.create("adapter", entry.name)
+        declined = adapter.declines_module(model) if isinstance(model, nn.Module) else adapter.declines(reference)
+        if declined is not None:
+            reasons.append(f"{entry.name}: {declined}")
+        elif isinstance(model, nn.Module):
+            return LoadedModel(model.to(target) if target else model, adapter, processor, reference)
+        else:
+            module, found = adapter.load(reference, target)
+            return LoadedModel(module, adapter, processor or found, reference)
+    raise PruneForgeError(f"no adapter takes {reference!r}: {'; '.join(reasons) or 'none is installed'}")
+
+
+def parse_dtype(name: str) -> torch.dtype | None:
+    """Return the dtype of a name, or `None` for `auto`.
+
+    Raises:
+        PruneForgeError: The name is no dtype that weights can have here.
+    """
+    if name != "auto" and name not in DTYPES:
+        raise unknown_name("dtype", name, ["auto", *DTYPES])
+    return DTYPES.get(name)
+
+
+def parse_device(name: str) -> torch.device:
+    """Return the device of a name; `auto` is CUDA where there is one.
+
+    Raises:
+        PruneForgeError: The name is no device, or the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise PruneForgeError(f"device {name!r} is none of auto, cpu, cuda, cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise PruneForgeError(
+            f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
+    return device
+
+
+def _is_path(reference: str) -> bool:
+    return reference.startswith((".", "/", "~")) or reference.count("/") > 1

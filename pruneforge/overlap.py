@@ -1,0 +1,47 @@
+"""Whether two token streams share passages, from a sketch small enough for a report.
+
+A passage is 32 consecutive tokens. The sketch of a text keeps the smallest hashes of its passages, so it
+is chosen by content: a passage that stands in two texts is chosen, or not, in both alike (bottom-k
+sketch; Broder, 1997).
+"""
+
+from __future__ import annotations
+
+import base64
+
+import numpy as np
+from torch import Tensor
+
+PASSAGE = 32
+"""Tokens in a passage."""
+
+KEPT = 256
+"""Hashes in a sketch."""
+
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+
+
+def sketch(sequences: list[Tensor]) -> str:
+    """Return the sketch of token sequences [tokens] int64, as text."""
+    hashes = [_passages(sequence) for sequence in sequences]
+    smallest = np.unique(np.concatenate(hashes))[:KEPT] if hashes else np.empty(0, np.uint64)
+    return base64.b64encode(smallest.astype("<u8").tobytes()).decode()
+
+
+def shared(sketched: str, sequence: Tensor) -> float:
+    """Return which share of a sketched text's passages stands in `sequence` [tokens] int64 too, about."""
+    kept = np.frombuffer(base64.b64decode(sketched), dtype="<u8")
+    return float(np.isin(kept, _passages(sequence)).mean()) if len(kept) else 0.0
+
+
+def _passages(sequence: Tensor) -> np.ndarray:
+    tokens = sequence.flatten().cpu().numpy().astype(np.uint64)
+    count = len(tokens) - PASSAGE + 1
+    if count <= 0:
+        return np.empty(0, np.uint64)
+    value = np.zeros(count, np.uint64)
+    for offset in range(PASSAGE):  # polynomial hash modulo 2^64, all windows at once
+        value = value * _MULTIPLIER + tokens[offset : offset + count] + np.uint64(1)
+    value ^= value >> np.uint64(31)  # the low bits of a product mix poorly
+    value *= np.uint64(0xBF58476D1CE4E5B9)
+    return value ^ (value >> np.uint64(29))

@@ -1,0 +1,135 @@
+"""Patterns of sparsity: which weights compete with which, and how many stay.
+
+A mask is boolean, `True` keeps. Exactly as many weights are pruned as the pattern says.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pruneforge.errors import PruneForgeError
+from pruneforge.selection import prune_smallest
+
+Scope = Literal["row", "layer", "block", "model"]
+
+
+def pruned_count(total: int, sparsity: float) -> int:
+    """Return how many of `total` weights a sparsity prunes: the floor of the exact decimal product.
+
+    >>> pruned_count(100, 0.29)
+    29
+    """
+    return int(total * Fraction(repr(float(sparsity))))
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """A share of the weights of each comparison group.
+
+    Attributes:
+        sparsity: The share to prune, in [0, 1).
+        scope: The comparison group: an output row, a layer, a block or the model.
+    """
+
+    sparsity: float
+    scope: Scope = "row"
+
+    def check(self, layer: str, in_features: int) -> None:
+        """Do nothing: any layer can be pruned to any sparsity."""
+
+    def within(self, scope: Scope) -> Unstructured:
+        """Return the same sparsity with another comparison group."""
+        return replace(self, scope=scope)
+
+    def select(self, scores: Tensor) -> Tensor:
+        """Return the mask of one matrix of scores [out, in], row by row or all of it as one group."""
+        rows = scores if self.scope == "row" else scores.reshape(1, -1)
+        return prune_smallest(rows, pruned_count(rows.shape[1], self.sparsity)).view_as(scores)
+
+    def __str__(self) -> str:
+        return f"{float(self.sparsity):g}"
+
+
+@dataclass(frozen=True)
+class NM:
+    """At most `n` of every `m` consecutive weights of an output row stay.
+
+    Attributes:
+        n: How many stay.
+        m: Size of a group along the inputs.
+    """
+
+    n: int
+    m: int
+
+    @property
+    def sparsity(self) -> float:
+        """The share pruned, 1 - n/m."""
+        return 1 - self.n / self.m
+
+    def check(self, layer: str, in_features: int) -> None:
+        """Raise unless `in_features` is a multiple of m.
+
+        Raises:
+            PruneForgeError: Naming the layer.
+        """
+        if in_features % self.m:
+            raise PruneForgeError(
+                f"pattern {self} needs inputs in groups of {self.m}, and layer {layer!r} has {in_features} of them"
+            )
+
+    def select(self, scores: Tensor) -> Tensor:
+        """Return the mask of a matrix of scores [out, in], in a multiple of m."""
+        groups = scores.reshape(-1, self.m)
+        # A weight's rank is how many of its group are pruned before it. Pairs cost m^2 cheap passes.
+        if self.m > 8:
+            return prune_smallest(groups, self.m - self.n).view_as(scores)
+        columns = groups.T.contiguous()
+        rank = torch.zeros_like(columns, dtype=torch.uint8)
+        for later in range(1, self.m):
+            for earlier in range(later):
+                first = columns[earlier] <= columns[later]
+                rank[later] += first
+                rank[earlier] += ~first
+        return (rank >= self.m - self.n).T.reshape(scores.shape)
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+Pattern = Unstructured | NM
+
+
+def parse_pattern(sparsity: float | None, pattern: str | None, scope: Scope) -> Pattern:
+    """Return the pattern that a user asked for.
+
+    Args:
+        sparsity: Share to prune; by default a half, or what the pattern says.
+        pattern: `None` or "unstructured", or "N:M" for N kept of every M.
+        scope: Comparison group of an unstructured pattern.
+
+    Raises:
+        PruneForgeError: The sparsity is outside [0, 1), N is greater than M, or the two disagree.
+    """
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise PruneForgeError(f"sparsity {sparsity} is outside [0, 1); it is the share of weights to prune")
+    if pattern is None or pattern == "unstructured":
+        return Unstructured(0.5 if sparsity is None else sparsity, scope)
+    found = re.fullmatch(r"(\d+):(\d+)", pattern)
+    if not found:
+        raise PruneForgeError(f"pattern {pattern!r} is neither 'unstructured' nor N:M, such as 2:4")
+    n, m = int(found[1]), int(found[2])
+    if not 0 < n <= m:
+        raise PruneForgeError(f"pattern {pattern!r} keeps {n} of every {m}; N must lie between 1 and M")
+    parsed = NM(n, m)
+    if sparsity is not None and abs(sparsity - parsed.sparsity) > 1e-9:
+        raise PruneForgeError(
+            f"sparsity {sparsity} contradicts pattern {pattern}, which prunes {parsed.sparsity:g}; leave out one"
+        )
+    return parsed

@@ -1,0 +1,179 @@
+"""Discovery of plugins: installed ones, single files, and what the user blocked."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+
+import pluggy
+
+from pruneforge import hookspecs
+from pruneforge.errors import PruneForgeError, unknown_name
+from pruneforge.options import Configurable
+from pruneforge.registry import Registry
+
+GROUP = "pruneforge"
+"""The entry-point group, the same for first-party and third-party plugins."""
+
+VARIABLE = "PRUNEFORGE_PLUGINS"
+"""Limits discovery: `a,b` loads only those, `-a,-b` all but those, the empty text none."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One discovered plugin.
+
+    Attributes:
+        name: Entry-point name, or the file's stem.
+        origin: Distribution name, or the file's path.
+        version: Version of the distribution; empty for a file.
+        error: Traceback when it failed to load, else `None`.
+    """
+
+    name: str
+    origin: str
+    version: str
+    error: str | None = None
+
+    @property
+    def from_file(self) -> bool:
+        """Whether it was loaded with `-p` from a single file."""
+        return self.origin.endswith(".py")
+
+
+class Plugins:
+    """The plugins of this process: what each registered, and the hooks that observe a run.
+
+    Attributes:
+        registry: Everything registered, by kind and name.
+        loaded: The plugins in the order they were discovered, failed ones included.
+        hook: pluggy's relay; `hook.pruneforge_run_started(run=...)` calls every observer.
+    """
+
+    def __init__(self) -> None:
+        self._manager = pluggy.PluginManager("pruneforge")
+        self._manager.add_hookspecs(hookspecs)
+        self.hook = self._manager.hook
+        self.registry = Registry()
+        self.loaded: list[Plugin] = []
+
+    def load_installed(self, selection: str | None = None) -> None:
+        """Load the plugins of all installed distributions that `selection` admits.
+
+        Args:
+            selection: The syntax of `PRUNEFORGE_PLUGINS`; `None` admits all.
+
+        Raises:
+            PruneForgeError: `selection` names a plugin that is not installed, or mixes both forms.
+        """
+        points = {point.name: point for point in metadata.entry_points(group=GROUP)}
+        for name in _admitted(selection, points):
+            point = points[name]
+            origin = point.dist.name if point.dist else point.value
+            version = point.dist.version if point.dist else ""
+            self._load(name, origin, version, point.load)
+
+    def load_file(self, path: str | Path) -> None:
+        """Load a single Python file as a plugin; loading the same file again does nothing.
+
+        A file that implements no `pruneforge_register` registers every metric, adapter, source and
+        evaluator class it defines under the class's name in lower case.
+
+        Raises:
+            PruneForgeError: The file does not exist, or fails to load.
+        """
+        file = Path(path)
+        if not file.is_file():
+            raise PruneForgeError(f"plugin file {str(path)!r} does not exist")
+        origin = str(file)
+        if any(plugin.origin == origin for plugin in self.loaded):
+            return
+        self._load(file.stem, origin, "", lambda: _import_file(file))
+        error = self.loaded[-1].error
+        if error is not None:
+            raise PruneForgeError(f"plugin file {origin!r} failed to load: {error.strip().splitlines()[-1]}")
+
+    def register(self, observer: object) -> None:
+        """Add an object whose methods implement hooks, for observing runs from Python."""
+        self._manager.register(observer)
+
+    def unregister(self, observer: object) -> None:
+        """Remove an object that `register` added."""
+        self._manager.unregister(observer)
+
+    def _load(self, name: str, origin: str, version: str, load: object) -> None:
+        # A plugin may fail in any way at all; it is reported, and the others go on working.
+        try:
+            module = load()  # type: ignore[operator]
+            self._manager.register(module, name)
+            self.registry.plugin = name
+            if hasattr(module, "pruneforge_register"):
+                module.pruneforge_register(self.registry)
+            else:
+                _register_classes(module, self.registry)
+        except Exception:
+            self.registry.drop(name)
+            if self._manager.has_plugin(name):
+                self._manager.unregister(name=name)
+            self.loaded.append(Plugin(name, origin, version, traceback.format_exc()))
+        else:
+            self.loaded.append(Plugin(name, origin, version))
+        finally:
+            self.registry.plugin = "python"
+
+
+def _admitted(selection: str | None, installed: Iterable[str]) -> list[str]:
+    names = sorted(installed)
+    if selection is None:
+        return names
+    wanted = [part.strip() for part in selection.split(",") if part.strip()]
+    blocked = [part[1:] for part in wanted if part.startswith("-")]
+    if blocked and len(blocked) != len(wanted):
+        raise PruneForgeError(f"{VARIABLE}={selection!r} both names and blocks plugins; do one or the other")
+    for name in blocked or wanted:
+        if name not in names:
+            raise unknown_name(f"plugin in {VARIABLE}", name, names)
+    return [name for name in names if (name not in blocked if blocked else name in wanted)]
+
+
+def _import_file(file: Path) -> ModuleType:
+    name = f"pruneforge_file_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # pydantic and pickle look annotations up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def _register_classes(module: ModuleType, registry: Registry) -> None:
+    from pruneforge.adapter import Adapter
+    from pruneforge.evaluator import Evaluator
+    from pruneforge.metric import Metric
+    from pruneforge.source import Source
+
+    bases = {Metric: registry.metric, Adapter: registry.adapter, Source: registry.source}
+    bases[Evaluator] = registry.evaluator
+    for cls in vars(module).values():
+        own = inspect.isclass(cls) and issubclass(cls, Configurable) and cls.__module__ == module.__name__
+        for base, register in bases.items():
+            if own and issubclass(cls, base) and not inspect.isabstract(cls):
+                register(cls.__name__.lower(), cls)
+
+
+@functools.cache
+def plugins() -> Plugins:
+    """Return this process's plugins, discovered at the first call as `PRUNEFORGE_PLUGINS` says."""
+    found = Plugins()
+    found.load_installed(os.environ.get(VARIABLE))
+    return found

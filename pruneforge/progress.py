@@ -1,0 +1,62 @@
+"""Progress of long steps: nothing by default, bars with time left when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Progress:
+    """Iterates in silence."""
+
+    def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+        """Yield `items`, showing how far along they are.
+
+        Args:
+            items: What to iterate over.
+            description: What the step does, as a user would say it.
+            total: Number of items, where `items` has no length.
+        """
+        yield from items
+
+
+class BarProgress(Progress):
+    """Shows a bar for each running step on standard error; silent when that is no terminal."""
+
+    def __init__(self) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        console = Console(stderr=True)
+        self._bars = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._running = 0
+
+    def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+        """Yield `items` with a bar; bars of steps within steps stand below one another."""
+        if total is None:
+            total = len(items) if hasattr(items, "__len__") else None  # type: ignore[arg-type]
+        if self._running == 0:
+            self._bars.start()
+        self._running += 1
+        task = self._bars.add_task(description, total=total)
+        try:
+            for item in items:
+                yield item
+                self._bars.advance(task)
+        finally:
+            self._bars.remove_task(task)
+            self._running -= 1
+            if self._running == 0:
+                self._bars.stop()

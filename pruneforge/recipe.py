@@ -1,0 +1,76 @@
+"""Recipes: everything that was asked of a run, in a form that repeats it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from pruneforge.errors import PruneForgeError, unknown_name
+
+FILE = "recipe.yaml"
+
+
+class _Recipe(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    batch_size: int | None = Field(None, ge=1)
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+    plugins: list[str] = Field(default_factory=list)
+    """Plugin files that were loaded with `-p`."""
+
+
+class PruneRecipe(_Recipe):
+    """What `pruneforge prune` was asked for; field names are the command's options."""
+
+    metric: str
+    sparsity: float | None = None
+    pattern: str | None = None
+    calibration: str | None = None
+    samples: int = Field(128, ge=1)
+    seqlen: int | None = Field(None, ge=1)
+    options: dict[str, Any] = Field(default_factory=dict)
+    source_options: dict[str, Any] = Field(default_factory=dict)
+    propagate: Literal["pruned", "dense"] = "pruned"
+
+
+class EvalRecipe(_Recipe):
+    """What `pruneforge eval` was asked for; field names are the command's options."""
+
+    task: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+def save_recipe(recipe: BaseModel, folder: Path) -> None:
+    """Write a recipe to `folder` as YAML, without what was left at its default."""
+    values = recipe.model_dump(exclude_defaults=True)
+    (folder / FILE).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def read_config(path: Path, known: set[str]) -> dict[str, Any]:
+    """Return the settings of a recipe file, or of a report that holds one under `recipe`.
+
+    Args:
+        path: YAML or JSON.
+        known: The settings that the command takes.
+
+    Raises:
+        PruneForgeError: The file cannot be read, or names a setting that the command does not take.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise PruneForgeError(f"recipe {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
+    if isinstance(values, dict) and isinstance(values.get("recipe"), dict):
+        values = values["recipe"]
+    if not isinstance(values, dict):
+        raise PruneForgeError(f"recipe {str(path)!r} holds no settings; write one `name: value` a line")
+    for name in values:
+        if name not in known:
+            raise unknown_name(f"setting in recipe {str(path)!r}:", str(name), known)
+    return values

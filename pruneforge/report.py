@@ -1,0 +1,146 @@
+"""The report of a run: what was asked, what came out, what it ran on.
+
+Two reports can be compared with `diff`: keys keep their order, and everything that changes from one run
+to the next of the same recipe stands last, under `measured`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pruneforge.engine.run import Run
+from pruneforge.errors import PruneForgeError
+from pruneforge.model import LoadedModel
+from pruneforge.recipe import PruneRecipe
+
+FILE = "pruneforge.json"
+FORMAT = 1
+PACKAGES = ("pruneforge", "torch", "transformers", "timm", "datasets", "lm-eval", "safetensors", "numpy")
+
+
+def make_report(
+    recipe: PruneRecipe,
+    model: LoadedModel,
+    fingerprint: str,
+    calibration: Mapping[str, Any] | None,
+    run: Run,
+    peak_memory: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the report of a finished run, of types that JSON holds.
+
+    Args:
+        recipe: What was asked.
+        model: The pruned model.
+        fingerprint: Of the dense model.
+        calibration: Description of the calibration data, or `None` if there were none.
+        run: The finished run.
+        peak_memory: What `PeakMemory.read` returned.
+    """
+    layers = {}
+    for name, mask in run.masks.items():
+        pruned = int(mask.numel() - mask.sum())
+        layers[name] = {"shape": list(mask.shape), "pruned": pruned, "sparsity": round(pruned / mask.numel(), 6)}
+    weights = sum(mask.numel() for mask in run.masks.values())
+    pruned = sum(layer["pruned"] for layer in layers.values())
+    return {
+        "format": FORMAT,
+        "recipe": recipe.model_dump(),
+        "metric": {"name": run.metric.name, "options": run.metric.options.model_dump()},
+        "pattern": {"pattern": str(run.pattern), "scope": getattr(run.pattern, "scope", None) if run.metric.scope else None},
+        "model": {
+            "reference": model.reference,
+            "class": type(model.module).__name__,
+            "adapter": model.adapter.name,
+            "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
+            "dtype": str(next(model.module.parameters()).dtype).removeprefix("torch."),
+            "fingerprint": fingerprint,
+        },
+        "calibration": calibration,
+        "sparsity": {"weights": weights, "pruned": pruned, "reached": round(pruned / weights, 6)},
+        "layers": layers,
+        "warnings": run.warnings,
+        "evaluation": [],
+        "versions": versions(),
+        "measured": {
+            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "seconds": {stage: round(seconds, 3) for stage, seconds in run.seconds.items()},
+            "peak_memory": dict(peak_memory),
+            "machine": machine(),
+        },
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide a result."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Return what a timing depends on: processor, cores, threads, accelerators, system."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerators": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Return a hash of a model's parameters: names, shapes, dtypes and up to 4096 values of each."""
+    digest = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        values = parameter.detach().flatten()
+        sample = values[:: max(1, len(values) // 4096)].contiguous().cpu()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_report(report: Mapping[str, Any], folder: Path) -> None:
+    """Write a report to `folder`."""
+    (folder / FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def load_report(folder: Path) -> dict[str, Any] | None:
+    """Return the report in `folder`, or `None` if there is none.
+
+    Raises:
+        PruneForgeError: The file is damaged or of another format.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PruneForgeError(f"report {str(path)!r} is damaged: {error}") from error
+    if not isinstance(report, dict) or report.get("format") != FORMAT:
+        raise PruneForgeError(f"report {str(path)!r} is not of format {FORMAT}; it comes from another version")
+    return report

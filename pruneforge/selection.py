@@ -1,0 +1,102 @@
+"""Selection of the smallest scores: exact counts, ties by index, never a sort.
+
+A mask is boolean, `True` keeps. Of equal scores, those with the lower index are pruned first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+
+def prune_smallest(scores: Tensor, count: int) -> Tensor:
+    """Return the mask that prunes exactly the `count` smallest scores of each row.
+
+    Args:
+        scores: [rows, columns], higher is more important, no NaN.
+        count: 0 to columns.
+
+    Returns:
+        Boolean [rows, columns], `True` keeps.
+    """
+    if count == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
+    keep = scores > threshold
+    # Of the scores equal to the threshold, the last ones stay: those that the count leaves room for.
+    room = (scores.shape[1] - count) - keep.sum(dim=1)
+    rows = room.nonzero().flatten()
+    if len(rows):
+        equal = scores[rows] == threshold[rows]
+        order = equal.cumsum(dim=1, dtype=torch.int32)
+        keep[rows] |= equal & (order > order[:, -1:] - room[rows, None])
+    return keep
+
+
+class Threshold:
+    """Everything below one value, and so many of those equal to it, in the order they come.
+
+    The selection of a comparison group that spans several layers: `select` is called once a layer, in
+    the order of the model.
+
+    Attributes:
+        value: The smallest score that may stay.
+        ties: How many of the scores equal to `value` are still to be pruned.
+    """
+
+    def __init__(self, value: float, ties: int) -> None:
+        self.value = value
+        self.ties = ties
+
+    def select(self, scores: Tensor) -> Tensor:
+        """Return the mask of the next matrix of scores [out, in]."""
+        keep = scores >= self.value
+        equal = (scores == self.value).flatten().nonzero().flatten()[: self.ties]
+        keep.view(-1)[equal] = False
+        self.ties -= len(equal)
+        return keep
+
+
+def smallest(scores: Callable[[], Iterable[Tensor]], count: int) -> Threshold:
+    """Return the threshold that prunes exactly `count` of all scores, without holding them all.
+
+    A radix selection on the bits of the scores: sixteen bits a pass, two passes over float32.
+
+    Args:
+        scores: Yields the same tensors, all of one dtype (float32 or float64), each time it is called.
+        count: How many to prune, 1 to all.
+    """
+    prefix, remaining, passed, width, dtype = 0, count, 0, 32, torch.float32
+    while passed < width:
+        histogram = torch.zeros(1 << 16, dtype=torch.int64)
+        for tensor in scores():
+            dtype, width = tensor.dtype, 8 * tensor.element_size()
+            key = _ordered_bits(tensor)
+            if passed:
+                key = key[(key >> (width - passed)) == prefix] & ((1 << (width - passed)) - 1)
+            digit = key >> (width - passed - 16)
+            histogram += torch.bincount(digit if passed else digit + (1 << 15), minlength=1 << 16).cpu()
+        cumulative = histogram.cumsum(0)
+        found = int(torch.searchsorted(cumulative, remaining))
+        remaining -= int(cumulative[found] - histogram[found])
+        prefix = (prefix << 16) + found if passed else found - (1 << 15)
+        passed += 16
+    return Threshold(_from_ordered_bits(prefix, dtype), remaining)
+
+
+_INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+def _ordered_bits(scores: Tensor) -> Tensor:
+    """Map floats to integers [n] int64 that compare alike; -0 equals 0."""
+    integer = _INTEGER[scores.dtype]
+    bits = (scores.flatten() + 0.0).view(integer)
+    return torch.where(bits < 0, bits ^ torch.iinfo(integer).max, bits).to(torch.int64)
+
+
+def _from_ordered_bits(key: int, dtype: torch.dtype) -> float:
+    integer = _INTEGER[dtype]
+    bits = key if key >= 0 else key ^ torch.iinfo(integer).max
+    return torch.tensor([bits], dtype=integer).view(dtype).item()

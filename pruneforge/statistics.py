@@ -1,0 +1,172 @@
+"""Streaming summaries of what a layer saw.
+
+A statistic holds raw sums and counts; each metric does its own normalisation. Sums are float32, or
+float64 in a float64 model, and merge by addition, so that batches, processes and runs can be joined.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+S = TypeVar("S", bound="Statistic")
+T = TypeVar("T")
+
+
+class Statistic(ABC):
+    """A sum over what the calibration data showed to a layer.
+
+    Attributes:
+        total: The raw sum.
+        samples: How many samples (sequences or images) went into it.
+        tokens: How many tokens went into it.
+    """
+
+    total: Tensor
+    samples: int = 0
+    tokens: int = 0
+
+    @abstractmethod
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        """Start at zero for a layer of `shape` (out, in), with sums of `dtype` on `device`."""
+
+    def merge(self, other: Statistic) -> None:
+        """Add what `other`, of the same class, saw elsewhere."""
+        self.total += other.total.to(self.total.device)
+        self.samples += other.samples
+        self.tokens += other.tokens
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything `load_state_dict` needs to restore the statistic."""
+        return {"total": self.total, "samples": self.samples, "tokens": self.tokens}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.total, self.samples, self.tokens = state["total"], state["samples"], state["tokens"]
+
+
+class InputStatistic(Statistic):
+    """A sum over the tokens that a layer received; layers that share an input share it."""
+
+    def update(self, inputs: Tensor, samples: int) -> None:
+        """Add one batch.
+
+        Args:
+            inputs: [tokens, in], padding left out, in the model's dtype.
+            samples: How many samples the tokens come from.
+        """
+        self.add(inputs.to(self.total.dtype))
+        self.samples += samples
+        self.tokens += inputs.shape[0]
+
+    @abstractmethod
+    def add(self, inputs: Tensor) -> None:
+        """Add `inputs` [tokens, in], in the dtype of the sums, to `total`."""
+
+
+class GradientStatistic(Statistic):
+    """A sum over samples of each sample's own weight gradient, in the dense model."""
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.total = torch.zeros(shape, dtype=dtype, device=device)
+
+    def update(self, gradient: Tensor) -> None:
+        """Add the gradient [out, in] of one sample's mean loss, in the dtype of the sums."""
+        self.add(gradient)
+        self.samples += 1
+
+    @abstractmethod
+    def add(self, gradient: Tensor) -> None:
+        """Add one sample's `gradient` [out, in] to `total`."""
+
+
+class ColumnSquares(InputStatistic):
+    """Sum over tokens of each input column's square, `total` [in]."""
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.total = torch.zeros(shape[1], dtype=dtype, device=device)
+
+    def add(self, inputs: Tensor) -> None:
+        """Add the squares of `inputs` [tokens, in]."""
+        self.total += inputs.square().sum(0)
+
+    def per_sample(self) -> Tensor:
+        """Return the sum divided by the number of samples [in]."""
+        return self.total / self.samples
+
+
+class Gram(InputStatistic):
+    """Gram matrix of the inputs, X^T X over all tokens, `total` [in, in]."""
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.total = torch.zeros(shape[1], shape[1], dtype=dtype, device=device)
+
+    def add(self, inputs: Tensor) -> None:
+        """Add `inputs` [tokens, in] transposed times itself."""
+        self.total.addmm_(inputs.T, inputs)
+
+    def per_sample(self) -> Tensor:
+        """Return the sum divided by the number of samples [in, in]."""
+        return self.total / self.samples
+
+
+class GradientMagnitude(GradientStatistic):
+    """Sum over samples of the gradient's absolute value, `total` [out, in]."""
+
+    def add(self, gradient: Tensor) -> None:
+        """Add the absolute values."""
+        self.total += gradient.abs()
+
+
+class GradientSquares(GradientStatistic):
+    """Sum over samples of the gradient's square, `total` [out, in]."""
+
+    def add(self, gradient: Tensor) -> None:
+        """Add the squares."""
+        self.total.addcmul_(gradient, gradient)
+
+
+class GradientSum(GradientStatistic):
+    """Sum over samples of the gradient with its sign, `total` [out, in]."""
+
+    def add(self, gradient: Tensor) -> None:
+        """Add the gradient as it is."""
+        self.total += gradient
+
+
+class LayerStatistics:
+    """The statistics that one layer's metric asked for, by class: `stats[ColumnSquares].total`."""
+
+    def __init__(self, statistics: Mapping[type[Statistic], Statistic], shared: dict[Any, Any]) -> None:
+        self._statistics = dict(statistics)
+        self._shared = shared
+
+    def __getitem__(self, kind: type[S]) -> S:
+        """Return the statistic of class `kind`.
+
+        Raises:
+            KeyError: The metric does not name `kind` in its `requires`.
+        """
+        try:
+            return self._statistics[kind]  # type: ignore[return-value]
+        except KeyError:
+            raise KeyError(f"{kind.__name__} is not among the metric's `requires`") from None
+
+    def shared(self, key: Any, compute: Callable[[], T]) -> T:
+        """Return `compute()`, computed once for all the layers that share this layer's input.
+
+        Args:
+            key: Names the value among those of this input.
+            compute: Derives the value from input statistics alone.
+        """
+        if key not in self._shared:
+            self._shared[key] = compute()
+        return self._shared[key]
+
+    def values(self) -> list[Statistic]:
+        """Return the statistics."""
+        return list(self._statistics.values())

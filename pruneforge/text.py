@@ -1,0 +1,136 @@
+"""Text as calibration and evaluation data: documents, and token windows cut out of them."""
+
+from __future__ import annotations
+
+import functools
+import random
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pruneforge import options
+from pruneforge.errors import PruneForgeError
+from pruneforge.source import Request, Source
+
+Part = Literal["calibration", "evaluation"]
+
+
+class TextSource(Source):
+    """A source of text documents.
+
+    Attributes:
+        separator: What stands between documents where they are read as one text.
+    """
+
+    separator: ClassVar[str] = "\n\n"
+
+    class Options(options.Options):
+        """Options of every text source."""
+
+        pack: bool = Field(
+            False, description="join short documents and cut the result, instead of cropping documents that are long enough"
+        )
+
+    options: Options
+
+    @abstractmethod
+    def documents(self, part: Part) -> Sequence[str]:
+        """Return the documents of one part; a source without parts returns the same for both.
+
+        Raises:
+            PruneForgeError: The documents cannot be had.
+        """
+
+    @abstractmethod
+    def describe(self, part: Part) -> dict[str, Any]:
+        """Return what names the documents of one part: dataset, revision, split, file."""
+
+    def calibration(self, request: Request) -> Iterable[Mapping[str, Tensor]]:
+        """Yield batches `{"input_ids": int64 [samples, seqlen]}`.
+
+        Raises:
+            PruneForgeError: There is no tokenizer, or too little text.
+        """
+        if request.seqlen is None:
+            raise PruneForgeError(f"source {self.name!r} gives text; say how long with --seqlen")
+        documents = self.documents("calibration")
+        if not any(document.strip() for document in documents):
+            raise PruneForgeError(f"source {self.name!r} holds no text")
+        cut = packed if self.options.pack else crops
+        windows = cut(documents, request.processor, request.samples, request.seqlen, request.seed, self.name)
+        for start in range(0, len(windows), request.batch_size):
+            yield {"input_ids": torch.stack(windows[start : start + request.batch_size])}
+
+
+def tokenize(tokenizer: Any, text: str) -> Tensor:
+    """Return the token ids [tokens] int64 of a text, with the special tokens the tokenizer adds by itself.
+
+    Raises:
+        PruneForgeError: There is no tokenizer.
+    """
+    if tokenizer is None:
+        raise PruneForgeError(
+            "the model came without a tokenizer, which text needs; pass processor=, or batches of token ids"
+        )
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def crops(documents: Sequence[str], tokenizer: Any, samples: int, seqlen: int, seed: int, source: str) -> list[Tensor]:
+    """Return random crops of random documents that are longer than `seqlen`, documents drawn with replacement.
+
+    The random numbers are drawn as in the authors' code of Wanda, SparseGPT and GBLM-Pruner, so the same
+    seed and documents give the same samples.
+
+    Returns:
+        `samples` tensors [seqlen] int64.
+
+    Raises:
+        PruneForgeError: No document is long enough.
+    """
+    generator = random.Random(seed)
+    lengths: dict[int, int] = {}
+    found: list[Tensor] = []
+
+    @functools.lru_cache(maxsize=16)  # a single long file is drawn from again and again
+    def tokens_of(index: int) -> Tensor:
+        return tokenize(tokenizer, documents[index])
+
+    while len(found) < samples:
+        index = generator.randint(0, len(documents) - 1)
+        if lengths.get(index, seqlen + 1) <= seqlen:
+            continue
+        tokens = tokens_of(index)
+        lengths[index] = len(tokens)
+        if len(tokens) > seqlen:
+            start = generator.randint(0, len(tokens) - seqlen - 1)
+            found.append(tokens[start : start + seqlen])
+        elif len(lengths) == len(documents) and max(lengths.values()) <= seqlen:
+            raise PruneForgeError(
+                f"source {source!r} has no document longer than {seqlen} tokens (the longest has "
+                f"{max(lengths.values())}); use a shorter --seqlen, or --source-option pack=true to join documents"
+            )
+    return found
+
+
+def packed(documents: Sequence[str], tokenizer: Any, samples: int, seqlen: int, seed: int, source: str) -> list[Tensor]:
+    """Return random windows of the documents joined end to end, without replacement.
+
+    Returns:
+        `samples` tensors [seqlen] int64.
+
+    Raises:
+        PruneForgeError: The documents hold fewer than `samples` windows.
+    """
+    stream = torch.cat([tokenize(tokenizer, document) for document in documents if document.strip()])
+    available = len(stream) // seqlen
+    if available < samples:
+        raise PruneForgeError(
+            f"source {source!r} holds {len(stream)} tokens, {available} samples of {seqlen}, and {samples} were "
+            "asked for; use fewer --samples or a shorter --seqlen"
+        )
+    windows = stream[: available * seqlen].view(available, seqlen)
+    return [windows[index] for index in random.Random(seed).sample(range(available), samples)]
