@@ -97,7 +97,9 @@ def collect(
             raise PruneForgeError(f"seqlen {length} is longer than the model's context of {context} tokens")
         size = batch_size or max(1, TOKENS_A_BATCH // (length or 256))
         source = create_source(data, options, registry)
-        raw = source.calibration(Request(model.processor, samples, length, size, seed, progress))
+        raw: Iterable[Tensor | Mapping[str, Tensor]] = source.calibration(
+            Request(model.processor, samples, length, size, seed, progress)
+        )
         origin: dict[str, Any] = {"source": str(data), **_described(source)}
     else:
         if options:
@@ -128,7 +130,10 @@ def _summary(batches: list[Batch]) -> dict[str, Any]:
             keep = torch.ones_like(ids, dtype=torch.bool) if batch.valid is None else batch.valid
             tokens += int(keep.sum())
             sequences += [row[kept] for row, kept in zip(ids, keep, strict=True)]
-    summary: dict[str, Any] = {"samples": sum(batch.size for batch in batches), "fingerprint": digest.hexdigest()}
+    summary: dict[str, Any] = {
+        "samples": sum(batch.size for batch in batches),
+        "fingerprint": digest.hexdigest(),
+    }
     if sequences:
         summary |= {"tokens": tokens, "sketch": sketch(sequences)}
     return summary

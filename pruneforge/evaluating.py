@@ -99,7 +99,13 @@ def evaluate(
     finally:
         loaded.module.train(training)
     warnings = results.pop("warnings", [])
-    outcome = {"task": task, **results, "warnings": warnings, "recipe": recipe.model_dump(), "versions": reports.versions()}
+    outcome = {
+        "task": task,
+        **results,
+        "warnings": warnings,
+        "recipe": recipe.model_dump(),
+        "versions": reports.versions(),
+    }
     if output is not None:
         _write_json(outcome, Path(output))
     return outcome
@@ -107,7 +113,9 @@ def evaluate(
 
 def _check_writable(path: Path) -> None:
     if path.is_dir() or not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise PruneForgeError(f"output {str(path)!r} is no file that can be written; name a file in a folder that is there")
+        raise PruneForgeError(
+            f"output {str(path)!r} is no file that can be written; name a file in a folder that is there"
+        )
 
 
 def _write_json(outcome: Mapping[str, Any], path: Path) -> None:

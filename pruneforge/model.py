@@ -14,7 +14,12 @@ from pruneforge.adapter import Adapter
 from pruneforge.errors import PruneForgeError, unknown_name
 from pruneforge.registry import Registry
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,7 @@ class Entry:
             return getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise PruneForgeError(
-                f"{self.kind} {self.name!r} of plugin {self.plugin!r} cannot be imported from "
-                f"{self.target}: {error}"
+                f"{self.kind} {self.name!r} of plugin {self.plugin!r} cannot be imported from {self.target}: {error}"
             ) from error
 
 

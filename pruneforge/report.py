@@ -47,17 +47,24 @@ def make_report(
         run: The finished run.
         peak_memory: What `PeakMemory.read` returned.
     """
-    layers = {}
+    layers: dict[str, dict[str, Any]] = {}
     for name, mask in run.masks.items():
         pruned = int(mask.numel() - mask.sum())
-        layers[name] = {"shape": list(mask.shape), "pruned": pruned, "sparsity": round(pruned / mask.numel(), 6)}
+        layers[name] = {
+            "shape": list(mask.shape),
+            "pruned": pruned,
+            "sparsity": round(pruned / mask.numel(), 6),
+        }
     weights = sum(mask.numel() for mask in run.masks.values())
     pruned = sum(layer["pruned"] for layer in layers.values())
     return {
         "format": FORMAT,
         "recipe": recipe.model_dump(),
         "metric": {"name": run.metric.name, "options": run.metric.options.model_dump()},
-        "pattern": {"pattern": str(run.pattern), "scope": getattr(run.pattern, "scope", None) if run.metric.scope else None},
+        "pattern": {
+            "pattern": str(run.pattern),
+            "scope": getattr(run.pattern, "scope", None) if run.metric.scope else None,
+        },
         "model": {
             "reference": model.reference,
             "class": type(model.module).__name__,

@@ -32,7 +32,8 @@ class TextSource(Source):
         """Options of every text source."""
 
         pack: bool = Field(
-            False, description="join short documents and cut the result, instead of cropping documents that are long enough"
+            False,
+            description="join short documents and cut the result, instead of cropping documents that are long enough",
         )
 
     options: Options

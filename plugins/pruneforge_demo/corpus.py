@@ -20,7 +20,16 @@ Part = Literal["training", "calibration", "evaluation"]
 SHORTEST_DOCUMENT = 500
 """Characters; what is shorter says too little to learn or to measure from."""
 
-_NO_PROSE = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "pydoc_data"}
+_NO_PROSE = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "dist-packages",
+    "turtledemo",
+    "pydoc_data",
+}
 
 
 @functools.cache

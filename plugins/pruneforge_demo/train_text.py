@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from pruneforge_demo import corpus
 CONTEXT = 256
 
 
-def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer of `vocabulary` entries learnt from `texts`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -83,8 +84,11 @@ def train(output: Path, steps: int, batch: int, vocabulary: int, seed: int) -> N
         schedule.step()
         if step % 50 == 0 or step == steps - 1:
             seconds = time.perf_counter() - start
-            print(f"step {step} loss {loss.item():.3f} held out {_loss(model, held_out):.3f} {seconds:.0f} s", flush=True)
-    model.to(torch.bfloat16).save_pretrained(output)
+            print(
+                f"step {step} loss {loss.item():.3f} held out {_loss(model, held_out):.3f} {seconds:.0f} s",
+                flush=True,
+            )
+    model.bfloat16().save_pretrained(output)
     tokenizer.save_pretrained(output)
 
 

@@ -45,7 +45,7 @@ class Llama(Adapter):
             return _first_line(error)
         return self.declines_module(model)
 
-    def declines_module(self, module: nn.Module) -> str | None:
+    def declines_module(self, module: Any) -> str | None:
         """Look for one list of blocks of LLaMA's shape, and an embedding and head around it."""
         if not hasattr(module, "get_output_embeddings") or not hasattr(module, "config"):
             return f"{type(module).__name__} is no transformers model"
@@ -66,11 +66,12 @@ class Llama(Adapter):
         from safetensors import SafetensorError
 
         try:
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 reference, dtype=dtype or "auto", output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise PruneForgeError(f"model {reference!r} cannot be loaded: {_first_line(error)}") from error
+        model, info = loaded
         missing = sorted(info["missing_keys"])
         if missing:
             raise PruneForgeError(
@@ -82,11 +83,11 @@ class Llama(Adapter):
             tokenizer = None  # batches of token ids need none; text says what is missing when it comes to it
         return model.eval(), tokenizer
 
-    def save(self, module: nn.Module, processor: Any, folder: Path) -> None:
+    def save(self, module: Any, processor: Any, folder: Path) -> None:
         """Write the layout that `AutoModelForCausalLM.from_pretrained` loads."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            module.save_pretrained(folder)  # type: ignore[operator]
+            module.save_pretrained(folder)
         if processor is not None:
             processor.save_pretrained(folder)
 
@@ -131,9 +132,9 @@ class Llama(Adapter):
         counted = batch.valid[:, 1:] & batch.valid[:, :-1]
         return (losses * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
 
-    def context_length(self, module: nn.Module) -> int | None:
+    def context_length(self, module: Any) -> int | None:
         """Return the number of positions the configuration names."""
-        return getattr(module.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr]
+        return getattr(module.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _block_list(module: nn.Module) -> nn.ModuleList | None:

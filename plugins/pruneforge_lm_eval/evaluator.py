@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -22,7 +22,7 @@ class LMEval(Evaluator):
     Results, standard errors, task versions and shots are lm-eval's own.
     """
 
-    argument = "tasks"
+    argument: ClassVar[str | None] = "tasks"
 
     class Options(Options):
         """Options of the lm-eval evaluator."""
@@ -49,7 +49,10 @@ class LMEval(Evaluator):
         manager = TaskManager(include_path=include)
         tasks = self._tasks(manager)
         harness = HFLM(
-            pretrained=model.module, tokenizer=model.processor, batch_size=subject.batch_size or 8, device=str(subject.device)
+            pretrained=model.module,
+            tokenizer=model.processor,
+            batch_size=subject.batch_size or 8,
+            device=str(subject.device),
         )
         try:
             # The harness prints progress of its own; what it has to say is in the results.
@@ -87,8 +90,10 @@ class LMEval(Evaluator):
             task: {key: value for key, value in values.items() if isinstance(value, int | float | str)}
             for task, values in outcome["results"].items()
         }
-        accuracies = [results[task]["acc,none"] for task in tasks if "acc,none" in results.get(task, {})]
-        limited = [f"only the first {self.options.limit} documents of each task were used"] if self.options.limit else []
+        accuracies = [float(results[task]["acc,none"]) for task in tasks if "acc,none" in results.get(task, {})]
+        limited = (
+            [f"only the first {self.options.limit} documents of each task were used"] if self.options.limit else []
+        )
         return {
             "results": results,
             "mean_accuracy": sum(accuracies) / len(accuracies) if accuracies else None,

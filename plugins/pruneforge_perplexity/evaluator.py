@@ -57,7 +57,9 @@ class Perplexity(Evaluator):
         losses = self._losses(subject, windows)
         mean = losses.mean().item()
         if not math.isfinite(mean):
-            raise PruneForgeError(f"the model's loss on {self.options.data!r} is not finite; check its weights and dtype")
+            raise PruneForgeError(
+                f"the model's loss on {self.options.data!r} is not finite; check its weights and dtype"
+            )
         return {
             "perplexity": math.exp(mean),
             "loss": mean,
@@ -85,5 +87,5 @@ class Perplexity(Evaluator):
         if share == 0:
             return []
         return [
-            f"about {share:.0%} of the calibration text stands in the evaluation text too; the perplexity flatters the model"
+            f"about {share:.0%} of the calibration text stands in the evaluation text too; the perplexity is flattered"
         ]

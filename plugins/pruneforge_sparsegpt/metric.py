@@ -68,7 +68,11 @@ class SparseGPT(Metric):
             factor = inverse_factor(damped)
             if factor is not None:
                 raised = damping > self.options.damping
-                return factor, dead, (f"damping raised to {damping:g} to factorise the Hessian",) if raised else ()
+                return (
+                    factor,
+                    dead,
+                    (f"damping raised to {damping:g} to factorise the Hessian",) if raised else (),
+                )
             damping *= 10
         raise PruneForgeError(
             f"the Hessian of layer {name!r} cannot be factorised even with damping {damping / 10:g}; "

@@ -86,7 +86,9 @@ class TextFile(TextSource):
         from pyarrow import parquet
 
         try:
-            return [str(value) for value in parquet.read_table(path, columns=[self.options.column]).column(0).to_pylist()]
+            return [
+                str(value) for value in parquet.read_table(path, columns=[self.options.column]).column(0).to_pylist()
+            ]
         except (pyarrow.ArrowException, IndexError) as error:
             reason = " ".join(str(error).split())[:200]
             raise PruneForgeError(f"{str(path)!r} has no readable column {self.options.column!r}: {reason}") from error

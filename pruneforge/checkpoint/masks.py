@@ -21,7 +21,11 @@ def save_masks(masks: Mapping[str, Tensor], folder: Path) -> None:
     """Write masks (boolean [out, in], by layer name) to `folder`, packed along the flattened weight."""
     packed = {name: np.packbits(mask.numpy().reshape(-1)) for name, mask in masks.items()}
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    save_file(packed, folder / FILE, metadata={"shapes": json.dumps(shapes), "packing": "bits, most significant first"})
+    save_file(
+        packed,
+        folder / FILE,
+        metadata={"shapes": json.dumps(shapes), "packing": "bits, most significant first"},
+    )
 
 
 def load_masks(folder: Path) -> dict[str, Tensor]:
@@ -37,7 +41,9 @@ def load_masks(folder: Path) -> dict[str, Tensor]:
         with safe_open(path, "numpy") as file:
             shapes: dict[str, list[int]] = json.loads(file.metadata()["shapes"])
             return {
-                name: torch.from_numpy(np.unpackbits(file.get_tensor(name), count=int(np.prod(shape)))).bool().view(shape)
+                name: torch.from_numpy(np.unpackbits(file.get_tensor(name), count=int(np.prod(shape))))
+                .bool()
+                .view(shape)
                 for name, shape in shapes.items()
             }
     except (SafetensorError, KeyError, ValueError) as error:

@@ -42,7 +42,8 @@ Config = Annotated[
     ),
 ]
 PluginFiles = Annotated[
-    list[str] | None, typer.Option("--plugin", "-p", help="Load a Python file as a plugin; repeatable.", metavar="FILE")
+    list[str] | None,
+    typer.Option("--plugin", "-p", help="Load a Python file as a plugin; repeatable.", metavar="FILE"),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto keeps the checkpoint's; float16, bfloat16, float32, float64.")]

@@ -53,7 +53,9 @@ def run(subject: Any, metrics: list[str], device: str, progress: Any) -> list[di
         common.warn(outcome["warnings"])
         return outcome[subject.result]
 
-    rows: list[dict[str, Any]] = [{"metric": "dense", "pattern": "", "sparsity": 0.0, subject.result: measure(subject.checkpoint())}]
+    rows: list[dict[str, Any]] = [
+        {"metric": "dense", "pattern": "", "sparsity": 0.0, subject.result: measure(subject.checkpoint())}
+    ]
     jobs = [(metric, pattern) for pattern in PATTERNS for metric in metrics]
     for metric, pattern in progress.track(jobs, subject.title):
         pruned = prune(

@@ -55,7 +55,9 @@ def examine() -> dict[str, dict[str, Any]]:
             "offline": bool(constants.HF_HUB_OFFLINE),
         },
         "works here": {
-            "CUDA": f"{torch.cuda.device_count()} devices" if torch.cuda.is_available() else "no device; runs on the CPU",
+            "CUDA": f"{torch.cuda.device_count()} devices"
+            if torch.cuda.is_available()
+            else "no device; runs on the CPU",
             "bfloat16 on the CPU": _works(lambda: torch.ones(2, 2, dtype=torch.bfloat16) @ torch.ones(2, 2).bfloat16()),
             "factorisation": _works(lambda: torch.linalg.cholesky(torch.eye(4))),
             "every registered name": _imports(),

@@ -30,19 +30,19 @@ def evaluate(
         str | None, typer.Option(help="Source or file of the evaluation data.", metavar="SOURCE|PATH")
     ] = None,
     window: Annotated[int | None, typer.Option(help="Tokens a window. (default: the context, at most 2048)")] = None,
-    include_path: Annotated[
-        Path | None, typer.Option(help="Folder of local task definitions.", metavar="DIR")
-    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder of local task definitions.", metavar="DIR")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many windows, documents or images.")] = None,
     option: Annotated[
-        list[str] | None, typer.Option(help="Further option of the evaluator; repeatable.", metavar="NAME=VALUE")
+        list[str] | None,
+        typer.Option(help="Further option of the evaluator; repeatable.", metavar="NAME=VALUE"),
     ] = None,
     batch_size: common.BatchSize = None,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
     seed: common.Seed = 0,
     output: Annotated[
-        Path | None, typer.Option(help="JSON file for the results and the recipe that repeats them.", metavar="FILE")
+        Path | None,
+        typer.Option(help="JSON file for the results and the recipe that repeats them.", metavar="FILE"),
     ] = None,
     as_json: common.Json = False,
     plugin: common.PluginFiles = None,

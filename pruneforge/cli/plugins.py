@@ -33,7 +33,12 @@ def plugins(as_json: common.Json = False, plugin: common.PluginFiles = None, con
             table.add_column(column, overflow="fold")
         for item in described["registered"]:
             if item["kind"] == kind:
-                table.add_row(item["name"], item["summary"], _options(item["options"]), _origin(item["plugin"], described))
+                table.add_row(
+                    item["name"],
+                    item["summary"],
+                    _options(item["options"]),
+                    _origin(item["plugin"], described),
+                )
         common.console.print(table)
     for found in described["plugins"]:
         if found["error"]:
@@ -57,7 +62,12 @@ def describe() -> dict[str, Any]:
                 item |= {"summary": (inspect.getdoc(cls) or "").split("\n")[0], "argument": cls.argument}
                 item["options"] = describe_options(cls)
             except PruneForgeError as error:
-                item |= {"summary": f"cannot be imported: {error}", "argument": None, "options": [], "error": str(error)}
+                item |= {
+                    "summary": f"cannot be imported: {error}",
+                    "argument": None,
+                    "options": [],
+                    "error": str(error),
+                }
             registered.append(item)
     loaded = [vars(plugin) for plugin in found().loaded]
     return {"plugins": loaded, "registered": registered}

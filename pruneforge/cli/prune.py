@@ -34,7 +34,8 @@ def prune(
     metric: Annotated[str, typer.Option(help="Name of the metric; `pruneforge plugins` lists them.")],
     output: Annotated[Path, typer.Option(help="Folder to write to; absent or empty.", metavar="DIR")],
     sparsity: Annotated[
-        float | None, typer.Option(help="Share of weights to prune, in [0, 1). (default: 0.5, or what the pattern says)")
+        float | None,
+        typer.Option(help="Share of weights to prune, in [0, 1). (default: 0.5, or what the pattern says)"),
     ] = None,
     pattern: Annotated[
         str | None, typer.Option(help="N:M keeps N of every M consecutive inputs; unstructured if left out.")
@@ -44,14 +45,16 @@ def prune(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Sequences or images to draw.")] = 128,
     seqlen: Annotated[
-        int | None, typer.Option(min=1, help="Tokens a sequence. (default: the model's context, at most 2048)")
+        int | None,
+        typer.Option(min=1, help="Tokens a sequence. (default: the model's context, at most 2048)"),
     ] = None,
     batch_size: common.BatchSize = None,
     option: Annotated[
         list[str] | None, typer.Option(help="Option of the metric; repeatable.", metavar="NAME=VALUE")
     ] = None,
     source_option: Annotated[
-        list[str] | None, typer.Option(help="Option of the calibration source; repeatable.", metavar="NAME=VALUE")
+        list[str] | None,
+        typer.Option(help="Option of the calibration source; repeatable.", metavar="NAME=VALUE"),
     ] = None,
     propagate: Annotated[
         Propagate, typer.Option(help="Whether calibration sees earlier blocks pruned or dense.")

@@ -61,9 +61,7 @@ class Chain:
         residency: Brings parts of the model to the device.
     """
 
-    def __init__(
-        self, module: nn.Module, adapter: Adapter, blocks: Sequence[Block], residency: Residency
-    ) -> None:
+    def __init__(self, module: nn.Module, adapter: Adapter, blocks: Sequence[Block], residency: Residency) -> None:
         self.module = module
         self.adapter = adapter
         self.blocks = blocks
@@ -133,7 +131,7 @@ class Chain:
 
         try:
             for index, block in enumerate(self.blocks):
-                block.module.forward = forward(index)  # type: ignore[method-assign]
+                block.module.forward = forward(index)
             yield
         finally:
             for block in self.blocks:

@@ -78,7 +78,7 @@ def _forward_sweep(
 
 
 def _head_gradients(chain: Chain, activations: Sequence[Activations], outputs: list[Tensor]) -> list[Tensor]:
-    gradients = []
+    gradients: list[Tensor] = []
     with chain.residency.stem_and_head(), torch.enable_grad():
         for number, batch in enumerate(activations):
             hidden = outputs[number].detach().requires_grad_()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
@@ -21,10 +21,10 @@ class Residency(Protocol):
 
     device: torch.device
 
-    def stem_and_head(self) -> contextmanager[None]:  # type: ignore[valid-type]
+    def stem_and_head(self) -> AbstractContextManager[None]:
         """Hold everything outside the blocks on `device` within the context."""
 
-    def visit(self, block: Block) -> contextmanager[None]:  # type: ignore[valid-type]
+    def visit(self, block: Block) -> AbstractContextManager[None]:
         """Hold one block on `device` within the context; what changed in it is kept."""
 
 
@@ -64,8 +64,7 @@ class InMemory:
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    return own
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
 
 
 def _move(module: nn.Module, name: str, device: torch.device) -> None:

@@ -1,0 +1,57 @@
+"""Tiny real models, batches and data that the tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+DATA = Path(os.environ.get("PRUNEFORGE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+CHECKPOINT = Path(__file__).parents[1] / "plugins" / "pruneforge_demo" / "checkpoints" / "text"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of pretrained models and real text that is not part of the repository."""
+    if not (DATA / "stories260K").is_dir():
+        pytest.skip(f"no stories260K in {DATA}; set PRUNEFORGE_DATA to a folder that has it")
+    return DATA
+
+
+@pytest.fixture
+def checkpoint() -> Path:
+    """The demo's checkpoint: a small trained model with its tokenizer."""
+    return CHECKPOINT
+
+
+def tiny_llama(dtype: torch.dtype = torch.float64, seed: int = 0, **changes: object) -> LlamaForCausalLM:
+    """A random LLaMA with grouped-query attention, wide enough for several blocks of 128 columns."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **{
+            "vocab_size": 96,
+            "hidden_size": 64,
+            "intermediate_size": 160,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.1,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            **changes,
+        }
+    )
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def tokens(samples: int = 6, length: int = 24, seed: int = 1, vocabulary: int = 96) -> torch.Tensor:
+    """Random token ids [samples, length]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocabulary, (samples, length), generator=generator)

@@ -1,0 +1,150 @@
+"""Every family the LLaMA adapter claims loads, runs, and is pruned as the reference prunes it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import reference
+import torch
+import transformers
+from conftest import tiny_llama, tokens
+
+import pruneforge
+from pruneforge import PruneForgeError
+from pruneforge.plugins import plugins
+
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+SLIDING = ["sliding_attention", "full_attention"] * 2
+
+FAMILIES = {
+    "llama": {},
+    "llama, biases": {"attention_bias": True, "mlp_bias": True},
+    "llama, tied": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 8},
+    "ministral": {"sliding_window": 8, "layer_types": SLIDING},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {"sliding_window": 8, "layer_types": SLIDING},
+    "gemma3_text": {"sliding_window": 8, "layer_types": SLIDING},
+    "smollm3": {"no_rope_layers": [1, 0, 1, 0]},
+    "granite": {},
+    "olmo2": {},
+    "phi3": {},
+    "seed_oss": {},
+    "cohere2": {"sliding_window": 8, "layer_types": SLIDING},
+}
+
+
+def tiny(family: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family.partition(",")[0], **SMALL, **FAMILIES[family])
+    return transformers.AutoModelForCausalLM.from_config(config).double().eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_is_pruned_as_the_reference_prunes_it(family):
+    model = tiny(family)
+    samples = [{"input_ids": row[None], "attention_mask": torch.ones(1, 24).long()} for row in tokens(4)]
+    _, expected = reference.prune(model, "wanda", samples)
+    result = pruneforge.prune(copy.deepcopy(model), "wanda", 0.5, None, tokens(4).split(2))
+    per_block = len(expected) // 4
+    assert per_block in (4, 7)
+    assert list(result.masks) == list(expected)
+    for name in expected:
+        assert torch.equal(result.masks[name], expected[name]), name
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "smollm3", "qwen2"])
+def test_gradients_follow_each_blocks_own_masks_and_positions(family):
+    model = tiny(family)
+    samples = [{"input_ids": row[None], "attention_mask": torch.ones(1, 24).long()} for row in tokens(4)]
+    _, expected = reference.prune(model, "gblm", samples)
+    result = pruneforge.prune(copy.deepcopy(model), "gblm", 0.5, None, tokens(4).split(2))
+    for name in expected:
+        assert torch.equal(result.masks[name], expected[name]), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_is_saved_and_loaded_as_an_ordinary_folder(family, tmp_path):
+    model = tiny(family).float()
+    result = pruneforge.prune(model, "magnitude", 0.5, output=tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for name, mask in result.masks.items():
+        assert torch.equal(again.get_submodule(name).weight != 0, mask)
+    with torch.no_grad():
+        assert torch.equal(again(tokens(2)).logits, model(tokens(2)).logits)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96), "linear layers none"),
+        (
+            transformers.MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
+            "MixtralDecoderLayer) has linear layers",
+        ),
+        (transformers.OPTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64), "fc1"),
+    ],
+)
+def test_other_architectures_are_declined_with_a_reason(config, said):
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(PruneForgeError) as error:
+        pruneforge.prune(model, "magnitude", 0.5)
+    assert "no adapter takes" in str(error.value)
+    assert "llama: " in str(error.value)
+    assert said in str(error.value)
+
+
+def test_a_module_that_is_no_transformers_model_is_declined():
+    with pytest.raises(PruneForgeError, match="Linear is no transformers model"):
+        pruneforge.prune(torch.nn.Linear(4, 4), "magnitude", 0.5)
+
+
+def test_a_weight_that_two_layers_share_is_refused():
+    model = tiny_llama()
+    model.model.layers[1].self_attn.q_proj.weight = model.model.layers[0].self_attn.q_proj.weight
+    with pytest.raises(PruneForgeError, match=r"layers\.0\.self_attn\.q_proj.*layers\.1\.self_attn\.q_proj.*share"):
+        pruneforge.prune(model, "magnitude", 0.5)
+
+
+def test_loss_is_the_models_own():
+    model = tiny_llama()
+    adapter = plugins().registry.create("adapter", "llama")
+    ids = tokens(3)
+    batch = adapter.batch(ids)
+    losses = adapter.losses(adapter.forward(model, batch), batch)
+    assert losses.shape == (3,)
+    for row, loss in zip(ids, losses, strict=True):
+        assert loss.item() == pytest.approx(model(row[None], labels=row[None]).loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("data", [torch.rand(2, 3), torch.zeros(0, 4).long(), torch.zeros(3).long(), {"x": torch.ones(1)}])
+def test_batches_of_another_form_are_refused(data):
+    with pytest.raises(PruneForgeError, match="token ids"):
+        pruneforge.prune(tiny_llama(), "wanda", 0.5, None, [data])
+
+
+def test_training_mode_and_forward_are_restored():
+    model = tiny_llama().train()
+    model.model.layers[0].eval()
+    pruneforge.prune(model, "gblm", 0.5, None, [tokens()])
+    assert model.training
+    assert not model.model.layers[0].training
+    assert model.model.layers[1].training
+    assert all("forward" not in vars(layer) for layer in model.model.layers)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())

@@ -1,0 +1,186 @@
+"""Text sources: what they read, what they draw, and what they say when it is not enough."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import datasets
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from pruneforge import PruneForgeError
+from pruneforge.calibration import create_source
+from pruneforge.plugins import plugins
+from pruneforge.source import Request
+
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards vex bold mice".split()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from conftest import CHECKPOINT
+
+    return AutoTokenizer.from_pretrained(CHECKPOINT)
+
+
+def documents(count: int = 12, seed: int = 0) -> list[str]:
+    """Documents of very different lengths."""
+    generator = random.Random(seed)
+    return [" ".join(generator.choices(WORDS, k=10 + 25 * i)) for i in range(count)]
+
+
+def source(data, **options):
+    return create_source(data, options, plugins().registry)
+
+
+def draw(data, tokenizer, samples=8, seqlen=32, seed=0, batch_size=3, **options):
+    request = Request(tokenizer, samples, seqlen, batch_size, seed)
+    batches = list(source(data, **options).calibration(request))
+    assert all(len(batch["input_ids"]) <= batch_size for batch in batches)
+    return torch.cat([batch["input_ids"] for batch in batches])
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """The same documents as JSON lines, as Parquet, and as a folder that `datasets` reads."""
+    texts = documents()
+    jsonl = tmp_path / "rows.jsonl"
+    jsonl.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    parquet = tmp_path / "rows.parquet"
+    datasets.Dataset.from_dict({"text": texts}).to_parquet(parquet)
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(jsonl.read_text())
+    return {"jsonl": str(jsonl), "parquet": str(parquet), "hub": f"hub:{folder}"}
+
+
+def test_the_same_rows_give_the_same_samples_whatever_the_format(rows, tokenizer):
+    drawn = [draw(rows[kind], tokenizer) for kind in ("jsonl", "parquet", "hub")]
+    assert drawn[0].shape == (8, 32)
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], drawn[2])
+
+
+def test_crops_are_those_of_the_authors_code(rows, tokenizer):
+    texts, expected = documents(), []
+    random.seed(5)
+    for _ in range(8):  # as in the authors' get_c4
+        while True:
+            i = random.randint(0, len(texts) - 1)
+            ids = tokenizer(texts[i], return_tensors="pt").input_ids
+            if ids.shape[1] > 32:
+                break
+        i = random.randint(0, ids.shape[1] - 32 - 1)
+        expected.append(ids[:, i : i + 32])
+    assert torch.equal(draw(rows["jsonl"], tokenizer, seed=5), torch.cat(expected))
+
+
+def test_packing_draws_without_replacement(rows, tokenizer):
+    drawn = draw(rows["jsonl"], tokenizer, samples=20, pack=True)
+    assert len({tuple(row.tolist()) for row in drawn}) == 20
+    stream = torch.cat([torch.tensor(tokenizer(text).input_ids) for text in documents()])
+    windows = {tuple(row.tolist()) for row in stream[: len(stream) // 32 * 32].view(-1, 32)}
+    assert {tuple(row.tolist()) for row in drawn} <= windows
+
+
+def test_a_plain_file_is_one_document_and_can_be_sliced(tmp_path, tokenizer):
+    file = tmp_path / "lines.txt"
+    file.write_text("".join(f"line {i}\n" for i in range(10)))
+    assert source(f"{file}").documents("evaluation") == [file.read_text()]
+    first, second = source(f"{file}[:70%]"), source(f"{file}[70%:]")
+    assert first.documents("calibration")[0] + second.documents("evaluation")[0] == file.read_text()
+    assert source(f"{file}[2:4]").documents("calibration") == ["line 2\nline 3\n"]
+
+
+def test_slices_take_rows(rows):
+    assert source(f"{rows['jsonl']}[:25%]").documents("calibration") == documents()[:3]
+    assert source(f"{rows['parquet']}[10:]").documents("calibration") == documents()[10:]
+    assert source(f"{rows['hub']}[1:3]").documents("calibration") == documents()[1:3]
+
+
+@pytest.mark.parametrize("name", ["c4", "wikitext2", "ptb"])
+def test_pinned_sources_are_read_through_datasets(name, tmp_path, monkeypatch, tokenizer):
+    """The pinned location is swapped for a local folder of the same layout; everything else is real."""
+    column = "sentence" if name == "ptb" else "text"
+    for split in ("train", "validation", "test"):
+        texts = documents(seed=len(split))
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({column: t}) + "\n" for t in texts))
+    chosen = source(name)
+    pinned = {part: chosen.location(part) for part in ("calibration", "evaluation")}
+    assert all("/" in location["path"] and "trust_remote_code" not in location for location in pinned.values())
+    assert pinned["calibration"]["split"] == "train"
+    assert pinned["evaluation"]["split"] != "train"
+    monkeypatch.setattr(
+        type(chosen), "location", lambda self, part: {"path": str(tmp_path), "split": pinned[part]["split"]}
+    )
+    assert draw(name, tokenizer).shape == (8, 32)
+    joined = " ".join(documents(seed=len("train")))
+    assert list(chosen.documents("calibration")) == (documents(seed=len("train")) if name == "c4" else [joined])
+    assert list(chosen.documents("evaluation")) == documents(seed=len(pinned["evaluation"]["split"]))
+
+
+def test_the_demos_three_parts_share_no_paragraph():
+    from pruneforge_demo import corpus
+
+    parts = {}
+    for part in ("training", "calibration", "evaluation"):
+        texts = corpus.documents(part)
+        assert len(texts) > 20
+        parts[part] = {" ".join(p.split()) for text in texts for p in text.split("\n\n")}
+    assert not parts["training"] & parts["calibration"]
+    assert not parts["training"] & parts["evaluation"]
+    assert not parts["calibration"] & parts["evaluation"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("empty.txt", "", "holds no text"),
+        ("blank.txt", "\n\n  \n", "holds no text"),
+        ("short.txt", "a few words", "no document longer than 32 tokens"),
+        ("empty.jsonl", "", "holds no rows"),
+        ("broken.jsonl", '{"text": "a"}\n{"text"', "line 2"),
+        ("other.jsonl", '{"content": "a"}\n', "column=NAME"),
+        ("notes.xyz", "text", "no source reads"),
+    ],
+)
+def test_text_that_is_not_enough_is_named(tmp_path, tokenizer, name, content, said):
+    file = tmp_path / name
+    file.write_text(content)
+    with pytest.raises(PruneForgeError) as error:
+        draw(file, tokenizer)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_too_few_windows_are_counted(rows, tokenizer):
+    with pytest.raises(PruneForgeError, match=r"tokens, \d+ samples of 32, and 5000 were asked for"):
+        draw(rows["jsonl"], tokenizer, samples=5000, pack=True)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("wikitex2", "did you mean 'wikitext2'"),
+        ("missing.txt", "no file or folder 'missing.txt'"),
+        ("hub:nobody/nothing", "source 'hub' cannot be loaded"),
+        ("c4:en", "takes no argument"),
+    ],
+)
+def test_sources_that_are_not_there_are_named(data, said, tokenizer):
+    with pytest.raises(PruneForgeError) as error:
+        draw(data, tokenizer)
+    assert said in str(error.value)
+
+
+def test_a_wrong_column_and_a_wrong_slice_are_named(rows, tmp_path, tokenizer):
+    with pytest.raises(PruneForgeError, match="no column 'body'; it has text"):
+        draw(rows["hub"], tokenizer, column="body")
+    with pytest.raises(PruneForgeError, match="column 'body'"):
+        draw(rows["parquet"], tokenizer, column="body")
+    with pytest.raises(PruneForgeError, match="is no slice"):
+        draw(f"{rows['jsonl']}[a:b]", tokenizer)
+    with pytest.raises(PruneForgeError, match=r"slice \[90:\] leaves nothing of 12 rows"):
+        draw(f"{rows['jsonl']}[90:]", tokenizer)
