@@ -18,7 +18,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> PruneForgeError:
     """Return the error for a name that nobody registered, with the nearest one that somebody did.
 
     Args:
-        kind: What was asked for, as the message should call it: `metric`, `option of wanda`.
+        kind: What was asked for, as the message should call it: `metric`, `option of` a metric.
         name: The unknown name.
         known: The names there are.
     """

@@ -83,7 +83,7 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
 def crops(documents: Sequence[str], tokenizer: Any, samples: int, seqlen: int, seed: int, source: str) -> list[Tensor]:
     """Return random crops of random documents that are longer than `seqlen`, documents drawn with replacement.
 
-    The random numbers are drawn as in the authors' code of Wanda, SparseGPT and GBLM-Pruner, so the same
+    The random numbers are drawn as in the code that the published methods' authors share, so the same
     seed and documents give the same samples.
 
     Returns:

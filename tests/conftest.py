@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries below are imported
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 DATA = Path(os.environ.get("PRUNEFORGE_DATA", Path(__file__).parents[2] / "shared" / "data"))
 CHECKPOINT = Path(__file__).parents[1] / "plugins" / "pruneforge_demo" / "checkpoints" / "text"

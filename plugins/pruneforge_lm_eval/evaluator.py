@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,7 +39,6 @@ class LMEval(Evaluator):
         """Return lm-eval's results by task, and their mean accuracy."""
         import lm_eval
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
 
         include = self.options.include_path
         if include is not None and not Path(include).is_dir():
@@ -46,8 +46,9 @@ class LMEval(Evaluator):
         model = subject.model
         if model.processor is None:
             raise PruneForgeError("the model came without a tokenizer, which lm-eval needs; pass processor=")
-        manager = TaskManager(include_path=include)
-        tasks = self._tasks(manager)
+        names = self._names()
+        manager = _task_manager(include)
+        _check_known(names, manager)
         harness = HFLM(
             pretrained=model.module,
             tokenizer=model.processor,
@@ -59,7 +60,7 @@ class LMEval(Evaluator):
             with contextlib.redirect_stderr(io.StringIO()):
                 outcome = lm_eval.simple_evaluate(
                     model=harness,
-                    tasks=tasks,
+                    tasks=names,
                     task_manager=manager,
                     num_fewshot=self.options.num_fewshot,
                     limit=self.options.limit,
@@ -70,19 +71,15 @@ class LMEval(Evaluator):
                 )
         except (OSError, ConnectionError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise PruneForgeError(f"lm-eval cannot run {', '.join(tasks)}: {reason}") from error
-        return self._results(outcome, tasks)
+            raise PruneForgeError(f"lm-eval cannot run {', '.join(names)}: {reason}") from error
+        return self._results(outcome, names)
 
-    def _tasks(self, manager: Any) -> list[str]:
+    def _names(self) -> list[str]:
         names: list[str] = []
         for name in (part.strip() for part in self.options.tasks.split(",")):
             names += ZERO_SHOT_7 if name == "zero-shot-7" else [name] if name else []
-        unknown = [name for name in names if not manager.match_tasks([name])]
-        if unknown or not names:
-            raise PruneForgeError(
-                f"lm-eval knows no task {', '.join(unknown) or 'of an empty name'}; "
-                "`lm-eval ls tasks` lists them, --include-path adds local ones"
-            )
+        if not names:
+            raise PruneForgeError("lm-eval needs the name of a task: lm-eval:TASK[,TASK]")
         return names
 
     def _results(self, outcome: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
@@ -102,6 +99,22 @@ class LMEval(Evaluator):
             "documents": {task: count["effective"] for task, count in outcome.get("n-samples", {}).items()},
             "warnings": limited,
         }
+
+
+@functools.cache
+def _task_manager(include_path: str | None) -> Any:
+    """Return lm-eval's index of tasks, which takes ten seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
+
+
+def _check_known(names: list[str], manager: Any) -> None:
+    unknown = [name for name in names if not manager.match_tasks([name])]
+    if unknown:
+        raise PruneForgeError(
+            f"lm-eval knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists them, --include-path adds local ones"
+        )
 
 
 class ZeroShot7(LMEval):

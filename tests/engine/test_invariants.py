@@ -55,9 +55,7 @@ def test_padding_is_ignored(metric, side):
 @pytest.mark.parametrize("pattern", [None, "2:4"])
 def test_gblm_with_alpha_zero_is_wanda(pattern):
     batches = tokens().split(2)
-    assert_same(
-        masks("gblm", batches, pattern=pattern, options={"alpha": 0}), masks("wanda", batches, pattern=pattern)
-    )
+    assert_same(masks("gblm", batches, pattern=pattern, options={"alpha": 0}), masks("wanda", batches, pattern=pattern))
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -133,7 +133,9 @@ def test_loss_is_the_models_own():
         assert loss.item() == pytest.approx(model(row[None], labels=row[None]).loss.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("data", [torch.rand(2, 3), torch.zeros(0, 4).long(), torch.zeros(3).long(), {"x": torch.ones(1)}])
+@pytest.mark.parametrize(
+    "data", [torch.rand(2, 3), torch.zeros(0, 4).long(), torch.zeros(3).long(), {"x": torch.ones(1)}]
+)
 def test_batches_of_another_form_are_refused(data):
     with pytest.raises(PruneForgeError, match="token ids"):
         pruneforge.prune(tiny_llama(), "wanda", 0.5, None, [data])

@@ -1,0 +1,230 @@
+"""Discovery, lazy loading, blocking, single files, and errors that stay with their plugin."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_llama, tokens
+from pydantic import Field
+
+import pruneforge
+from pruneforge import Metric, Options, PruneForgeError, hookspecs
+from pruneforge.options import describe_options
+from pruneforge.plugins import Plugins
+
+NINE_LINES = '''
+from pruneforge import ColumnSquares, Metric
+
+
+class Ria(Metric):
+    """Relative importance and activations (Zhang et al., 2024), simplified."""
+    requires = (ColumnSquares,)
+    def score(self, layer, stats):
+        w = layer.weight.abs()
+        return (w / w.sum(0) + w / w.sum(1, keepdim=True)) * stats[ColumnSquares].per_sample() ** 0.25
+'''
+
+
+@pytest.fixture
+def fresh() -> Plugins:
+    """Plugins of this test alone, nothing discovered."""
+    return Plugins()
+
+
+def test_a_single_file_is_a_plugin(fresh, tmp_path):
+    file = tmp_path / "ria.py"
+    file.write_text(NINE_LINES)
+    fresh.load_file(file)
+    fresh.load_file(file)
+    assert [entry.name for entry in fresh.registry.entries("metric")] == ["ria"]
+    assert [(p.name, p.origin, p.error) for p in fresh.loaded] == [("ria", str(file), None)]
+    masks = pruneforge.prune(tiny_llama(), fresh.registry.create("metric", "ria"), 0.5, "2:4", [tokens()]).masks
+    assert all(mask.float().mean() == 0.5 for mask in masks.values())
+
+
+def test_installed_plugins_are_found_by_their_entry_points(fresh):
+    fresh.load_installed()
+    assert {"magnitude", "wanda", "sparsegpt", "gblm"} <= {e.name for e in fresh.registry.entries("metric")}
+    assert all(p.error is None for p in fresh.loaded), [p.error for p in fresh.loaded]
+    assert all(p.origin and p.version for p in fresh.loaded)
+
+
+@pytest.mark.parametrize("blocked", ["wanda", "magnitude", "sparsegpt", "gblm", "llama", "text", "perplexity"])
+def test_without_one_plugin_everything_else_works(blocked):
+    found = Plugins()
+    found.load_installed(f"-{blocked}")
+    everything = Plugins()
+    everything.load_installed()
+    assert {p.name for p in everything.loaded} - {p.name for p in found.loaded} == {blocked}
+    for kind in ("metric", "adapter", "source", "evaluator"):
+        assert all(entry.plugin != blocked and entry.load() for entry in found.registry.entries(kind))
+
+
+def test_the_variable_limits_and_blocks(fresh):
+    fresh.load_installed("wanda, llama")
+    assert [p.name for p in fresh.loaded] == ["llama", "wanda"]
+    none = Plugins()
+    none.load_installed("")
+    assert none.loaded == []
+
+
+@pytest.mark.parametrize(
+    ("selection", "said"),
+    [("wnda", "did you mean 'wanda'"), ("-wnda", "did you mean 'wanda'"), ("wanda,-gblm", "both")],
+)
+def test_a_wrong_variable_is_named(fresh, selection, said):
+    with pytest.raises(PruneForgeError) as error:
+        fresh.load_installed(selection)
+    assert said in str(error.value)
+    assert "PRUNEFORGE_PLUGINS" in str(error.value)
+
+
+def test_a_broken_plugin_is_reported_and_leaves_nothing_behind(fresh, tmp_path):
+    half = tmp_path / "half.py"
+    half.write_text(
+        "from pruneforge import hookimpl, Metric\n"
+        "@hookimpl\n"
+        "def pruneforge_register(registry):\n"
+        "    registry.metric('first', Metric)\n"
+        "    raise RuntimeError('no second')\n"
+    )
+    with pytest.raises(PruneForgeError, match="failed to load: RuntimeError: no second"):
+        fresh.load_file(half)
+    assert fresh.registry.entries("metric") == []
+    assert "no second" in fresh.loaded[0].error
+    fresh.load_installed("wanda")
+    assert [entry.name for entry in fresh.registry.entries("metric")] == ["wanda"]
+    with pytest.raises(PruneForgeError, match="does not exist"):
+        fresh.load_file(tmp_path / "nowhere.py")
+
+
+def test_a_target_that_cannot_be_imported_is_an_error_when_it_is_asked_for(fresh):
+    fresh.registry.plugin = "mine"
+    fresh.registry.metric("ghost", "no_such_module:Ghost")
+    with pytest.raises(PruneForgeError, match="metric 'ghost' of plugin 'mine' cannot be imported"):
+        fresh.registry.create("metric", "ghost")
+
+
+def test_two_plugins_cannot_take_one_name(fresh, tmp_path):
+    file = tmp_path / "again.py"
+    file.write_text("from pruneforge import Metric\nclass Wanda(Metric): pass\n")
+    fresh.load_installed("wanda")
+    with pytest.raises(PruneForgeError, match="already registered by plugin 'wanda'"):
+        fresh.load_file(file)
+
+
+def test_unknown_names_are_answered_with_the_nearest(fresh):
+    fresh.load_installed()
+    for kind, name, near in [
+        ("metric", "wandas", "wanda"),
+        ("source", "wikitext", "wikitext2"),
+        ("adapter", "lama", "llama"),
+    ]:
+        with pytest.raises(PruneForgeError, match=f"unknown {kind} '{name}'; did you mean '{near}'"):
+            fresh.registry.create(kind, name)
+
+
+class Scaled(Metric):
+    """For the tests of options."""
+
+    class Options(Metric.Options):
+        power: float = Field(1.0, gt=0, description="exponent")
+        mode: str = "plain"
+
+    options: Options
+
+    def score(self, layer, stats):
+        return layer.weight.abs() ** self.options.power
+
+
+def test_options_are_typed_validated_and_described():
+    assert Scaled(power="2.5").options.power == 2.5
+    with pytest.raises(PruneForgeError, match="unknown option of scaled 'pwoer'; did you mean 'power'"):
+        Scaled(pwoer=1)
+    with pytest.raises(PruneForgeError, match="option power='much' of scaled"):
+        Scaled(power="much")
+    with pytest.raises(PruneForgeError, match="option power=-1 of scaled: input should be greater than 0"):
+        Scaled(power=-1)
+    described = {option["name"]: option for option in describe_options(Scaled)}
+    assert described["power"] == {
+        "name": "power",
+        "type": "float",
+        "default": 1.0,
+        "required": False,
+        "description": "exponent",
+    }
+    assert described["scope"]["type"] == "row|layer|block|model|None"
+
+
+def test_a_metric_instance_is_as_good_as_a_name():
+    by_name = pruneforge.prune(tiny_llama(), "magnitude", 0.5).masks
+    by_instance = pruneforge.prune(tiny_llama(), Scaled(power=3, scope="layer"), 0.5).masks
+    assert all(torch.equal(by_name[name], by_instance[name]) for name in by_name)
+
+
+@pytest.mark.parametrize(
+    ("score", "said"),
+    [
+        (lambda layer, stats: layer.weight * torch.nan, "with NaN"),
+        (lambda layer, stats: layer.weight[0], "its weight has"),
+    ],
+)
+def test_a_broken_score_is_named(score, said):
+    metric = Scaled()
+    metric.score = score
+    with pytest.raises(PruneForgeError) as error:
+        pruneforge.prune(tiny_llama(), metric, 0.5)
+    assert said in str(error.value)
+    assert "model.layers.0.self_attn.q_proj" in str(error.value)
+
+
+def test_every_hook_is_documented_with_its_exact_signature():
+    text = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
+    hooks = [f for name, f in vars(hookspecs).items() if name.startswith("pruneforge_")]
+    assert len(hooks) == 4
+    for hook in hooks:
+        arguments = ", ".join(inspect.signature(hook).parameters)
+        assert f"### `{hook.__name__}({arguments})`" in text
+        assert len(inspect.getdoc(hook)) > 60
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys; from pruneforge.cli import app\n"
+        "try: app(['prune', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'timm', 'datasets', 'lm_eval', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--calibration" in done.stdout
+
+
+def test_the_framework_names_no_metric_and_no_architecture():
+    names = [e.name for kind in ("metric", "adapter") for e in _everything().registry.entries(kind)]
+    assert len(names) >= 5
+    for file in (Path(pruneforge.__file__).parent).rglob("*.py"):
+        text = file.read_text().lower()
+        # "magnitude" is also the ordinary word for an absolute value.
+        assert not [n for n in names if n in text and n != "magnitude"], file
+
+
+def _everything() -> Plugins:
+    found = Plugins()
+    found.load_installed()
+    return found
+
+
+def test_options_class_is_shared_by_every_kind():
+    for kind in ("metric", "adapter", "source", "evaluator", "demo"):
+        for entry in _everything().registry.entries(kind):
+            cls = entry.load()
+            assert issubclass(cls.Options, Options)
+            assert inspect.getdoc(cls), entry.name
+            assert all(option["description"] for option in describe_options(cls)), entry.name
