@@ -132,7 +132,7 @@ def test_a_write_that_fails_leaves_nothing(checkpoint, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pruning, "save_masks", fail)
-    with pytest.raises(PruneForgeError, match="cannot be written.*No space left"):
+    with pytest.raises(PruneForgeError, match=r"cannot be written.*No space left"):
         run(checkpoint, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,268 @@
+"""The commands as a user types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+import pruneforge
+from pruneforge.cli import app
+
+
+def run(*arguments: object):
+    """Run a command in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def shell(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    """Run a command in a process of its own."""
+    command = [sys.executable, "-m", "pruneforge", *(str(argument) for argument in arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200", **environment}
+    )
+
+
+PRUNE = ("--metric", "wanda", "--sparsity", "0.5", "--calibration", "python-docs", "--samples", 4, "--seqlen", 64)
+
+
+def test_prune_then_eval(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    done = shell("prune", checkpoint, *PRUNE, "--option", "scope=layer", "--output", out)
+    assert done.returncode == 0, done.stderr
+    assert "weights (50.00%)" in done.stdout
+    assert done.stdout.rstrip().endswith(f"wrote {out}")
+    assert done.stderr == ""  # no bars, no library chatter when it is no terminal
+    report = json.loads((out / "pruneforge.json").read_text())
+    assert report["metric"] == {"name": "wanda", "options": {"scope": "layer"}}
+    results = tmp_path / "results.json"
+    done = shell(
+        "eval", out, "--task", "perplexity", "--data", "python-docs", "--limit", 3, "--output", results, "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    printed = json.loads(done.stdout)
+    assert printed == json.loads(results.read_text())
+    assert printed["windows"] == 3
+    assert run("eval", "--config", results, "--json").exit_code == 0
+
+
+def test_a_recipe_repeats_a_run_and_the_command_line_wins(checkpoint, tmp_path):
+    assert run("prune", checkpoint, *PRUNE, "--option", "scope=layer", "--output", tmp_path / "a").exit_code == 0
+    for config in ("recipe.yaml", "pruneforge.json"):
+        again = tmp_path / f"b-{config}"
+        assert run("prune", "--config", tmp_path / "a" / config, "--output", again).exit_code == 0
+        first, second = pruneforge.load(tmp_path / "a"), pruneforge.load(again)
+        assert all(torch.equal(first.masks[name], mask) for name, mask in second.masks.items())
+        assert first.report["recipe"] == second.report["recipe"]
+    assert (
+        run(
+            "prune", "--config", tmp_path / "a" / "recipe.yaml", "--sparsity", 0.25, "--output", tmp_path / "c"
+        ).exit_code
+        == 0
+    )
+    assert yaml.safe_load((tmp_path / "c" / "recipe.yaml").read_text())["sparsity"] == 0.25
+
+
+def test_bad_recipes_are_named(checkpoint, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    for content, said in [
+        ("sparsty: 0.5", "did you mean 'sparsity'"),
+        ("- 1", "holds no settings"),
+        ("a: [", "cannot be read"),
+    ]:
+        recipe.write_text(content)
+        done = run("prune", checkpoint, *PRUNE, "--config", recipe, "--output", tmp_path / "out")
+        assert done.exit_code == 2
+        assert said in done.output
+        assert len(done.output.strip().splitlines()) == 1
+    assert run("prune", "--config", tmp_path / "none.yaml", "--output", tmp_path / "out").exit_code == 2
+
+
+def test_a_single_file_metric_is_used_and_recorded(checkpoint, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import torch\nfrom pruneforge import Metric\n"
+        "class Mine(Metric):\n"
+        '    """A random control."""\n'
+        "    def score(self, layer, stats):\n"
+        "        return torch.rand(layer.shape)\n"
+    )
+    for name in ("a", "b"):
+        done = run("prune", checkpoint, "-p", file, "--metric", "mine", "--output", tmp_path / name)
+        assert done.exit_code == 0, done.output
+    first, second = pruneforge.load(tmp_path / "a"), pruneforge.load(tmp_path / "b")
+    assert first.report["recipe"]["plugins"] == [str(file)]
+    assert all(torch.equal(first.masks[name], mask) for name, mask in second.masks.items())
+    assert len({mask.float().mean().item() for mask in first.masks.values()}) == 1
+    listed = shell("plugins", "--json", "-p", file)
+    assert {"mine"} <= {item["name"] for item in json.loads(listed.stdout)["registered"]}
+
+
+def test_plugins_lists_options_types_defaults_origin_and_version():
+    done = shell("plugins", "--json")
+    listed = json.loads(done.stdout)
+    registered = {(item["kind"], item["name"]): item for item in listed["registered"]}
+    assert {("metric", "gblm"), ("adapter", "llama"), ("source", "c4"), ("evaluator", "perplexity")} <= set(registered)
+    alpha = next(option for option in registered["metric", "gblm"]["options"] if option["name"] == "alpha")
+    assert (alpha["type"], alpha["default"]) == ("float", 100.0)
+    assert all(plugin["origin"] and plugin["version"] for plugin in listed["plugins"])
+    table = shell("plugins").stdout
+    assert "alpha: float = 100.0" in table
+    assert "l1|l2" in table
+    limited = json.loads(shell("plugins", "--json", PRUNEFORGE_PLUGINS="wanda").stdout)
+    assert [item["name"] for item in limited["registered"]] == ["wanda"]
+
+
+def test_a_plugin_that_fails_is_shown_and_the_rest_works(tmp_path):
+    """An installed distribution, as pip would lay it out, whose plugin raises."""
+    info = tmp_path / "broken-9.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 9\n")
+    (info / "entry_points.txt").write_text("[pruneforge]\nbroken = broken_plugin\n")
+    (tmp_path / "broken_plugin.py").write_text("raise RuntimeError('rotten')\n")
+    done = shell("plugins", "--json", PYTHONPATH=str(tmp_path))
+    listed = json.loads(done.stdout)
+    broken = next(plugin for plugin in listed["plugins"] if plugin["name"] == "broken")
+    assert (broken["origin"], broken["version"]) == ("broken", "9")
+    assert "Traceback" in broken["error"]
+    assert "RuntimeError: rotten" in broken["error"]
+    assert {"wanda", "llama"} <= {item["name"] for item in listed["registered"]}
+    assert "warning: plugin 'broken' (broken 9) failed to load: RuntimeError: rotten" in done.stderr
+
+
+def test_doctor_says_what_works():
+    done = shell("doctor", "--json")
+    found = json.loads(done.stdout)
+    assert set(found) == {"versions", "machine", "plugins", "registered", "cache", "works here"}
+    assert found["works here"]["every registered name"] == "imports"
+    assert found["versions"]["torch"]
+    assert "works here" in shell("doctor").stdout
+
+
+def test_demo_prunes_with_every_metric_at_both_patterns():
+    done = shell("demo", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["text"]["rows"]
+    assert [(row["metric"], row["pattern"]) for row in rows] == [
+        ("dense", ""),
+        *((metric, pattern) for pattern in ("0.5", "2:4") for metric in ("gblm", "magnitude", "sparsegpt", "wanda")),
+    ]
+    dense = rows[0]["perplexity"]
+    for row in rows[1:]:
+        assert row["sparsity"] == 0.5
+        assert dense < row["perplexity"] < 3 * dense
+        assert row["seconds"] > 0
+        assert row["peak_memory_bytes"] > 0
+
+
+BAD = [
+    ({"--metric": "wander"}, "unknown metric 'wander'; did you mean 'wanda'?"),
+    ({"--sparsity": "1.0"}, "sparsity 1.0 is outside [0, 1)"),
+    ({"--sparsity": "-0.5"}, "sparsity -0.5 is outside [0, 1)"),
+    ({"--sparsity": None, "--pattern": "5:4"}, "N must lie between 1 and M"),
+    ({"--sparsity": None, "--pattern": "3:7"}, "layer 'model.layers.0.self_attn.q_proj' has 128"),
+    ({"--calibration": "missing.txt"}, "there is no file or folder 'missing.txt'"),
+    ({"--calibration": None}, "metric 'wanda' needs calibration data"),
+    ({"--option": "alpha=1"}, "unknown option of wanda 'alpha'"),
+    ({"--option": "scope=everywhere"}, "option scope='everywhere' of wanda"),
+    ({"--option": "scope"}, "is not of the form name=value"),
+    ({"--option": "scope=model"}, "add --propagate dense"),
+    ({"--option": "scope=row", "--sparsity": None, "--pattern": "2:4"}, "does not go with pattern 2:4"),
+    ({"--seqlen": "4096"}, "longer than the model's context of 256"),
+    ({"--device": "tpu"}, "device 'tpu' is none of"),
+    ({"--device": "cuda:99"}, "device 'cuda:99' is not there"),
+    ({"--dtype": "int8"}, "unknown dtype 'int8'"),
+    ({"--source-option": "shuffle=1"}, "unknown option of python-docs 'shuffle'"),
+    ({"--samples": "100000"}, "100000 were asked for"),
+    ({"-p": "nowhere.py"}, "plugin file 'nowhere.py' does not exist"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), BAD, ids=[said[:30] for _, said in BAD])
+def test_bad_input_is_one_clear_line_and_code_2(checkpoint, tmp_path, changes, said):
+    settings = {str(PRUNE[i]): PRUNE[i + 1] for i in range(0, len(PRUNE), 2)} | changes
+    arguments = [part for name, value in settings.items() if value is not None for part in (name, value)]
+    done = run("prune", checkpoint, *arguments, "--output", tmp_path / "out")
+    assert done.exit_code == 2, done.output
+    assert said in done.output
+    assert len(done.output.strip().splitlines()) == 1, done.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_are_no_model_are_named(checkpoint, tmp_path):
+    (tmp_path / "empty").mkdir()
+    gpt2 = tmp_path / "gpt2"
+    gpt2.mkdir()
+    (gpt2 / "config.json").write_text('{"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2}')
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    for folder, said in [
+        (tmp_path / "nowhere", "does not exist"),
+        (tmp_path / "empty", "llama: the folder has no config.json"),
+        (gpt2, "llama: block transformer.h.0 (GPT2Block) has linear layers none"),
+        (other, "llama: "),
+    ]:
+        done = run("prune", folder, *PRUNE, "--output", tmp_path / "out")
+        assert done.exit_code == 2
+        assert said in done.output
+        assert len(done.output.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("metric", ["magnitude", "wanda"])
+def test_damaged_weights_name_the_layer(checkpoint, tmp_path, metric):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoint, damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    done = run("prune", damaged, *PRUNE, "--metric", metric, "--output", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "layer 'model.layers.2.mlp.up_proj' has non-finite weights" in done.output
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 4] = 0
+    tensors["model.layers.1.input_layernorm.weight"][0] = float("inf")
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    done = run("prune", damaged, *PRUNE, "--metric", "sparsegpt", "--output", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "non-finite activations reach layer 'model.layers.1.self_attn.q_proj'" in done.output
+    (damaged / "model.safetensors").write_bytes(b"\x00" * 100)
+    done = run("prune", damaged, *PRUNE, "--output", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "cannot be loaded" in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_interrupting_stops_cleanly(checkpoint, tmp_path):
+    observer = tmp_path / "interrupt.py"
+    observer.write_text(
+        "import os, signal\nfrom pruneforge import hookimpl\n"
+        "@hookimpl\ndef pruneforge_register(registry): pass\n"
+        "@hookimpl\ndef pruneforge_block_pruned(result):\n"
+        "    if result.index == 2: os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    done = shell("prune", checkpoint, *PRUNE, "-p", observer, "--output", tmp_path / "out")
+    assert done.returncode == 130
+    assert done.stderr.strip() == "pruneforge: interrupted; no output was written"
+    assert [path.name for path in tmp_path.iterdir()] == ["interrupt.py"]
+
+
+def test_warnings_reach_the_user_and_the_report(checkpoint, tmp_path):
+    done = shell(
+        "prune", checkpoint, *PRUNE, "--metric", "sparsegpt", "--samples", 1, "--option", "damping=1e-30",
+        "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "pruneforge: warning: model.layers.0.self_attn.q_proj: damping raised to" in done.stderr
+    assert pruneforge.load(tmp_path / "out").report["warnings"]
