@@ -21,6 +21,9 @@ DTYPES = {
     "float64": torch.float64,
 }
 
+DEMO = "demo:"
+"""Before the name of a demo, in place of a folder or hub id."""
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -43,7 +46,7 @@ def load_model(model: str | Path | nn.Module, dtype: str, processor: Any, regist
     """Load a folder or hub id, or wrap a model that is already in memory.
 
     Args:
-        model: What to load or wrap.
+        model: What to load or wrap; `demo:NAME` is the checkpoint of a demo.
         dtype: `auto` keeps the checkpoint's dtype, else a name of `DTYPES`.
         processor: Tokenizer or image transform of a model given from Python; `None` looks for the one it
             was loaded with.
@@ -54,6 +57,8 @@ def load_model(model: str | Path | nn.Module, dtype: str, processor: Any, regist
     """
     target = parse_dtype(dtype)
     reference = type(model).__name__ if isinstance(model, nn.Module) else str(model)
+    if not isinstance(model, nn.Module) and reference.startswith(DEMO):
+        reference = str(registry.create("demo", reference.removeprefix(DEMO)).checkpoint())
     if not isinstance(model, nn.Module) and _is_path(reference) and not Path(reference).exists():
         raise PruneForgeError(f"model folder {reference!r} does not exist")
     reasons = []

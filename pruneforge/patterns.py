@@ -81,7 +81,8 @@ class NM:
         """
         if in_features % self.m:
             raise PruneForgeError(
-                f"pattern {self} needs inputs in groups of {self.m}, and layer {layer!r} has {in_features} of them"
+                f"pattern {self} needs inputs in groups of {self.m}, and layer {layer!r} has {in_features} of them; "
+                f"leave it out with --exclude '*{layer.rpartition('.')[2]}'"
             )
 
     def select(self, scores: Tensor) -> Tensor:

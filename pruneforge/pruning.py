@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pruneforge import report as reports
+from pruneforge.adapter import Block
 from pruneforge.calibration import Calibration, Data, collect
 from pruneforge.checkpoint.masks import load_masks, save_masks
 from pruneforge.checkpoint.output import check_output, new_folder
@@ -21,6 +23,7 @@ from pruneforge.engine.loop import prune_blocks
 from pruneforge.engine.residency import InMemory
 from pruneforge.engine.run import Run
 from pruneforge.errors import PruneForgeError
+from pruneforge.layer import Layer
 from pruneforge.memory import PeakMemory
 from pruneforge.metric import Metric
 from pruneforge.model import LoadedModel, load_model, parse_device, parse_dtype
@@ -61,6 +64,7 @@ def prune(
     batch_size: int | None = None,
     options: Mapping[str, Any] | None = None,
     source_options: Mapping[str, Any] | None = None,
+    exclude: Sequence[str] = (),
     propagate: Literal["pruned", "dense"] = "pruned",
     device: str = "auto",
     dtype: str = "auto",
@@ -83,6 +87,7 @@ def prune(
         batch_size: Samples that go through a block together; by default 4096 tokens' worth.
         options: Options of a metric given by name.
         source_options: Options of the calibration source.
+        exclude: Layers to leave dense, as names with wildcards, such as "*.down_proj"; the report lists them.
         propagate: Whether calibration sees the earlier blocks "pruned" (as the published language-model
             code does) or "dense".
         device: "auto", "cpu", "cuda" or "cuda:N".
@@ -111,6 +116,7 @@ def prune(
         batch_size=batch_size,
         options=dict(options or {}) if isinstance(metric, str) else metric.options.model_dump(),
         source_options=dict(source_options or {}),
+        exclude=list(exclude),
         propagate=propagate,
         device=device,
         dtype=dtype,
@@ -140,7 +146,7 @@ def prune(
             progress=bars,
         )
     fingerprint = reports.fingerprint(loaded.module)
-    run = Run(chosen, asked, propagate, loaded.adapter.blocks(loaded.module))
+    run = Run(chosen, asked, propagate, *_without(loaded.adapter.blocks(loaded.module), exclude))
     with run.timed("total"), _exact_arithmetic(seed, target), _evaluating(loaded.module):
         _prune_in_memory(run, loaded, data, target, bars, found)
     report = reports.make_report(recipe, loaded, fingerprint, data.description or None, run, peak.read())
@@ -194,6 +200,19 @@ def _pattern(metric: Metric, sparsity: float | None, pattern: str | None, propag
             "add --propagate dense"
         )
     return asked
+
+
+def _without(blocks: list[Block], exclude: Sequence[str]) -> tuple[list[Block], list[Layer]]:
+    """Return the blocks without the layers that `exclude` names, and those layers."""
+    layers = [layer for block in blocks for layer in block.layers]
+    for glob in exclude:
+        if not any(fnmatchcase(layer.name, glob) for layer in layers):
+            raise PruneForgeError(f"exclude={glob!r} fits no layer; they are called like {layers[0].name!r}")
+    out = {layer.name for layer in layers if any(fnmatchcase(layer.name, glob) for glob in exclude)}
+    if len(out) == len(layers):
+        raise PruneForgeError(f"exclude={', '.join(exclude)} leaves no layer to prune")
+    kept = [replace(block, layers=tuple(la for la in block.layers if la.name not in out)) for block in blocks]
+    return kept, [layer for layer in layers if layer.name in out]
 
 
 @contextmanager

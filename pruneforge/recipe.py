@@ -36,6 +36,7 @@ class PruneRecipe(_Recipe):
     seqlen: int | None = Field(None, ge=1)
     options: dict[str, Any] = Field(default_factory=dict)
     source_options: dict[str, Any] = Field(default_factory=dict)
+    exclude: list[str] = Field(default_factory=list)
     propagate: Literal["pruned", "dense"] = "pruned"
 
 

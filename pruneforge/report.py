@@ -55,7 +55,8 @@ def make_report(
             "pruned": pruned,
             "sparsity": round(pruned / mask.numel(), 6),
         }
-    weights = sum(mask.numel() for mask in run.masks.values())
+    dense = sum(layer.parameter.numel() for layer in run.excluded)
+    weights = dense + sum(mask.numel() for mask in run.masks.values())
     pruned = sum(layer["pruned"] for layer in layers.values())
     return {
         "format": FORMAT,
@@ -76,6 +77,7 @@ def make_report(
         "calibration": calibration,
         "sparsity": {"weights": weights, "pruned": pruned, "reached": round(pruned / weights, 6)},
         "layers": layers,
+        "excluded": [layer.name for layer in run.excluded],
         "warnings": run.warnings,
         "evaluation": [],
         "versions": versions(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,17 +68,15 @@ def load_plugin_files(files: list[str] | None) -> None:
 
 
 def quieten() -> None:
-    """Keep the libraries' own progress bars and advice out of pipes and log files."""
-    import os
+    """Keep the libraries' own progress bars and advice out of pipes and log files.
 
+    Through their environment variables, so that none is imported for it; what the user set stays.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import datasets
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def assignments(values: list[str] | None, flag: str) -> dict[str, Any]:

@@ -26,8 +26,8 @@ def demo(
     config: common.Config = None,
 ) -> None:
     """Prune the embedded model with every metric there is, at 50 % and 2:4; needs no network."""
-    common.load_plugin_files(plugin)
     common.quieten()
+    common.load_plugin_files(plugin)
     from pruneforge.plugins import plugins
     from pruneforge.progress import BarProgress
 

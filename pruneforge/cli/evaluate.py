@@ -50,8 +50,8 @@ def evaluate(
 ) -> None:
     """Evaluate a model with a task's own harness."""
     options = common.assignments(option, "--option")
-    common.load_plugin_files(plugin)
     common.quieten()
+    common.load_plugin_files(plugin)
     from pruneforge.evaluating import evaluate as run
 
     outcome = run(

@@ -56,6 +56,10 @@ def prune(
         list[str] | None,
         typer.Option(help="Option of the calibration source; repeatable.", metavar="NAME=VALUE"),
     ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave layers dense, by name with wildcards; repeatable.", metavar="GLOB"),
+    ] = None,
     propagate: Annotated[
         Propagate, typer.Option(help="Whether calibration sees earlier blocks pruned or dense.")
     ] = Propagate.pruned,
@@ -68,8 +72,8 @@ def prune(
     """Prune a model in one shot and write an ordinary model folder, its masks and a report."""
     options = common.assignments(option, "--option")
     source_options = common.assignments(source_option, "--source-option")
-    common.load_plugin_files(plugin)
     common.quieten()
+    common.load_plugin_files(plugin)
     from pruneforge.pruning import prune as run
 
     result = run(
@@ -83,6 +87,7 @@ def prune(
         batch_size=batch_size,
         options=options,
         source_options=source_options,
+        exclude=exclude or (),
         propagate=propagate.value,
         device=device,
         dtype=dtype,

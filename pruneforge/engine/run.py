@@ -11,6 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 from pruneforge.adapter import Block
+from pruneforge.layer import Layer
 from pruneforge.metric import Metric
 from pruneforge.patterns import Pattern
 
@@ -26,6 +27,7 @@ class Run:
         pattern: The pattern asked for.
         propagate: Whether calibration sees the earlier blocks pruned or dense.
         blocks: The model's blocks in the order they run.
+        excluded: Layers of the blocks that the user left out; they stay dense.
         masks: For each finished layer, by full name, its mask [out, in] on the CPU; `True` keeps. The
             engine owns them; nothing infers a mask from zeros.
         seconds: Time by stage.
@@ -36,6 +38,7 @@ class Run:
     pattern: Pattern
     propagate: Propagate
     blocks: list[Block]
+    excluded: list[Layer] = field(default_factory=list)
     masks: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)

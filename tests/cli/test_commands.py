@@ -175,6 +175,8 @@ BAD = [
     ({"--option": "scope"}, "is not of the form name=value"),
     ({"--option": "scope=model"}, "add --propagate dense"),
     ({"--option": "scope=row", "--sparsity": None, "--pattern": "2:4"}, "does not go with pattern 2:4"),
+    ({"--exclude": "*.typo"}, "exclude='*.typo' fits no layer; they are called like 'model.layers.0.self_attn.q_proj'"),
+    ({"--exclude": "*"}, "leaves no layer to prune"),
     ({"--seqlen": "4096"}, "longer than the model's context of 256"),
     ({"--device": "tpu"}, "device 'tpu' is none of"),
     ({"--device": "cuda:99"}, "device 'cuda:99' is not there"),

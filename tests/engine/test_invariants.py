@@ -244,6 +244,22 @@ def test_scopes_compare_what_they_say(metric, scope):
         assert torch.equal(keep, expected)
 
 
+def test_excluded_layers_stay_dense_and_are_counted():
+    model = tiny_llama()
+    before = model.model.layers[1].mlp.down_proj.weight.clone()
+    exclude = ["*.down_proj", "model.layers.0.self_attn.*"]
+    result = pruneforge.prune(model, "wanda", 0.5, None, [tokens()], exclude=exclude)
+    assert torch.equal(model.model.layers[1].mlp.down_proj.weight, before)
+    left_out = [f"model.layers.0.self_attn.{n}_proj" for n in "qkvo"]
+    left_out += [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
+    assert sorted(result.report["excluded"]) == sorted(left_out)
+    assert not set(result.masks) & set(left_out)
+    # Two square projections and two half as wide a block, three of the MLP.
+    attention, mlp = 64 * 64 * 3, 64 * 160
+    assert result.report["sparsity"]["weights"] == 3 * (attention + 3 * mlp)
+    assert result.report["sparsity"]["pruned"] == (2 * attention + 3 * 2 * mlp) // 2
+
+
 def test_one_input_has_one_statistic():
     from pruneforge.plugins import plugins
 

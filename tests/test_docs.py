@@ -1,0 +1,33 @@
+"""The commands and programs in the documentation run, in the order they stand."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
+def test_every_bash_and_python_block_runs(guide, tmp_path):
+    binaries = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+    for language, file, code in re.findall(r"```(bash|python)(?: file=(\S+))?\n(.*?)```", guide.read_text(), re.DOTALL):
+        if file:
+            (tmp_path / file).write_text(code)
+            continue
+        command = ["bash", "-euc", code] if language == "bash" else [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+
+
+def test_links_between_the_pages_lead_somewhere():
+    for guide in [*GUIDES, ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", guide.read_text()):
+            assert (guide.parent / target).exists(), f"{guide.name}: {target}"
