@@ -68,11 +68,11 @@ class Adapter(Configurable, ABC):
         """Return the blocks in the order they run."""
 
     @abstractmethod
-    def batch(self, data: Tensor | Mapping[str, Tensor]) -> Batch:
+    def batch(self, data: Tensor | Mapping[str, Tensor], module: nn.Module) -> Batch:
         """Return a batch for what a source or a user gave.
 
         Raises:
-            PruneForgeError: `data` has none of the forms this architecture takes.
+            PruneForgeError: `data` has none of the forms this architecture takes, or does not fit `module`.
         """
 
     @abstractmethod

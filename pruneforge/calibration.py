@@ -51,15 +51,17 @@ def create_source(data: str | Path, options: Mapping[str, Any], registry: Regist
     names = [entry.name for entry in registry.entries("source")]
     if text.partition(":")[0] in names:
         return registry.create("source", text, options)
-    path = Path(text.partition("[")[0])
-    if not path.exists():
-        near = unknown_name("source", text, names)
-        raise PruneForgeError(f"{near}, and there is no file or folder {str(path)!r}")
     for entry in registry.entries("source"):
-        cls = entry.load()
-        if issubclass(cls, Source) and cls.reads(path):
+        try:
+            cls = entry.load()
+        except PruneForgeError:
+            continue  # `pruneforge plugins` shows it; another source may read the path
+        if issubclass(cls, Source) and cls.reads(text):
             return registry.create("source", f"{entry.name}:{text}", options)
-    raise PruneForgeError(f"no source reads {str(path)!r}; installed are {', '.join(names)}")
+    if Path(text).exists():
+        raise PruneForgeError(f"no source reads {text!r}; installed are {', '.join(names)}")
+    near = unknown_name("source", text, names)
+    raise PruneForgeError(f"{near}, and there is no file or folder {text!r}")
 
 
 def collect(
@@ -105,7 +107,7 @@ def collect(
         if options:
             raise PruneForgeError("source options go with a source, not with batches from Python")
         raw, origin = data, {"source": "batches from Python"}
-    batches = [model.adapter.batch(item) for item in progress.track(raw, "reading calibration data")]
+    batches = [model.adapter.batch(item, model.module) for item in progress.track(raw, "reading calibration data")]
     if not batches:
         raise PruneForgeError(f"calibration data {origin['source']!r} are empty")
     return Calibration(batches, origin | _summary(batches))
@@ -124,7 +126,7 @@ def _summary(batches: list[Batch]) -> dict[str, Any]:
         for key in sorted(batch.inputs):
             value = batch.inputs[key]
             digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-            digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         ids = batch.inputs.get("input_ids")
         if ids is not None:
             keep = torch.ones_like(ids, dtype=torch.bool) if batch.valid is None else batch.valid

@@ -14,7 +14,7 @@ from torch import nn
 from pruneforge import report as reports
 from pruneforge.errors import PruneForgeError
 from pruneforge.evaluator import Evaluator, Subject
-from pruneforge.model import load_model, parse_device, parse_dtype
+from pruneforge.model import in_evaluation_mode, load_model, parse_device, parse_dtype
 from pruneforge.plugins import plugins
 from pruneforge.progress import BarProgress, Progress
 from pruneforge.pruning import PruneResult
@@ -30,6 +30,7 @@ def evaluate(
     include_path: str | Path | None = None,
     limit: int | None = None,
     options: Mapping[str, Any] | None = None,
+    source_options: Mapping[str, Any] | None = None,
     batch_size: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -48,6 +49,7 @@ def evaluate(
         include_path: Folder of local task definitions, for tasks that take one.
         limit: Only so many windows, documents or images, for tasks that take it.
         options: Further options of the evaluator.
+        source_options: Options of the source of the evaluation data, for tasks that take one.
         batch_size: Samples a batch; `None` lets the evaluator choose.
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: Dtype to load or cast the model to; "auto" keeps its own.
@@ -55,6 +57,8 @@ def evaluate(
         output: JSON file to write the results to, with the recipe that repeats them.
         progress: `True` for bars on a terminal.
         processor: Tokenizer or image transform of a model in memory.
+
+    The results for a folder that `prune` wrote are added to its report.
 
     Returns:
         The evaluator's results, with `task`, `recipe`, `versions` and `warnings`.
@@ -65,18 +69,20 @@ def evaluate(
     found = plugins()
     bars = (BarProgress() if progress else Progress()) if isinstance(progress, bool) else progress
     given = {"data": data, "window": window, "include_path": include_path, "limit": limit}
-    values = {key: str(v) if isinstance(v, Path) else v for key, v in given.items() if v is not None}
+    values: dict[str, Any] = {key: str(v) if isinstance(v, Path) else v for key, v in given.items() if v is not None}
     values |= dict(options or {})
+    if source_options:
+        values["source_options"] = dict(source_options)
     evaluator: Evaluator = found.registry.create("evaluator", task, values)
     target, _ = parse_device(device), parse_dtype(dtype)
     if output is not None:
         _check_writable(Path(output))
     if isinstance(model, PruneResult):
-        loaded, report = model.loaded, model.report
+        loaded, report, folder = model.loaded, model.report, None
     else:
         loaded = load_model(model, dtype, processor, found.registry)
-        folder = Path(str(model)) if not isinstance(model, nn.Module) else None
-        report = (reports.load_report(folder) if folder and folder.is_dir() else None) or {}
+        folder = Path(loaded.reference) if Path(loaded.reference).is_dir() else None
+        report = (reports.load_report(folder) if folder else None) or {}
     try:
         recipe = EvalRecipe(
             model=loaded.reference,
@@ -91,13 +97,14 @@ def evaluate(
     except ValidationError as error:
         first = error.errors()[0]
         raise PruneForgeError(f"{first['loc'][0]}={first['input']!r}: {first['msg'].lower()}") from None
-    training = loaded.module.training
-    loaded.module.to(target).eval()
-    try:
-        subject = Subject(loaded, target, batch_size, seed, found.registry, report.get("calibration"), bars)
-        results = evaluator.evaluate(subject)
-    finally:
-        loaded.module.train(training)
+    home = next(loaded.module.parameters()).device
+    with in_evaluation_mode(loaded.module):
+        try:
+            loaded.module.to(target)
+            subject = Subject(loaded, target, batch_size, seed, found.registry, report.get("calibration"), bars)
+            results = evaluator.evaluate(subject)
+        finally:
+            loaded.module.to(home)
     warnings = results.pop("warnings", [])
     outcome = {
         "task": task,
@@ -106,8 +113,11 @@ def evaluate(
         "recipe": recipe.model_dump(),
         "versions": reports.versions(),
     }
+    if folder is not None:
+        failed = reports.record_evaluation(folder, outcome)
+        outcome["warnings"] += [failed] if failed else []
     if output is not None:
-        _write_json(outcome, Path(output))
+        reports.write_text(json.dumps(outcome, indent=2) + "\n", Path(output))
     return outcome
 
 
@@ -116,9 +126,3 @@ def _check_writable(path: Path) -> None:
         raise PruneForgeError(
             f"output {str(path)!r} is no file that can be written; name a file in a folder that is there"
         )
-
-
-def _write_json(outcome: Mapping[str, Any], path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)

@@ -40,7 +40,7 @@ def pruneforge_run_started(run: Run) -> None:
 def pruneforge_block_pruned(run: Run, result: BlockResult) -> None:
     """Observe that a block has its masks, before the next block is calibrated.
 
-    `result` holds the block's name and position, each layer's mask and what the metric reported.
+    `result` holds the block's name and position, and the mask of each of its layers.
     Called once a block, in the order of the model. Return nothing, and treat the masks as read only.
     """
 

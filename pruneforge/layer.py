@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from pruneforge.errors import PruneForgeError
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype for sums and scores over values of `dtype`: float32, or float64 for float64."""
@@ -42,21 +44,26 @@ class Layer:
     @property
     def shape(self) -> tuple[int, int]:
         """`(out, in)`."""
-        out_features, in_features = self.parameter.shape
+        out_features, in_features = self.weight.shape
         return out_features, in_features
 
     def write(self, weight: Tensor, mask: Tensor) -> None:
         """Store `weight` [out, in] where `mask` keeps and zero elsewhere, in the parameter's dtype."""
         self.parameter.data.copy_(torch.where(mask, weight, torch.zeros((), device=weight.device)))
 
-    def inputs(self, value: Tensor) -> Tensor:
-        """View what the module received [batch, ..., in] as [batch, tokens, in]."""
-        return _tokens(value)
+    def inputs(self, value: Tensor, samples: int) -> Tensor:
+        """View what the module received [..., in] as [samples, tokens, in]."""
+        return self._tokens(value, samples)
 
-    def outputs(self, value: Tensor) -> Tensor:
-        """View what the module returned [batch, ..., out] as [batch, tokens, out]."""
-        return _tokens(value)
+    def outputs(self, value: Tensor, samples: int) -> Tensor:
+        """View what the module returned [..., out] as [samples, tokens, out]."""
+        return self._tokens(value, samples)
 
-
-def _tokens(value: Tensor) -> Tensor:
-    return value.reshape(value.shape[0], -1, value.shape[-1])
+    def _tokens(self, value: Tensor, samples: int) -> Tensor:
+        # Windows and flattened tokens still stand sample by sample, so this is a view of the same order.
+        tokens = value.shape[:-1].numel()
+        if tokens % samples:
+            raise PruneForgeError(
+                f"layer {self.name!r} sees {tokens} tokens, which do not divide into {samples} samples"
+            )
+        return value.reshape(samples, -1, value.shape[-1])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pruneforge import options
 from pruneforge.errors import PruneForgeError
-from pruneforge.layer import Layer
+from pruneforge.layer import Layer, accumulation_dtype
 from pruneforge.patterns import Pattern, Scope
 from pruneforge.statistics import LayerStatistics, Statistic
 
@@ -53,6 +53,9 @@ class Metric(options.Configurable):
     def score(self, layer: Layer, stats: LayerStatistics) -> Tensor:
         """Return one number a weight [out, in], higher is more important.
 
+        May be called several times for a layer, and must return the same each time; random numbers from
+        torch are seeded for each layer, so drawing them is no exception.
+
         Args:
             layer: The layer; `layer.weight` is [out, in], float32 or float64, read only.
             stats: The statistics that `requires` names.
@@ -70,7 +73,7 @@ class Metric(options.Configurable):
         return Pruned(pattern.select(self.checked_score(layer, stats)))
 
     def checked_score(self, layer: Layer, stats: LayerStatistics) -> Tensor:
-        """Return `score`, checked.
+        """Return `score` on the layer's device, in float32 or float64 and contiguous, checked.
 
         Raises:
             PruneForgeError: The score has another shape than the weight, or NaN, which compares with nothing.
@@ -83,7 +86,8 @@ class Metric(options.Configurable):
             )
         if score.isnan().any():
             raise PruneForgeError(f"metric {self.name!r} scored layer {layer.name!r} with NaN")
-        return score
+        dtype = accumulation_dtype(score.dtype)
+        return score.to(layer.parameter.device, dtype).contiguous()
 
     def comparison_group(self) -> Scope | None:
         """Return the scope asked for, or the metric's own."""

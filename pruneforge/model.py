@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,12 +65,17 @@ def load_model(model: str | Path | nn.Module, dtype: str, processor: Any, regist
         raise PruneForgeError(f"model folder {reference!r} does not exist")
     reasons = []
     for entry in registry.entries("adapter"):
-        adapter: Adapter = registry.create("adapter", entry.name)
+        try:
+            adapter: Adapter = registry.create("adapter", entry.name)
+        except PruneForgeError as error:
+            reasons.append(f"{entry.name}: {error}")
+            continue
         declined = adapter.declines_module(model) if isinstance(model, nn.Module) else adapter.declines(reference)
         if declined is not None:
             reasons.append(f"{entry.name}: {declined}")
         elif isinstance(model, nn.Module):
-            return LoadedModel(model.to(target) if target else model, adapter, processor, reference)
+            _cast(model, target)
+            return LoadedModel(model, adapter, processor, reference)
         else:
             module, found = adapter.load(reference, target)
             return LoadedModel(module, adapter, processor or found, reference)
@@ -97,11 +104,34 @@ def parse_device(name: str) -> torch.device:
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise PruneForgeError(f"device {name!r} is none of auto, cpu, cuda, cuda:N")
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cpu":
+        return device
+    if (device.index or 0) >= torch.cuda.device_count():
         raise PruneForgeError(
             f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
         )
-    return device
+    # With its index, as the tensors on it will have it; asking for the current one also initialises CUDA.
+    current = torch.cuda.current_device()
+    return torch.device("cuda", current if device.index is None else device.index)
+
+
+@contextmanager
+def in_evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Hold a model in evaluation mode within the context; each part then returns to its own mode."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _cast(module: nn.Module, dtype: torch.dtype | None) -> None:
+    # Parameters alone, as loading in that dtype does: buffers such as rotary frequencies keep their precision.
+    for parameter in module.parameters():
+        if dtype is not None and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _is_path(reference: str) -> bool:

@@ -18,7 +18,7 @@ class Options(BaseModel):
     Texts from a command line are read as the declared type (`"100"` as a float, `"yes"` as a bool).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 
 
 class Configurable:

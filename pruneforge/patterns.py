@@ -52,6 +52,11 @@ class Unstructured:
         rows = scores if self.scope == "row" else scores.reshape(1, -1)
         return prune_smallest(rows, pruned_count(rows.shape[1], self.sparsity)).view_as(scores)
 
+    def fits(self, mask: Tensor) -> bool:
+        """Return whether a mask [out, in] prunes exactly as many of each row or layer as it should."""
+        rows = mask if self.scope == "row" else mask.reshape(1, -1)
+        return bool(((~rows).sum(dim=1) == pruned_count(rows.shape[1], self.sparsity)).all())
+
     def __str__(self) -> str:
         return f"{float(self.sparsity):g}"
 
@@ -99,6 +104,10 @@ class NM:
                 rank[later] += first
                 rank[earlier] += ~first
         return (rank >= self.m - self.n).T.reshape(scores.shape)
+
+    def fits(self, mask: Tensor) -> bool:
+        """Return whether a mask [out, in] keeps exactly n of every group."""
+        return bool((mask.reshape(-1, self.m).sum(dim=1) == self.n).all())
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"

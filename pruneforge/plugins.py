@@ -33,7 +33,7 @@ class Plugin:
     """One discovered plugin.
 
     Attributes:
-        name: Entry-point name, or the file's stem.
+        name: Entry-point name, or the file's path.
         origin: Distribution name, or the file's path.
         version: Version of the distribution; empty for a file.
         error: Traceback when it failed to load, else `None`.
@@ -47,7 +47,7 @@ class Plugin:
     @property
     def from_file(self) -> bool:
         """Whether it was loaded with `-p` from a single file."""
-        return self.origin.endswith(".py")
+        return self.name == self.origin
 
 
 class Plugins:
@@ -75,12 +75,13 @@ class Plugins:
         Raises:
             PruneForgeError: `selection` names a plugin that is not installed, or mixes both forms.
         """
-        points = {point.name: point for point in metadata.entry_points(group=GROUP)}
-        for name in _admitted(selection, points):
-            point = points[name]
-            origin = point.dist.name if point.dist else point.value
-            version = point.dist.version if point.dist else ""
-            self._load(name, origin, version, point.load)
+        points = metadata.entry_points(group=GROUP)
+        admitted = _admitted(selection, {point.name for point in points})
+        for point in sorted(points, key=lambda point: point.name):
+            if point.name in admitted:
+                origin = point.dist.name if point.dist else point.value
+                version = point.dist.version if point.dist else ""
+                self._load(point.name, origin, version, point.load)
 
     def load_file(self, path: str | Path) -> None:
         """Load a single Python file as a plugin; loading the same file again does nothing.
@@ -97,7 +98,7 @@ class Plugins:
         origin = str(file)
         if any(plugin.origin == origin for plugin in self.loaded):
             return
-        self._load(file.stem, origin, "", lambda: _import_file(file))
+        self._load(origin, origin, "", lambda: _import_file(file))
         error = self.loaded[-1].error
         if error is not None:
             raise PruneForgeError(f"plugin file {origin!r} failed to load: {error.strip().splitlines()[-1]}")
@@ -112,6 +113,10 @@ class Plugins:
 
     def _load(self, name: str, origin: str, version: str, load: object) -> None:
         # A plugin may fail in any way at all; it is reported, and the others go on working.
+        if self._manager.has_plugin(name):
+            taken = next(plugin.origin for plugin in self.loaded if plugin.name == name)
+            self.loaded.append(Plugin(name, origin, version, f"the name is taken by the plugin of {taken!r}"))
+            return
         try:
             module = load()  # type: ignore[operator]
             self._manager.register(module, name)

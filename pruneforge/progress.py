@@ -9,7 +9,13 @@ T = TypeVar("T")
 
 
 class Progress:
-    """Iterates in silence."""
+    """Iterates in silence.
+
+    Attributes:
+        shown: Whether anybody sees progress; a library's own bars follow it.
+    """
+
+    shown = False
 
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
         """Yield `items`, showing how far along they are.
@@ -41,6 +47,7 @@ class BarProgress(Progress):
             transient=True,
             disable=not console.is_terminal,
         )
+        self.shown = console.is_terminal
         self._running = 0
 
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pruneforge import report as reports
 from pruneforge.adapter import Block
-from pruneforge.calibration import Calibration, Data, collect
+from pruneforge.calibration import Calibration, Data, collect, create_source
 from pruneforge.checkpoint.masks import load_masks, save_masks
 from pruneforge.checkpoint.output import check_output, new_folder
 from pruneforge.engine.chain import Chain
@@ -26,7 +26,7 @@ from pruneforge.errors import PruneForgeError
 from pruneforge.layer import Layer
 from pruneforge.memory import PeakMemory
 from pruneforge.metric import Metric
-from pruneforge.model import LoadedModel, load_model, parse_device, parse_dtype
+from pruneforge.model import LoadedModel, in_evaluation_mode, load_model, parse_device, parse_dtype
 from pruneforge.patterns import NM, Pattern, parse_pattern
 from pruneforge.plugins import Plugins, plugins
 from pruneforge.progress import BarProgress, Progress
@@ -101,7 +101,9 @@ def prune(
         The pruned model, its masks and the report.
 
     Raises:
-        PruneForgeError: Something asked for does not exist or does not fit; nothing has been written.
+        PruneForgeError: Something asked for does not exist or does not fit; nothing has been written. What
+            can be known beforehand is raised before a model in memory is changed; weights and activations that
+            are not finite are found on the way, when earlier blocks are already pruned.
     """
     found = plugins()
     bars = (BarProgress() if progress else Progress()) if isinstance(progress, bool) else progress
@@ -127,6 +129,8 @@ def prune(
     asked = _pattern(chosen, sparsity, pattern, propagate)
     if chosen.requires and calibration is None:
         raise PruneForgeError(f"metric {chosen.name!r} needs calibration data; pass --calibration SOURCE or PATH")
+    if isinstance(calibration, str | Path):
+        create_source(calibration, source_options or {}, found.registry)  # before a large model is loaded
     target, _ = parse_device(device), parse_dtype(dtype)
     if output is not None:
         check_output(Path(output))
@@ -146,8 +150,9 @@ def prune(
             progress=bars,
         )
     fingerprint = reports.fingerprint(loaded.module)
-    run = Run(chosen, asked, propagate, *_without(loaded.adapter.blocks(loaded.module), exclude))
-    with run.timed("total"), _exact_arithmetic(seed, target), _evaluating(loaded.module):
+    blocks, excluded = _without(loaded.adapter.blocks(loaded.module), exclude)
+    run = Run(chosen, asked, propagate, blocks, seed, excluded)
+    with run.timed("total"), _exact_arithmetic(seed), in_evaluation_mode(loaded.module):
         _prune_in_memory(run, loaded, data, target, bars, found)
     report = reports.make_report(recipe, loaded, fingerprint, data.description or None, run, peak.read())
     found.hook.pruneforge_run_finished(run=run, report=report)
@@ -216,27 +221,19 @@ def _without(blocks: list[Block], exclude: Sequence[str]) -> tuple[list[Block], 
 
 
 @contextmanager
-def _exact_arithmetic(seed: int, device: torch.device) -> Iterator[None]:
+def _exact_arithmetic(seed: int) -> Iterator[None]:
     """Full float32 products, and random numbers of the run's own that leave the caller's alone."""
     precision = torch.get_float32_matmul_precision()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    convolution = torch.backends.cudnn.allow_tf32
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
         try:
             yield
         finally:
             torch.set_float32_matmul_precision(precision)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
+            torch.backends.cudnn.allow_tf32 = convolution
 
 
 def _prune_in_memory(

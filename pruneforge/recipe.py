@@ -49,7 +49,7 @@ class EvalRecipe(_Recipe):
 
 def save_recipe(recipe: BaseModel, folder: Path) -> None:
     """Write a recipe to `folder` as YAML, without what was left at its default."""
-    values = recipe.model_dump(exclude_defaults=True)
+    values = recipe.model_dump(mode="json", exclude_defaults=True)
     (folder / FILE).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 

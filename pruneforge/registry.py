@@ -40,9 +40,10 @@ class Entry:
         module, _, attribute = self.target.partition(":")
         try:
             return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # a plugin's module may fail in any way
             raise PruneForgeError(
-                f"{self.kind} {self.name!r} of plugin {self.plugin!r} cannot be imported from {self.target}: {error}"
+                f"{self.kind} {self.name!r} of plugin {self.plugin!r} cannot be imported from {self.target}: "
+                f"{type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
 
 

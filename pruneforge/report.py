@@ -60,8 +60,8 @@ def make_report(
     pruned = sum(layer["pruned"] for layer in layers.values())
     return {
         "format": FORMAT,
-        "recipe": recipe.model_dump(),
-        "metric": {"name": run.metric.name, "options": run.metric.options.model_dump()},
+        "recipe": recipe.model_dump(mode="json"),
+        "metric": {"name": run.metric.name, "options": run.metric.options.model_dump(mode="json")},
         "pattern": {
             "pattern": str(run.pattern),
             "scope": getattr(run.pattern, "scope", None) if run.metric.scope else None,
@@ -135,6 +135,34 @@ def fingerprint(module: nn.Module) -> str:
 def save_report(report: Mapping[str, Any], folder: Path) -> None:
     """Write a report to `folder`."""
     (folder / FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def record_evaluation(folder: Path, outcome: Mapping[str, Any]) -> str | None:
+    """Add an evaluation to the report in `folder`, in place of an earlier one of the same recipe.
+
+    Returns:
+        Why that could not be done, or `None`.
+    """
+    report = load_report(folder)
+    if report is None:
+        return None
+    others = [known for known in report["evaluation"] if known["recipe"] != outcome["recipe"]]
+    report["evaluation"] = [*others, dict(outcome)]
+    try:
+        write_text(json.dumps(report, indent=2) + "\n", folder / FILE)
+    except OSError as error:
+        return f"the evaluation could not be added to {str(folder / FILE)!r}: {error.strerror}"
+    return None
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a file that is complete or as it was before."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_report(folder: Path) -> dict[str, Any] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -39,8 +38,8 @@ class Source(Configurable, ABC):
     """Gives calibration data. The same request gives the same data."""
 
     @classmethod
-    def reads(cls, path: Path) -> bool:
-        """Return whether this source reads the local file or folder `path` (its `argument` is then the path)."""
+    def reads(cls, path: str) -> bool:
+        """Return whether this source reads the local file or folder `path`, which becomes its `argument`."""
         return False
 
     @abstractmethod

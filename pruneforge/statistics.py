@@ -40,6 +40,10 @@ class Statistic(ABC):
         self.samples += other.samples
         self.tokens += other.tokens
 
+    def to(self, device: torch.device) -> None:
+        """Move the sums to `device`."""
+        self.total = self.total.to(device)
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything `load_state_dict` needs to restore the statistic."""
         return {"total": self.total, "samples": self.samples, "tokens": self.tokens}
@@ -166,7 +170,3 @@ class LayerStatistics:
         if key not in self._shared:
             self._shared[key] = compute()
         return self._shared[key]
-
-    def values(self) -> list[Statistic]:
-        """Return the statistics."""
-        return list(self._statistics.values())

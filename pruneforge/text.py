@@ -62,7 +62,7 @@ class TextSource(Source):
         if not any(document.strip() for document in documents):
             raise PruneForgeError(f"source {self.name!r} holds no text")
         cut = packed if self.options.pack else crops
-        windows = cut(documents, request.processor, request.samples, request.seqlen, request.seed, self.name)
+        windows = cut(documents, self.name, request, request.seqlen)
         for start in range(0, len(windows), request.batch_size):
             yield {"input_ids": torch.stack(windows[start : start + request.batch_size])}
 
@@ -80,7 +80,7 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 
-def crops(documents: Sequence[str], tokenizer: Any, samples: int, seqlen: int, seed: int, source: str) -> list[Tensor]:
+def crops(documents: Sequence[str], source: str, request: Request, seqlen: int) -> list[Tensor]:
     """Return random crops of random documents that are longer than `seqlen`, documents drawn with replacement.
 
     The random numbers are drawn as in the code that the published methods' authors share, so the same
@@ -90,34 +90,42 @@ def crops(documents: Sequence[str], tokenizer: Any, samples: int, seqlen: int, s
         `samples` tensors [seqlen] int64.
 
     Raises:
-        PruneForgeError: No document is long enough.
+        PruneForgeError: No document is long enough, or those that are hold too little.
     """
-    generator = random.Random(seed)
+    tokenizer, samples, progress = request.processor, request.samples, request.progress
+    generator = random.Random(request.seed)
     lengths: dict[int, int] = {}
-    found: list[Tensor] = []
 
     @functools.lru_cache(maxsize=16)  # a single long file is drawn from again and again
     def tokens_of(index: int) -> Tensor:
         return tokenize(tokenizer, documents[index])
 
-    while len(found) < samples:
-        index = generator.randint(0, len(documents) - 1)
-        if lengths.get(index, seqlen + 1) <= seqlen:
-            continue
-        tokens = tokens_of(index)
-        lengths[index] = len(tokens)
-        if len(tokens) > seqlen:
-            start = generator.randint(0, len(tokens) - seqlen - 1)
-            found.append(tokens[start : start + seqlen])
-        elif len(lengths) == len(documents) and max(lengths.values()) <= seqlen:
-            raise PruneForgeError(
-                f"source {source!r} has no document longer than {seqlen} tokens (the longest has "
-                f"{max(lengths.values())}); use a shorter --seqlen, or --source-option pack=true to join documents"
-            )
+    def draw() -> Tensor:
+        while True:
+            index = generator.randint(0, len(documents) - 1)
+            if lengths.get(index, seqlen + 1) > seqlen:
+                tokens = tokens_of(index)
+                lengths[index] = len(tokens)
+                if len(tokens) > seqlen:
+                    start = generator.randint(0, len(tokens) - seqlen - 1)
+                    return tokens[start : start + seqlen]
+                if len(lengths) == len(documents) and max(lengths.values()) <= seqlen:
+                    raise PruneForgeError(
+                        f"source {source!r} has no document longer than {seqlen} tokens (the longest has "
+                        f"{max(lengths.values())}); use a shorter --seqlen, or join them: --source-option pack=true"
+                    )
+
+    found = [draw() for _ in progress.track(range(samples), "drawing calibration samples")]
+    available = sum(length for length in lengths.values() if length > seqlen)
+    if len(lengths) == len(documents) and available < samples * seqlen:
+        raise PruneForgeError(
+            f"source {source!r} has {available} tokens in documents longer than {seqlen}, too little for {samples} "
+            "samples, which would repeat one another; use fewer --samples or a shorter --seqlen"
+        )
     return found
 
 
-def packed(documents: Sequence[str], tokenizer: Any, samples: int, seqlen: int, seed: int, source: str) -> list[Tensor]:
+def packed(documents: Sequence[str], source: str, request: Request, seqlen: int) -> list[Tensor]:
     """Return random windows of the documents joined end to end, without replacement.
 
     Returns:
@@ -126,7 +134,9 @@ def packed(documents: Sequence[str], tokenizer: Any, samples: int, seqlen: int, 
     Raises:
         PruneForgeError: The documents hold fewer than `samples` windows.
     """
-    stream = torch.cat([tokenize(tokenizer, document) for document in documents if document.strip()])
+    samples = request.samples
+    texts = [document for document in documents if document.strip()]
+    stream = torch.cat([tokenize(request.processor, text) for text in request.progress.track(texts, "tokenising")])
     available = len(stream) // seqlen
     if available < samples:
         raise PruneForgeError(
@@ -134,4 +144,4 @@ def packed(documents: Sequence[str], tokenizer: Any, samples: int, seqlen: int, 
             "asked for; use fewer --samples or a shorter --seqlen"
         )
     windows = stream[: available * seqlen].view(available, seqlen)
-    return [windows[index] for index in random.Random(seed).sample(range(available), samples)]
+    return [windows[index] for index in random.Random(request.seed).sample(range(available), samples)]

@@ -145,9 +145,20 @@ def test_an_output_that_is_taken_is_refused_before_any_work(checkpoint, tmp_path
     assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
     with pytest.raises(PruneForgeError, match="is a file"):
         run(checkpoint, tmp_path / "full" / "thesis.txt")
+    with pytest.raises(PruneForgeError, match="is no folder to write in"):
+        run(checkpoint, tmp_path / "full" / "thesis.txt" / "out")
     (tmp_path / "empty").mkdir()
     run(checkpoint, tmp_path / "empty")
     assert (tmp_path / "empty" / "pruneforge.json").is_file()
+
+
+def test_an_empty_current_folder_and_a_link_to_one_are_filled(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    run(checkpoint, ".")
+    assert pruneforge.load(tmp_path / "link").report["sparsity"]["reached"] == 0.5
+    assert not [path for path in (tmp_path / "here").iterdir() if path.name.startswith(".")]
 
 
 def test_damaged_and_foreign_folders_are_named(checkpoint, tmp_path):

@@ -13,7 +13,7 @@ from conftest import tiny_llama, tokens
 from pydantic import Field
 
 import pruneforge
-from pruneforge import Metric, Options, PruneForgeError, hookspecs
+from pruneforge import Metric, Options, Pruned, PruneForgeError, Statistic, hookspecs
 from pruneforge.options import describe_options
 from pruneforge.plugins import Plugins
 
@@ -42,7 +42,7 @@ def test_a_single_file_is_a_plugin(fresh, tmp_path):
     fresh.load_file(file)
     fresh.load_file(file)
     assert [entry.name for entry in fresh.registry.entries("metric")] == ["ria"]
-    assert [(p.name, p.origin, p.error) for p in fresh.loaded] == [("ria", str(file), None)]
+    assert [(p.name, p.origin, p.error) for p in fresh.loaded] == [(str(file), str(file), None)]
     masks = pruneforge.prune(tiny_llama(), fresh.registry.create("metric", "ria"), 0.5, "2:4", [tokens()]).masks
     assert all(mask.float().mean() == 0.5 for mask in masks.values())
 
@@ -118,6 +118,33 @@ def test_two_plugins_cannot_take_one_name(fresh, tmp_path):
         fresh.load_file(file)
 
 
+def test_a_file_that_is_called_like_a_plugin_leaves_it_alone(fresh, tmp_path):
+    fresh.load_installed("wanda")
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        file = tmp_path / folder / "wanda.py"
+        file.write_text(f"from pruneforge import Metric\nclass Mine{folder}(Metric): pass\n")
+        fresh.load_file(file)
+    assert [entry.name for entry in fresh.registry.entries("metric")] == ["minea", "mineb", "wanda"]
+
+
+def test_one_broken_target_leaves_the_others_usable(fresh, tmp_path, monkeypatch):
+    (tmp_path / "rotten_adapter.py").write_text("def (:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    fresh.load_installed()
+    fresh.registry.adapter("aaa", "rotten_adapter:Rotten")
+    fresh.registry.source("aaa", "rotten_adapter:Rotten")
+    from pruneforge.calibration import create_source
+    from pruneforge.model import load_model
+
+    assert load_model(tiny_llama(), "auto", None, fresh.registry).adapter.name == "llama"
+    text = tmp_path / "text.txt"
+    text.write_text("words")
+    assert create_source(text, {}, fresh.registry).name == "text"
+    with pytest.raises(PruneForgeError, match=r"aaa: adapter 'aaa'.*SyntaxError"):
+        load_model(torch.nn.Linear(2, 2), "auto", None, fresh.registry)
+
+
 def test_unknown_names_are_answered_with_the_nearest(fresh):
     fresh.load_installed()
     for kind, name, near in [
@@ -181,6 +208,38 @@ def test_a_broken_score_is_named(score, said):
         pruneforge.prune(tiny_llama(), metric, 0.5)
     assert said in str(error.value)
     assert "model.layers.0.self_attn.q_proj" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        (lambda shape: torch.zeros(shape, dtype=torch.bool), "does not fit 0.5"),
+        (lambda shape: torch.ones(shape), "must be boolean"),
+        (lambda shape: torch.ones(shape[1], dtype=torch.bool), "must be boolean"),
+    ],
+)
+def test_a_mask_that_does_not_fit_the_pattern_is_refused(mask, said):
+    metric = Scaled()
+    metric.prune_layer = lambda layer, stats, pattern: Pruned(mask(layer.shape))
+    with pytest.raises(PruneForgeError) as error:
+        pruneforge.prune(tiny_llama(), metric, 0.5)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("scope", ["row", "layer", "block", "model"])
+def test_a_random_metric_is_exact_and_the_same_each_time(scope):
+    metric = Scaled(scope=scope)
+    metric.score = lambda layer, stats: torch.rand(layer.shape)
+    first, second = (pruneforge.prune(tiny_llama(), metric, 0.5) for _ in range(2))
+    assert first.report["sparsity"]["pruned"] * 2 == first.report["sparsity"]["weights"]
+    assert all(torch.equal(first.masks[name], mask) for name, mask in second.masks.items())
+
+
+def test_a_statistic_that_nothing_feeds_is_refused():
+    metric = Scaled()
+    metric.requires = (Statistic,)
+    with pytest.raises(PruneForgeError, match="requires Statistic, which is neither"):
+        pruneforge.prune(tiny_llama(), metric, 0.5, None, [tokens()])
 
 
 def test_every_hook_is_documented_with_its_exact_signature():

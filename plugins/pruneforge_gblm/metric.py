@@ -35,8 +35,10 @@ class GBLM(Metric):
     class Options(Metric.Options):
         """Options of GBLM and of the paper's ablations."""
 
-        alpha: float = Field(100.0, ge=0, description="weight of the gradient term")
-        norm: Literal["l1", "l2"] = Field("l1", description="how gradients are gathered over samples")
+        alpha: float = Field(100.0, ge=0, description="weight of the gradient term; gradient_only has no use for it")
+        norm: Literal["l1", "l2"] = Field(
+            "l1", description="how gradients are gathered over samples; not used if signed"
+        )
         gradient_only: bool = Field(False, description="ablation: |W| * G, without activations")
         signed: bool = Field(False, description="ablation: G = |sum g_n|, gradients cancel before the absolute value")
 

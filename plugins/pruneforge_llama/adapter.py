@@ -37,9 +37,11 @@ class Llama(Adapter):
         if folder.exists() and not (folder / "config.json").is_file():
             return "the folder has no config.json"
         try:
-            config = transformers.AutoConfig.from_pretrained(reference)
+            config = transformers.AutoConfig.from_pretrained(reference, trust_remote_code=False)
+            if getattr(config, "quantization_config", None) is not None:
+                return "the checkpoint is quantised; prune the original and quantise afterwards"
             with torch.device("meta"):
-                model = transformers.AutoModelForCausalLM.from_config(config)
+                model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except Exception as error:
             # Configurations fail in as many ways as there are architectures.
             return _first_line(error)
@@ -67,7 +69,7 @@ class Llama(Adapter):
 
         try:
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                reference, dtype=dtype or "auto", output_loading_info=True
+                reference, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise PruneForgeError(f"model {reference!r} cannot be loaded: {_first_line(error)}") from error
@@ -78,7 +80,7 @@ class Llama(Adapter):
                 f"model {reference!r} lacks {len(missing)} weights, such as {missing[0]!r}; the checkpoint is damaged"
             )
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(reference)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(reference, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError, AttributeError):
             tokenizer = None  # batches of token ids need none; text says what is missing when it comes to it
         return model.eval(), tokenizer
@@ -101,21 +103,27 @@ class Llama(Adapter):
             blocks.append(Block(name, block, tuple(Layer(f"{name}.{n}", m) for n, m in linear)))
         return blocks
 
-    def batch(self, data: Tensor | Mapping[str, Tensor]) -> Batch:
+    def batch(self, data: Tensor | Mapping[str, Tensor], module: Any) -> Batch:
         """Take token ids [samples, tokens], or a mapping with `input_ids` and maybe `attention_mask`."""
-        inputs = {"input_ids": data} if isinstance(data, Tensor) else dict(data)
+        inputs = {"input_ids": data} if isinstance(data, Tensor) else dict(data) if isinstance(data, Mapping) else {}
+        inputs.pop("labels", None)
         ids = inputs.get("input_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
-            shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
-            raise PruneForgeError(f"a batch must hold token ids, int64 [samples, tokens]; got {shape}")
-        inputs.pop("labels", None)
-        mask = inputs.get("attention_mask")
-        valid = None
-        if mask is not None:
-            if mask.shape != ids.shape:
-                raise PruneForgeError(f"attention_mask {tuple(mask.shape)} does not fit input_ids {tuple(ids.shape)}")
-            valid = None if mask.bool().all() else mask.bool()
-        return Batch(inputs, size=len(ids), valid=valid)
+            got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(data).__name__
+            raise PruneForgeError(f"a batch must hold token ids, int64 [samples, tokens], maybe with a mask; got {got}")
+        for name, value in inputs.items():
+            if not isinstance(value, Tensor):
+                raise PruneForgeError(f"{name} of a batch must be a tensor; got {type(value).__name__}")
+        vocabulary, context = module.get_input_embeddings().weight.shape[0], self.context_length(module)
+        if ids.min() < 0 or ids.max() >= vocabulary:
+            raise PruneForgeError(
+                f"a batch holds token id {ids.max().item() if ids.min() >= 0 else ids.min().item()}, "
+                f"and the model knows 0 to {vocabulary - 1}; was another tokenizer used?"
+            )
+        if context and ids.shape[1] > context:
+            raise PruneForgeError(f"a batch is {ids.shape[1]} tokens long, and the model's context is {context}")
+        inputs["input_ids"] = ids.long()
+        return Batch(inputs, size=len(ids), valid=_valid(inputs.get("attention_mask"), ids))
 
     def forward(self, module: nn.Module, batch: Batch) -> Any:
         """Run the model without a cache."""
@@ -130,17 +138,30 @@ class Llama(Adapter):
         if batch.valid is None:
             return losses.mean(dim=1)
         counted = batch.valid[:, 1:] & batch.valid[:, :-1]
-        return (losses * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+        # Not a product: what stands at padding may be no number at all.
+        return torch.where(counted, losses, 0).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
 
     def context_length(self, module: Any) -> int | None:
         """Return the number of positions the configuration names."""
         return getattr(module.config.get_text_config(), "max_position_embeddings", None)
 
 
+def _valid(mask: Tensor | None, ids: Tensor) -> Tensor | None:
+    """Return which tokens count [samples, tokens], or `None` if all do."""
+    if mask is None or bool(mask.bool().all()):
+        return None
+    if mask.shape != ids.shape:
+        raise PruneForgeError(f"attention_mask {tuple(mask.shape)} does not fit input_ids {tuple(ids.shape)}")
+    if not mask.bool().any(dim=1).all():
+        raise PruneForgeError("a batch holds a sample that is padding from end to end; leave it out")
+    return mask.bool()
+
+
 def _block_list(module: nn.Module) -> nn.ModuleList | None:
+    """Return the first list of blocks of LLaMA's shape, or else the first list, to say what it is instead."""
     lists = [part for part in module.modules() if isinstance(part, nn.ModuleList) and len(part)]
-    # The outermost list is the first; a list within a block (of experts, say) comes later.
-    return lists[0] if lists else None
+    fitting = (part for part in lists if all(_not_of_shape(block) is None for block in part))
+    return next(fitting, lists[0] if lists else None)
 
 
 def _names(module: nn.Module, blocks: nn.ModuleList) -> list[str]:

@@ -49,15 +49,16 @@ class LMEval(Evaluator):
         names = self._names()
         manager = _task_manager(include)
         _check_known(names, manager)
-        harness = HFLM(
-            pretrained=model.module,
-            tokenizer=model.processor,
-            batch_size=subject.batch_size or 8,
-            device=str(subject.device),
-        )
+        # The harness has bars of its own, shown where ours are.
+        quiet = contextlib.nullcontext() if subject.progress.shown else contextlib.redirect_stderr(io.StringIO())
         try:
-            # The harness prints progress of its own; what it has to say is in the results.
-            with contextlib.redirect_stderr(io.StringIO()):
+            with quiet:
+                harness = HFLM(
+                    pretrained=model.module,
+                    tokenizer=model.processor,
+                    batch_size=subject.batch_size or 8,
+                    device=str(subject.device),
+                )
                 outcome = lm_eval.simple_evaluate(
                     model=harness,
                     tasks=names,
@@ -69,7 +70,7 @@ class LMEval(Evaluator):
                     torch_random_seed=subject.seed,
                     fewshot_random_seed=subject.seed,
                 )
-        except (OSError, ConnectionError, ValueError, KeyError) as error:
+        except Exception as error:  # tasks, data sets and the harness each raise their own
             reason = " ".join(str(error).split())[:300]
             raise PruneForgeError(f"lm-eval cannot run {', '.join(names)}: {reason}") from error
         return self._results(outcome, names)

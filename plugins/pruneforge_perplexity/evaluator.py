@@ -77,7 +77,7 @@ class Perplexity(Evaluator):
         losses = []
         with torch.no_grad():
             for chunk in subject.progress.track(windows.split(size), "perplexity"):
-                batch = model.adapter.batch(chunk).to(subject.device)
+                batch = model.adapter.batch(chunk, model.module).to(subject.device)
                 losses.append(model.adapter.losses(model.adapter.forward(model.module, batch), batch).double().cpu())
         return torch.cat(losses)
 

@@ -35,9 +35,10 @@ class TextFile(TextSource):
     options: Options
 
     @classmethod
-    def reads(cls, path: Path) -> bool:
-        """Return whether the file's name ends like a text file's."""
-        return path.is_file() and path.suffix.lower() in SUFFIXES
+    def reads(cls, path: str) -> bool:
+        """Return whether the file's name, without a slice behind it, ends like a text file's."""
+        file = Path(split_slice(path)[0])
+        return file.is_file() and file.suffix.lower() in SUFFIXES
 
     def documents(self, part: Part) -> Sequence[str]:
         """Read the file; the part makes no difference."""
@@ -69,16 +70,19 @@ class TextFile(TextSource):
 
     def _json_lines(self, path: Path) -> list[str]:
         documents = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
             if not line.strip():
                 continue
             try:
-                documents.append(str(json.loads(line)[self.options.column]))
+                text = json.loads(line)[self.options.column]
             except (ValueError, KeyError, TypeError):
+                text = None
+            if not isinstance(text, str):
                 raise PruneForgeError(
-                    f"line {number} of {str(path)!r} is no JSON object with a field {self.options.column!r}; "
+                    f"line {number} of {str(path)!r} is no JSON object with a text in field {self.options.column!r}; "
                     "name another with --source-option column=NAME"
-                ) from None
+                )
+            documents.append(text)
         return documents
 
     def _parquet(self, path: Path) -> list[str]:
@@ -86,9 +90,8 @@ class TextFile(TextSource):
         from pyarrow import parquet
 
         try:
-            return [
-                str(value) for value in parquet.read_table(path, columns=[self.options.column]).column(0).to_pylist()
-            ]
+            column = parquet.read_table(path, columns=[self.options.column]).column(0)
+            return ["" if value is None else str(value) for value in column.to_pylist()]
         except (pyarrow.ArrowException, IndexError) as error:
             reason = " ".join(str(error).split())[:200]
             raise PruneForgeError(f"{str(path)!r} has no readable column {self.options.column!r}: {reason}") from error

@@ -49,7 +49,7 @@ class _HubText(TextSource):
                 f"it has {', '.join(rows.column_names)}"
             )
         start, stop = self.slice().bounds(len(rows))
-        return rows.select(range(start, stop))[self.field][:]
+        return [text or "" for text in rows.select(range(start, stop))[self.field][:]]
 
     def describe(self, part: Part) -> dict[str, Any]:
         """Return where the documents come from."""

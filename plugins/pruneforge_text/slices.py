@@ -32,18 +32,9 @@ class Slice:
 
 
 def split_slice(text: str) -> tuple[str, Slice]:
-    """Return a path and the slice behind it.
-
-    Raises:
-        PruneForgeError: What stands in brackets is no slice.
-    """
-    if not text.endswith("]"):
-        return text, Slice()
-    path, _, inside = text[:-1].rpartition("[")
-    found = re.fullmatch(r"(\d*%?):(\d*%?)", inside)
-    if not found:
-        raise PruneForgeError(f"{text!r}: [{inside}] is no slice; write rows as [:80%] or [1000:2000]")
-    return path, Slice(found[1], found[2])
+    """Return a path and the slice behind it, the slice of everything if there is none."""
+    found = re.fullmatch(r"(.+)\[(\d*%?):(\d*%?)\]", text, re.DOTALL)
+    return (found[1], Slice(found[2], found[3])) if found else (text, Slice())
 
 
 def _position(text: str, rows: int, default: int) -> int:

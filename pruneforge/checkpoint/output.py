@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from pruneforge.errors import PruneForgeError
 
 
@@ -17,28 +19,33 @@ def check_output(folder: Path) -> None:
     Raises:
         PruneForgeError: Naming the folder.
     """
-    if folder.is_file():
+    target = folder.resolve()
+    if target.is_file():
         raise PruneForgeError(f"output {str(folder)!r} is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()):
+    if target.is_dir() and any(target.iterdir()):
         raise PruneForgeError(f"output folder {str(folder)!r} is not empty; name another or empty it first")
-    parent = next(path for path in folder.absolute().parents if path.exists())
-    if not os.access(parent, os.W_OK):
-        raise PruneForgeError(f"output folder {str(folder)!r} cannot be made: {str(parent)!r} is not writable")
+    above = next(path for path in [target, *target.parents] if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise PruneForgeError(f"output folder {str(folder)!r} cannot be made: {str(above)!r} is no folder to write in")
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder beside `folder` that takes its place when the context ends well, and vanishes otherwise."""
+    """Yield a hidden folder to fill; it becomes `folder` when the context ends well, and vanishes otherwise."""
     check_output(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    partial.mkdir()
+    target = folder.resolve()
+    # An empty folder that is there already may be a mount point: it is filled, not replaced.
+    inside = target.is_dir()
+    partial = (target if inside else target.parent) / f".{target.name}.partial-{os.getpid()}"
     try:
+        partial.mkdir(parents=True)
         yield partial
-        if folder.is_dir():
-            folder.rmdir()
-        partial.rename(folder)
-    except OSError as error:
+        if inside:
+            for path in partial.iterdir():
+                path.rename(target / path.name)
+        else:
+            partial.rename(target)
+    except (OSError, SafetensorError) as error:
         raise PruneForgeError(f"output folder {str(folder)!r} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

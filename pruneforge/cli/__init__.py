@@ -15,6 +15,9 @@ USER_ERROR = 2
 INTERRUPTED = 130
 
 
+_UsageError: Any = typer.BadParameter.__mro__[1]  # typer does not export what all of its usage errors are
+
+
 class _Group(TyperGroup):
     """Turns errors a user can mend into one line and an exit code."""
 
@@ -23,6 +26,9 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except PruneForgeError as error:
             print(f"pruneforge: {error}", file=sys.stderr)
+            raise typer.Exit(USER_ERROR) from None
+        except _UsageError as error:
+            print(f"pruneforge: {error.format_message().rstrip('.')}; see --help", file=sys.stderr)
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
             print("pruneforge: interrupted; no output was written", file=sys.stderr)

@@ -36,6 +36,9 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Further option of the evaluator; repeatable.", metavar="NAME=VALUE"),
     ] = None,
+    source_option: Annotated[
+        list[str] | None, typer.Option(help="Option of the data's source; repeatable.", metavar="NAME=VALUE")
+    ] = None,
     batch_size: common.BatchSize = None,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
@@ -50,6 +53,7 @@ def evaluate(
 ) -> None:
     """Evaluate a model with a task's own harness."""
     options = common.assignments(option, "--option")
+    source_options = common.assignments(source_option, "--source-option")
     common.quieten()
     common.load_plugin_files(plugin)
     from pruneforge.evaluating import evaluate as run
@@ -62,6 +66,7 @@ def evaluate(
         include_path=include_path,
         limit=limit,
         options=options,
+        source_options=source_options,
         batch_size=batch_size,
         device=device,
         dtype=dtype,

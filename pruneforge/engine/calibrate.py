@@ -72,14 +72,14 @@ class InputRecorder:
             # Holding the tensor keeps its id from being given to another within this batch.
             self._seen.setdefault(id(value), (value, value._version, known))
             if known.leader is layer:
-                self._update(known, layer.inputs(value))
+                self._update(known, value)
 
         return hook
 
-    def _update(self, known: _Input, inputs: Tensor) -> None:
+    def _update(self, known: _Input, value: Tensor) -> None:
         batch = self._batch
         assert batch is not None
-        tokens = valid_tokens(inputs, batch, known.leader)
+        tokens = valid_tokens(known.leader.inputs(value, batch.size), batch, known.leader)
         for statistic in known.statistics.values():
             statistic.update(tokens, batch.size)
 
@@ -101,6 +101,13 @@ class InputRecorder:
                     "calibration data, or run with --dtype float32"
                 )
         return dict(known.statistics), known.shared
+
+
+def check_weights(block: Block) -> None:
+    """Raise if a weight of a visited block is not finite, naming the layer."""
+    for layer in block.layers:
+        if not torch.isfinite(layer.parameter).all():
+            raise PruneForgeError(f"layer {layer.name!r} has non-finite weights; the checkpoint is damaged")
 
 
 def valid_tokens(inputs: Tensor, batch: Batch, layer: Layer) -> Tensor:

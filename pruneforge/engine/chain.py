@@ -66,6 +66,7 @@ class Chain:
         self.adapter = adapter
         self.blocks = blocks
         self.residency = residency
+        self._real_forward: Callable[..., Any]
         self._extras: tuple[Any, ...] | None = None  # what a block returns after its hidden states
 
     def capture(self, batches: Iterable[Batch]) -> list[Activations]:
@@ -112,7 +113,7 @@ class Chain:
         # Some libraries' blocks return a tensor, some a tuple; one real call of one block tells.
         block = self.blocks[0]
         with self.residency.visit(block):
-            output = type(block.module).forward(block.module, hidden, *call.args, **call.kwargs)
+            output = self._real_forward(hidden, *call.args, **call.kwargs)
         self._extras = None if isinstance(output, Tensor) else tuple(output[1:])
 
     def _as_output(self, hidden: Tensor) -> Any:
@@ -129,13 +130,18 @@ class Chain:
 
             return replaced
 
+        # Other libraries patch `forward` on the instance too; theirs comes back afterwards.
+        patched = [block.module.__dict__.get("forward") for block in self.blocks]
+        self._real_forward = self.blocks[0].module.forward
         try:
             for index, block in enumerate(self.blocks):
-                block.module.forward = forward(index)
+                block.module.__dict__["forward"] = forward(index)
             yield
         finally:
-            for block in self.blocks:
-                block.module.__dict__.pop("forward", None)
+            for block, before in zip(self.blocks, patched, strict=True):
+                del block.module.__dict__["forward"]
+                if before is not None:
+                    block.module.__dict__["forward"] = before
 
     def run_block(self, index: int, hidden: Tensor, activations: Activations) -> Tensor:
         """Return what block `index` makes of `hidden`; the block must be on the device."""

@@ -17,13 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pruneforge.engine.calibrate import InputRecorder, check_weights
 from pruneforge.engine.chain import Activations, Chain
 from pruneforge.errors import PruneForgeError
 from pruneforge.layer import Layer, accumulation_dtype
 from pruneforge.progress import Progress
-from pruneforge.statistics import GradientStatistic, Statistic
+from pruneforge.statistics import ColumnSquares, GradientStatistic, Statistic
 
 LayerGradients = dict[str, dict[type[Statistic], Statistic]]
+
+HOST = torch.device("cpu")
+"""Where block inputs and finished statistics wait: for all blocks together they would not fit a device."""
 
 LOSS_SCALE = {torch.float16: 2.0**12}
 """Keeps small gradients of half-precision models from vanishing; a power of two, taken out again exactly."""
@@ -46,8 +50,9 @@ def gradient_statistics(
     Raises:
         PruneForgeError: A loss or gradient is not finite, naming the layer.
     """
+    scale = LOSS_SCALE.get(activations[0].hidden.dtype, 1.0)
     inputs, outputs = _forward_sweep(chain, activations, progress)
-    upstream = _head_gradients(chain, activations, outputs)
+    upstream = _head_gradients(chain, activations, outputs, scale)
     found: LayerGradients = {}
     for index in progress.track(range(len(chain.blocks) - 1, -1, -1), "gradients", len(chain.blocks)):
         block = chain.blocks[index]
@@ -56,11 +61,20 @@ def gradient_statistics(
                 dtype, device = accumulation_dtype(layer.parameter.dtype), layer.parameter.device
                 found[layer.name] = {kind: kind(layer.shape, dtype, device) for kind in kinds}
             for number, batch in enumerate(activations):
-                upstream[number] = _block_gradients(chain, index, inputs[index][number], batch, upstream[number], found)
+                hidden = inputs[index][number].to(chain.residency.device)
+                upstream[number], gradients = _block_gradients(chain, index, hidden, batch, upstream[number])
+                for layer in block.layers:
+                    for sample in range(batch.batch.size):
+                        gradient = _sample_gradient(layer, gradients[layer.name], sample, batch.batch.size) / scale
+                        for statistic in found[layer.name].values():
+                            assert isinstance(statistic, GradientStatistic)
+                            statistic.update(gradient)
         inputs[index] = []
         for layer in block.layers:
-            if not all(torch.isfinite(statistic.total).all() for statistic in found[layer.name].values()):
-                raise PruneForgeError(f"non-finite gradients reach layer {layer.name!r}; run with --dtype float32")
+            for statistic in found[layer.name].values():
+                if not torch.isfinite(statistic.total).all():
+                    raise PruneForgeError(f"non-finite gradients reach layer {layer.name!r}; run with --dtype float32")
+                statistic.to(HOST)
     return found
 
 
@@ -71,13 +85,31 @@ def _forward_sweep(
     hidden = [batch.hidden for batch in activations]
     inputs = []
     for index in progress.track(range(len(chain.blocks)), "forward for gradients"):
-        inputs.append(hidden)
+        inputs.append([h.to(HOST) for h in hidden])
         with chain.residency.visit(chain.blocks[index]):
-            hidden = [chain.run_block(index, h, batch) for h, batch in zip(hidden, activations, strict=True)]
+            check_weights(chain.blocks[index])
+            outputs = [chain.run_block(index, h, batch) for h, batch in zip(hidden, activations, strict=True)]
+            for before, after, batch in zip(hidden, outputs, activations, strict=True):
+                if not torch.isfinite(after).all():
+                    _name_the_layer(chain, index, before, batch)
+        hidden = outputs
     return inputs, hidden
 
 
-def _head_gradients(chain: Chain, activations: Sequence[Activations], outputs: list[Tensor]) -> list[Tensor]:
+def _name_the_layer(chain: Chain, index: int, hidden: Tensor, batch: Activations) -> None:
+    """Run a block once more to find which layer non-finite activations reach first, and raise."""
+    recorder = InputRecorder(chain.blocks[index], [ColumnSquares])
+    with recorder.recording():
+        recorder.start(batch.batch)
+        chain.run_block(index, hidden, batch)
+    for layer in chain.blocks[index].layers:
+        recorder.statistics(layer)
+    raise PruneForgeError(f"non-finite activations leave block {chain.blocks[index].name!r}; run with --dtype float32")
+
+
+def _head_gradients(
+    chain: Chain, activations: Sequence[Activations], outputs: list[Tensor], scale: float
+) -> list[Tensor]:
     gradients: list[Tensor] = []
     with chain.residency.stem_and_head(), torch.enable_grad():
         for number, batch in enumerate(activations):
@@ -85,13 +117,14 @@ def _head_gradients(chain: Chain, activations: Sequence[Activations], outputs: l
             losses = chain.losses(hidden, batch.batch)
             if not torch.isfinite(losses).all():
                 raise PruneForgeError(f"the loss of calibration batch {number} is not finite")
-            gradients += torch.autograd.grad(losses.sum() * LOSS_SCALE.get(hidden.dtype, 1.0), hidden)
+            gradients += torch.autograd.grad(losses.sum() * scale, hidden)
     return gradients
 
 
 def _block_gradients(
-    chain: Chain, index: int, hidden: Tensor, batch: Activations, upstream: Tensor, found: LayerGradients
-) -> Tensor:
+    chain: Chain, index: int, hidden: Tensor, batch: Activations, upstream: Tensor
+) -> tuple[Tensor, dict[str, list[tuple[Tensor, Tensor]]]]:
+    """Return the gradient for the block before, and each layer's (input, output gradient) of every pass."""
     layers = chain.blocks[index].layers
     hidden = hidden.detach().requires_grad_()
     with torch.enable_grad(), _taps(layers) as taps:
@@ -101,14 +134,7 @@ def _block_gradients(
     by_layer: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for (name, x, _), gradient in zip(passes, gradients, strict=True):
         by_layer[name].append((x, gradient))
-    scale = LOSS_SCALE.get(hidden.dtype, 1.0)
-    for layer in layers:
-        for sample in range(batch.batch.size):
-            weight_gradient = _sample_gradient(layer, by_layer[layer.name], sample) / scale
-            for statistic in found[layer.name].values():
-                assert isinstance(statistic, GradientStatistic)
-                statistic.update(weight_gradient)
-    return downstream
+    return downstream, by_layer
 
 
 @contextmanager
@@ -130,13 +156,13 @@ def _taps(layers: Sequence[Layer]) -> Iterator[dict[str, list[tuple[Tensor, Tens
             handle.remove()
 
 
-def _sample_gradient(layer: Layer, passes: list[tuple[Tensor, Tensor]], sample: int) -> Tensor:
+def _sample_gradient(layer: Layer, passes: list[tuple[Tensor, Tensor]], sample: int, samples: int) -> Tensor:
     """Return the gradient [out, in] of one sample's loss with respect to the layer's weight."""
     dtype = accumulation_dtype(layer.parameter.dtype)
     total: Tensor | None = None
     for x, gradient in passes:
-        inputs = layer.inputs(x)[sample].to(dtype)
-        outputs = layer.outputs(gradient)[sample].to(dtype)
+        inputs = layer.inputs(x, samples)[sample].to(dtype)
+        outputs = layer.outputs(gradient, samples)[sample].to(dtype)
         product = outputs.T @ inputs
         total = product if total is None else total + product
     if total is None:

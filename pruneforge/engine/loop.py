@@ -6,6 +6,7 @@ adapter's blocks, the statistics a metric requires, and the residency that bring
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from pruneforge.adapter import Block
 from pruneforge.batch import Batch
-from pruneforge.engine.calibrate import InputRecorder
+from pruneforge.engine.calibrate import InputRecorder, check_weights
 from pruneforge.engine.chain import Activations, Chain
 from pruneforge.engine.gradients import LayerGradients, gradient_statistics
 from pruneforge.engine.run import BlockResult, Run
@@ -59,20 +60,25 @@ def prune_blocks(
 
 
 def _check(run: Run, chain: Chain) -> None:
-    owners: dict[int, str] = {}
+    """Raise what can be raised before anything is changed."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in chain.module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
     for block in chain.blocks:
         for layer in block.layers:
             run.pattern.check(layer.name, layer.shape[1])
-            other = owners.setdefault(id(layer.parameter), layer.name)
-            if other != layer.name:
+            sharing = names[id(layer.parameter)]
+            if len(sharing) > 1:
                 raise PruneForgeError(
-                    f"layers {other!r} and {layer.name!r} share one weight, which would be pruned twice; "
+                    f"{' and '.join(repr(name) for name in sharing)} share one weight, which would be pruned twice; "
                     "untie them before pruning"
                 )
-    layers = {id(layer.parameter) for block in chain.blocks for layer in block.layers}
-    for name, parameter in chain.module.named_parameters(remove_duplicate=False):
-        if id(parameter) in layers and name != owners[id(parameter)] + ".weight":
-            raise PruneForgeError(f"{name!r} shares the weight of layer {owners[id(parameter)]!r}; untie them first")
+    for kind in run.metric.requires:
+        if not issubclass(kind, InputStatistic | GradientStatistic):
+            raise PruneForgeError(
+                f"metric {run.metric.name!r} requires {kind.__name__}, which is neither an InputStatistic nor a "
+                "GradientStatistic, so nothing would feed it"
+            )
 
 
 class _Loop:
@@ -99,7 +105,7 @@ class _Loop:
         for index, block in enumerate(self.chain.blocks):
             with self.chain.residency.visit(block):
                 stats = self.calibrate(index)
-                threshold = self.threshold([(block, stats)]) if within_block else None
+                threshold = self.block_threshold(block, stats) if within_block else None
                 result = self.prune(index, stats, threshold)
                 if self.run.propagate == "pruned" and index + 1 < len(self.chain.blocks):
                     self.propagate(index)
@@ -111,7 +117,8 @@ class _Loop:
         for index, block in enumerate(self.chain.blocks):
             with self.chain.residency.visit(block):
                 collected.append((block, self.calibrate(index)))
-        threshold = self.threshold(collected)
+        layers = [layer for block, _ in collected for layer in block.layers]
+        threshold = self.threshold(layers, partial(self.visited_scores, collected))
         for index, (block, stats) in enumerate(collected):
             with self.chain.residency.visit(block):
                 result = self.prune(index, stats, threshold)
@@ -121,9 +128,7 @@ class _Loop:
     def calibrate(self, index: int) -> BlockStatistics:
         """Run every batch through a dense block and return its layers' statistics."""
         block = self.chain.blocks[index]
-        for layer in block.layers:
-            if not torch.isfinite(layer.parameter).all():
-                raise PruneForgeError(f"layer {layer.name!r} has non-finite weights; the checkpoint is damaged")
+        check_weights(block)
         recorder = InputRecorder(block, self.input_kinds)
         with self.run.timed("calibrate"), recorder.recording():
             for batch in self.activations:
@@ -134,7 +139,10 @@ class _Loop:
         collected = {}
         for layer in block.layers:
             inputs, shared = recorder.statistics(layer)
-            collected[layer.name] = LayerStatistics({**inputs, **self.gradients.pop(layer.name, {})}, shared)
+            gradients = self.gradients.pop(layer.name, {})
+            for statistic in gradients.values():
+                statistic.to(self.chain.residency.device)
+            collected[layer.name] = LayerStatistics({**inputs, **gradients}, shared)
         return collected
 
     @torch.no_grad()
@@ -145,9 +153,8 @@ class _Loop:
         with self.run.timed("prune"):
             for layer in block.layers:
                 pruned = self.prune_layer(layer, stats[layer.name], threshold)
+                self.check(layer, pruned)
                 weight = layer.weight if pruned.weight is None else pruned.weight
-                if pruned.weight is not None and not torch.isfinite(weight).all():
-                    raise PruneForgeError(f"metric {self.run.metric.name!r} made non-finite weights in {layer.name!r}")
                 layer.write(weight, pruned.mask)
                 masks[layer.name] = pruned.mask.cpu()
                 self.run.warnings += [f"{layer.name}: {note}" for note in pruned.notes]
@@ -157,8 +164,28 @@ class _Loop:
     def prune_layer(self, layer: Layer, stats: LayerStatistics, threshold: Threshold | None) -> Pruned:
         """Ask the metric for a layer's mask, or select it by a threshold over several layers."""
         if threshold is not None:
-            return Pruned(threshold.select(self.run.metric.checked_score(layer, stats)))
+            return Pruned(threshold.select(self.score(layer, stats)))
+        self.reseed(layer)
         return self.run.metric.prune_layer(layer, stats, self.run.pattern)
+
+    def check(self, layer: Layer, pruned: Pruned) -> None:
+        """Raise unless a metric's mask fits the pattern, and its weights are finite."""
+        run, mask = self.run, pruned.mask
+        if mask.dtype != torch.bool or mask.shape != layer.shape:
+            raise PruneForgeError(
+                f"metric {run.metric.name!r} made a mask of {mask.dtype} {tuple(mask.shape)} for layer {layer.name!r}; "
+                f"it must be boolean {layer.shape}"
+            )
+        # A method with its own comparison groups rounds in each of them; N:M binds it all the same.
+        own_groups = isinstance(run.pattern, Unstructured) and (
+            run.metric.scope is None or run.pattern.scope in ("block", "model")
+        )
+        if not own_groups and not run.pattern.fits(mask):
+            raise PruneForgeError(
+                f"metric {run.metric.name!r} made a mask for layer {layer.name!r} that does not fit {run.pattern}"
+            )
+        if pruned.weight is not None and not torch.isfinite(pruned.weight).all():
+            raise PruneForgeError(f"metric {run.metric.name!r} made non-finite weights in layer {layer.name!r}")
 
     @torch.no_grad()
     def propagate(self, index: int) -> None:
@@ -168,19 +195,33 @@ class _Loop:
                 batch.hidden = self.chain.run_block(index, batch.hidden, batch)
 
     @torch.no_grad()
-    def threshold(self, collected: Sequence[tuple[Block, BlockStatistics]]) -> Threshold:
-        """Return the exact threshold over all scores of the blocks; scores are made anew each pass."""
+    def threshold(self, layers: Sequence[Layer], scores: Callable[[], Iterable[Tensor]]) -> Threshold:
+        """Return the exact threshold over the scores of several layers; `scores` yields them, in several passes."""
         assert isinstance(self.run.pattern, Unstructured)
-        layers = [layer for block, _ in collected for layer in block.layers]
         count = pruned_count(sum(layer.parameter.numel() for layer in layers), self.run.pattern.sparsity)
         if count == 0:
             return Threshold(-torch.inf, 0)
         with self.run.timed("prune"):
-            return smallest(partial(self.scores, collected), count)
+            return smallest(scores, count)
 
-    def scores(self, collected: Iterable[tuple[Block, BlockStatistics]]) -> Iterator[Tensor]:
-        """Yield the scores of every layer, in the order of the model."""
+    @torch.no_grad()
+    def block_threshold(self, block: Block, stats: BlockStatistics) -> Threshold:
+        """Return the threshold over one visited block, whose scores are held together."""
+        scores = [self.score(layer, stats[layer.name]) for layer in block.layers]
+        return self.threshold(block.layers, lambda: scores)
+
+    def visited_scores(self, collected: Iterable[tuple[Block, BlockStatistics]]) -> Iterator[Tensor]:
+        """Yield the scores of every layer, in the order of the model, made anew and held one at a time."""
         for block, stats in collected:
             with self.chain.residency.visit(block):
                 for layer in block.layers:
-                    yield self.run.metric.checked_score(layer, stats[layer.name])
+                    yield self.score(layer, stats[layer.name])
+
+    def score(self, layer: Layer, stats: LayerStatistics) -> Tensor:
+        """Return a layer's scores [out, in], the same each time."""
+        self.reseed(layer)
+        return self.run.metric.checked_score(layer, stats)
+
+    def reseed(self, layer: Layer) -> None:
+        """Give each layer random numbers of its own, whichever layers came before it in this process."""
+        torch.manual_seed(self.run.seed * 0x9E3779B1 + zlib.crc32(layer.name.encode()))

@@ -27,6 +27,7 @@ class Run:
         pattern: The pattern asked for.
         propagate: Whether calibration sees the earlier blocks pruned or dense.
         blocks: The model's blocks in the order they run.
+        seed: Seed of every random choice.
         excluded: Layers of the blocks that the user left out; they stay dense.
         masks: For each finished layer, by full name, its mask [out, in] on the CPU; `True` keeps. The
             engine owns them; nothing infers a mask from zeros.
@@ -38,6 +39,7 @@ class Run:
     pattern: Pattern
     propagate: Propagate
     blocks: list[Block]
+    seed: int = 0
     excluded: list[Layer] = field(default_factory=list)
     masks: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)

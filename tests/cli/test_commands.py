@@ -178,6 +178,12 @@ BAD = [
     ({"--exclude": "*.typo"}, "exclude='*.typo' fits no layer; they are called like 'model.layers.0.self_attn.q_proj'"),
     ({"--exclude": "*"}, "leaves no layer to prune"),
     ({"--seqlen": "4096"}, "longer than the model's context of 256"),
+    ({"--samples": "0"}, "Invalid value for '--samples'"),
+    ({"--metric": None}, "Missing option '--metric'"),
+    ({"--propagate": "sideways"}, "Invalid value for '--propagate'"),
+    ({"--colour": "red"}, "No such option: --colour"),
+    ({"--metric": "sparsegpt", "--option": "damping=inf"}, "option damping='inf' of sparsegpt"),
+    ({"--metric": "magnitude", "--calibration": "missing.txt"}, "there is no file or folder 'missing.txt'"),
     ({"--device": "tpu"}, "device 'tpu' is none of"),
     ({"--device": "cuda:99"}, "device 'cuda:99' is not there"),
     ({"--dtype": "int8"}, "unknown dtype 'int8'"),
@@ -219,7 +225,7 @@ def test_folders_that_are_no_model_are_named(checkpoint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("metric", ["magnitude", "wanda"])
+@pytest.mark.parametrize("metric", ["magnitude", "wanda", "gblm"])
 def test_damaged_weights_name_the_layer(checkpoint, tmp_path, metric):
     import shutil
 
@@ -236,7 +242,8 @@ def test_damaged_weights_name_the_layer(checkpoint, tmp_path, metric):
     tensors["model.layers.2.mlp.up_proj.weight"][3, 4] = 0
     tensors["model.layers.1.input_layernorm.weight"][0] = float("inf")
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
-    done = run("prune", damaged, *PRUNE, "--metric", "sparsegpt", "--output", tmp_path / "out")
+    calibrated = "sparsegpt" if metric == "magnitude" else metric
+    done = run("prune", damaged, *PRUNE, "--metric", calibrated, "--output", tmp_path / "out")
     assert done.exit_code == 2
     assert "non-finite activations reach layer 'model.layers.1.self_attn.q_proj'" in done.output
     (damaged / "model.safetensors").write_bytes(b"\x00" * 100)

@@ -92,6 +92,27 @@ def test_too_little_text_and_no_tokenizer_are_named(checkpoint, tmp_path):
         pruneforge.evaluate(tiny_llama(), "perplexity", data=file)
 
 
+def test_the_results_for_a_pruned_folder_are_added_to_its_report(checkpoint, tmp_path):
+    output = tmp_path / "pruned"
+    pruneforge.prune(checkpoint, "magnitude", 0.5, output=output)
+
+    def evaluate(window):
+        return pruneforge.evaluate(output, "perplexity", data="python-docs", window=window, limit=2)
+
+    found = [evaluate(32), evaluate(64), evaluate(32)]
+    recorded = pruneforge.load(output).report["evaluation"]
+    assert recorded == [found[1], found[2]]
+    assert sorted(path.name for path in output.iterdir() if path.name.startswith(".")) == []
+
+
+def test_options_of_the_source_reach_it(checkpoint, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"body": "a function returns a value " * 40}) + "\n")
+    column = {"column": "body"}
+    found = pruneforge.evaluate(checkpoint, "perplexity", data=file, window=32, source_options=column)
+    assert found["windows"] > 2
+
+
 @pytest.fixture
 def local_task(tmp_path):
     """A multiple-choice task over local data, in lm-eval's own format."""

@@ -126,27 +126,77 @@ def test_loss_is_the_models_own():
     model = tiny_llama()
     adapter = plugins().registry.create("adapter", "llama")
     ids = tokens(3)
-    batch = adapter.batch(ids)
+    batch = adapter.batch(ids, model)
     losses = adapter.losses(adapter.forward(model, batch), batch)
     assert losses.shape == (3,)
     for row, loss in zip(ids, losses, strict=True):
         assert loss.item() == pytest.approx(model(row[None], labels=row[None]).loss.item(), rel=1e-6)
 
 
+IDS = torch.ones(2, 4, dtype=torch.int64)
+
+
 @pytest.mark.parametrize(
-    "data", [torch.rand(2, 3), torch.zeros(0, 4).long(), torch.zeros(3).long(), {"x": torch.ones(1)}]
+    ("data", "said"),
+    [
+        (torch.rand(2, 3), "token ids"),
+        (torch.zeros(0, 4).long(), "token ids"),
+        (torch.zeros(3).long(), "token ids"),
+        ({"x": torch.ones(1)}, "token ids"),
+        ([1, 2, 3], "got list"),
+        (IDS * 96, "token id 96, and the model knows 0 to 95"),
+        (-IDS, "token id -1"),
+        (torch.ones(1, 65).long(), "65 tokens long, and the model's context is 64"),
+        (
+            {"input_ids": IDS, "attention_mask": torch.zeros(2, 3)},
+            "attention_mask (2, 3) does not fit input_ids (2, 4)",
+        ),
+        ({"input_ids": IDS, "attention_mask": [1, 1]}, "attention_mask of a batch must be a tensor"),
+        ({"input_ids": IDS, "attention_mask": IDS * torch.tensor([[1], [0]])}, "padding from end to end"),
+    ],
 )
-def test_batches_of_another_form_are_refused(data):
-    with pytest.raises(PruneForgeError, match="token ids"):
+def test_batches_that_do_not_fit_are_refused(data, said):
+    with pytest.raises(PruneForgeError) as error:
         pruneforge.prune(tiny_llama(), "wanda", 0.5, None, [data])
+    assert said in str(error.value)
+
+
+def test_batches_of_int32_are_as_good():
+    masks = [pruneforge.prune(tiny_llama(), "gblm", 0.5, None, [ids]).masks for ids in (tokens(), tokens().int())]
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+
+
+def test_the_text_model_of_a_multimodal_one_is_found():
+    text = transformers.Gemma3TextConfig(**SMALL, sliding_window=8, layer_types=SLIDING)
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14
+    )
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
+    result = pruneforge.prune(model, "gblm", 0.5, None, tokens(4).split(2))
+    assert len(result.masks) == 4 * 7
+    assert all("language_model.layers" in name for name in result.masks)
+
+
+def test_quantised_checkpoints_are_declined(tmp_path):
+    transformers.LlamaConfig(**SMALL, quantization_config={"quant_method": "gptq", "bits": 4}).save_pretrained(tmp_path)
+    with pytest.raises(PruneForgeError, match="the checkpoint is quantised"):
+        pruneforge.prune(tmp_path, "magnitude", 0.5)
 
 
 def test_training_mode_and_forward_are_restored():
     model = tiny_llama().train()
     model.model.layers[0].eval()
+    patched = model.model.layers[1]
+    calls = []
+    own = patched.forward
+    patched.forward = lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs)  # as accelerate does
+    hooked = patched.forward
     pruneforge.prune(model, "gblm", 0.5, None, [tokens()])
     assert model.training
     assert not model.model.layers[0].training
     assert model.model.layers[1].training
-    assert all("forward" not in vars(layer) for layer in model.model.layers)
+    assert patched.forward is hooked
+    assert len(calls) == 4  # forward and backward for gradients, calibrate, propagate
+    assert all("forward" not in vars(layer) for layer in model.model.layers if layer is not patched)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())

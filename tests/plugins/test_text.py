@@ -155,6 +155,25 @@ def test_text_that_is_not_enough_is_named(tmp_path, tokenizer, name, content, sa
     assert "\n" not in str(error.value)
 
 
+def test_samples_that_would_repeat_one_another_are_refused(tmp_path, tokenizer):
+    file = tmp_path / "one.txt"
+    file.write_text(documents()[-1])
+    with pytest.raises(PruneForgeError, match=r"tokens in documents longer than 32, too little for 100 samples"):
+        draw(file, tokenizer, samples=100)
+
+
+def test_brackets_in_a_name_and_line_separators_in_a_text_are_taken_as_they_are(tmp_path):
+    file = tmp_path / "part[1].txt"
+    file.write_text("one\ntwo\n")
+    assert source(f"{file}[:1]").documents("calibration") == ["one\n"]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a\u2028b"}\n{"text": "c"}\n')
+    assert source(rows).documents("calibration") == ["a\u2028b", "c"]
+    rows.write_text('{"text": null}\n')
+    with pytest.raises(PruneForgeError, match="line 1 of"):
+        source(rows).documents("calibration")
+
+
 def test_too_few_windows_are_counted(rows, tokenizer):
     with pytest.raises(PruneForgeError, match=r"tokens, \d+ samples of 32, and 5000 were asked for"):
         draw(rows["jsonl"], tokenizer, samples=5000, pack=True)
@@ -180,7 +199,7 @@ def test_a_wrong_column_and_a_wrong_slice_are_named(rows, tmp_path, tokenizer):
         draw(rows["hub"], tokenizer, column="body")
     with pytest.raises(PruneForgeError, match="column 'body'"):
         draw(rows["parquet"], tokenizer, column="body")
-    with pytest.raises(PruneForgeError, match="is no slice"):
+    with pytest.raises(PruneForgeError, match=r"there is no file or folder '.*\[a:b\]'"):
         draw(f"{rows['jsonl']}[a:b]", tokenizer)
     with pytest.raises(PruneForgeError, match=r"slice \[90:\] leaves nothing of 12 rows"):
         draw(f"{rows['jsonl']}[90:]", tokenizer)

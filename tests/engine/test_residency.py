@@ -1,0 +1,122 @@
+"""The engine touches weights only where it visits them, on any device."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import tiny_llama, tokens
+
+import pruneforge
+from pruneforge.adapter import Adapter
+from pruneforge.engine.chain import Chain
+from pruneforge.engine.loop import prune_blocks
+from pruneforge.engine.run import Run
+from pruneforge.patterns import Unstructured
+from pruneforge.plugins import plugins
+from pruneforge.progress import Progress
+
+METRICS = ["magnitude", "wanda", "sparsegpt", "gblm"]
+
+
+class Hidden:
+    """A residency that takes weights away wherever nobody visits them, and holds one block at a time."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model, blocks):
+        inside = {id(p) for block in blocks for p in block.module.parameters()}
+        self.outside = [p for p in model.parameters() if id(p) not in inside]
+        self.away = {}
+        self.resident = 0
+        for block in blocks:
+            self.put_away(list(block.module.parameters()))
+        self.put_away(self.outside)
+
+    def put_away(self, parameters):
+        for parameter in parameters:
+            self.away[id(parameter)] = parameter.data.clone()
+            parameter.data.fill_(torch.nan)
+
+    @contextmanager
+    def present(self, parameters):
+        for parameter in parameters:
+            parameter.data.copy_(self.away.pop(id(parameter)))
+        try:
+            yield
+        finally:
+            self.put_away(parameters)
+
+    @contextmanager
+    def stem_and_head(self):
+        with self.present(self.outside):
+            yield
+
+    @contextmanager
+    def visit(self, block):
+        self.resident += 1
+        assert self.resident == 1
+        with self.present(list(block.module.parameters())):
+            yield
+        self.resident -= 1
+
+
+@pytest.mark.parametrize("scope", [None, "block", "model"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_weights_are_needed_only_while_their_block_is_visited(metric, scope):
+    if scope and metric == "sparsegpt":
+        pytest.skip("chooses its own comparison groups")
+    model = tiny_llama()
+    options = {"scope": scope} if scope else {}
+    expected = pruneforge.prune(
+        copy.deepcopy(model), metric, 0.5, None, tokens().split(3), options=options, propagate="dense"
+    )
+    registry = plugins().registry
+    adapter: Adapter = registry.create("adapter", "llama")
+    chosen = registry.create("metric", metric, options)
+    blocks = adapter.blocks(model)
+    run = Run(chosen, Unstructured(0.5, chosen.comparison_group() or "layer"), "dense", blocks)
+    batches = [adapter.batch(ids, model) for ids in tokens().split(3)]
+    residency = Hidden(model, blocks)
+    results = []
+    prune_blocks(run, Chain(model, adapter, blocks, residency), batches, Progress(), results.append)
+    assert [result.index for result in results] == [0, 1, 2]
+    for name, mask in expected.masks.items():
+        assert torch.equal(run.masks[name], mask), name
+    for ours, theirs in zip(model.parameters(), expected.model.parameters(), strict=True):
+        torch.testing.assert_close(residency.away[id(ours)], theirs.data)
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@needs_cuda
+@pytest.mark.parametrize("scope", [None, "block", "model"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_cuda_gives_the_masks_of_the_cpu_and_returns_the_model(metric, scope):
+    if scope and metric == "sparsegpt":
+        pytest.skip("chooses its own comparison groups")
+    options = {"scope": scope} if scope else {}
+    found = [
+        pruneforge.prune(
+            tiny_llama(), metric, 0.5, None, tokens().split(3), options=options, propagate="dense", device=device
+        )
+        for device in ("cpu", "cuda:0")
+    ]
+    assert all(p.device.type == "cpu" for p in found[1].model.parameters())
+    for name, mask in found[0].masks.items():
+        assert torch.equal(found[1].masks[name], mask), name
+    assert found[1].report["measured"]["peak_memory"]["device_bytes"] > 0
+
+
+@needs_cuda
+def test_a_model_on_cuda_stays_there_and_is_evaluated_there(checkpoint):
+    result = pruneforge.prune(
+        checkpoint, "wanda", 0.5, "2:4", "python-docs", samples=4, seqlen=64, device="cuda", dtype="float32"
+    )
+    assert pruneforge.evaluate(result, "perplexity", data="python-docs", limit=2, device="cuda")["windows"] == 2
+    model = tiny_llama().cuda()
+    pruneforge.prune(model, "gblm", 0.5, None, [tokens().cuda()], device="cuda")
+    assert all(p.device.type == "cuda" for p in model.parameters())
