@@ -258,6 +258,7 @@ def test_interrupting_stops_cleanly(checkpoint, tmp_path):
     observer.write_text(
         "import os, signal\nfrom pruneforge import hookimpl\n"
         "@hookimpl\ndef pruneforge_register(registry): pass\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it\n"
         "@hookimpl\ndef pruneforge_block_pruned(result):\n"
         "    if result.index == 2: os.kill(os.getpid(), signal.SIGINT)\n"
     )
