@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from pruneforge.errors import PruneForgeError
 
@@ -17,53 +21,108 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass
 class Layer:
-    """One prunable weight matrix in a block, here a `torch.nn.Linear`.
+    """One prunable weight matrix of a block, used as `torch.nn.functional.linear` uses it.
 
-    A subclass that overrides `weight`, `write`, `inputs` and `outputs` gives metrics the same view of
-    any other module whose forward pass is a matrix product.
+    A subclass that overrides `matrix`, `inputs` and `outputs` gives metrics the same view of a weight that
+    another product uses.
 
     Attributes:
         name: Full name in the model, without `.weight`.
-        module: The module that holds the weight.
+        parameter: The parameter that holds the weight.
     """
 
     name: str
-    module: nn.Module = field(repr=False)
+    parameter: nn.Parameter = field(repr=False)
 
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The parameter that holds the weight."""
-        return self.module.weight  # type: ignore[return-value]
+    def matrix(self) -> Tensor:
+        """Return a view of the parameter's data as a matrix [out, in]."""
+        return self.parameter.data
 
     @property
     def weight(self) -> Tensor:
         """The weight as a matrix [out, in], float32 or float64; read only."""
-        data = self.parameter.detach()
+        data = self.matrix()
         return data.to(accumulation_dtype(data.dtype))
 
     @property
     def shape(self) -> tuple[int, int]:
         """`(out, in)`."""
-        out_features, in_features = self.weight.shape
+        out_features, in_features = self.matrix().shape
         return out_features, in_features
 
     def write(self, weight: Tensor, mask: Tensor) -> None:
         """Store `weight` [out, in] where `mask` keeps and zero elsewhere, in the parameter's dtype."""
-        self.parameter.data.copy_(torch.where(mask, weight, torch.zeros((), device=weight.device)))
+        self.matrix().copy_(torch.where(mask, weight, torch.zeros((), device=weight.device)))
 
     def inputs(self, value: Tensor, samples: int) -> Tensor:
-        """View what the module received [..., in] as [samples, tokens, in]."""
+        """View what the weight was multiplied with [..., in] as [samples, tokens, in]."""
         return self._tokens(value, samples)
 
     def outputs(self, value: Tensor, samples: int) -> Tensor:
-        """View what the module returned [..., out] as [samples, tokens, out]."""
+        """View what the product gave [..., out] as [samples, tokens, out]."""
         return self._tokens(value, samples)
 
     def _tokens(self, value: Tensor, samples: int) -> Tensor:
         # Windows and flattened tokens still stand sample by sample, so this is a view of the same order.
         tokens = value.shape[:-1].numel()
         if tokens % samples:
-            raise PruneForgeError(
-                f"layer {self.name!r} sees {tokens} tokens, which do not divide into {samples} samples"
-            )
+            raise PruneForgeError(f"layer {self.name!r} sees {tokens} tokens, no whole number for {samples} samples")
         return value.reshape(samples, -1, value.shape[-1])
+
+
+class PointwiseConvLayer(Layer):
+    """The weight [out, in, 1, 1] of a 1x1 convolution, whose tokens are the positions of the image."""
+
+    def matrix(self) -> Tensor:
+        """Return a view of the parameter's data as a matrix [out, in]."""
+        return self.parameter.data.flatten(1)
+
+    def inputs(self, value: Tensor, samples: int) -> Tensor:
+        """View an image [samples, in, height, width] as [samples, tokens, in]."""
+        return value.flatten(2).transpose(1, 2)
+
+    def outputs(self, value: Tensor, samples: int) -> Tensor:
+        """View an image [samples, out, height, width] as [samples, tokens, out]."""
+        return value.flatten(2).transpose(1, 2)
+
+
+def find_layers(module: nn.Module, prefix: str) -> list[Layer]:
+    """Return the layers of a block: every linear module and every 1x1 convolution of one group.
+
+    Args:
+        module: The block.
+        prefix: Its full name in the model.
+    """
+    layers: list[Layer] = []
+    for name, part in module.named_modules():
+        full = f"{prefix}.{name}" if name else prefix
+        if isinstance(part, nn.Linear):
+            layers.append(Layer(full, cast(nn.Parameter, part.weight)))
+        elif isinstance(part, nn.Conv2d) and part.groups == 1 and set(part.kernel_size + part.stride) == {1}:
+            layers.append(PointwiseConvLayer(full, cast(nn.Parameter, part.weight)))
+    return layers
+
+
+class WeightUses(TorchFunctionMode):
+    """Reports, within its context, every product of an input with one of some layers' weights.
+
+    Weights are recognised by identity where the product happens. Hooks on modules would miss code that
+    takes a module's weight and calls the function itself.
+    """
+
+    _PRODUCTS = frozenset({F.linear, F.conv2d, torch.conv2d})
+
+    def __init__(self, layers: Sequence[Layer], report: Callable[[Layer, Tensor, Tensor], None]) -> None:
+        """Report to `report(layer, input, output)`."""
+        super().__init__()
+        self._layers = {id(layer.parameter): layer for layer in layers}
+        self._report = report
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in self._PRODUCTS:
+            weight = args[1] if len(args) > 1 else (kwargs or {})["weight"]
+            layer = self._layers.get(id(weight))
+            if layer is not None:
+                self._report(layer, args[0] if args else (kwargs or {})["input"], output)
+        return output

@@ -13,43 +13,101 @@ import torch
 from torch import nn
 
 
-def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Names and modules of the transformer layers of a causal language model."""
-    return [(f"model.layers.{i}", layer) for i, layer in enumerate(model.model.layers)]
+class LanguageModel:
+    """How to run a causal language model of transformers on one sample, and where its blocks are."""
+
+    @staticmethod
+    def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+        return [(f"model.layers.{i}", layer) for i, layer in enumerate(model.model.layers)]
+
+    @staticmethod
+    def run(model: nn.Module, sample: dict):
+        return model(**sample, use_cache=False)
+
+    @staticmethod
+    def loss(model: nn.Module, sample: dict) -> torch.Tensor:
+        labels = sample["input_ids"].masked_fill(sample["attention_mask"] == 0, -100)
+        return model(**sample, labels=labels, use_cache=False).loss
+
+    @staticmethod
+    def counting(sample: dict, tokens: torch.Tensor) -> torch.Tensor:
+        """The rows of a layer's input that count, [tokens, in]."""
+        return tokens[0][sample["attention_mask"][0].bool()]
+
+
+class TimmModel:
+    """The same for a timm model; a sample is an image [1, channels, height, width] and maybe a label [1]."""
+
+    @staticmethod
+    def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+        if hasattr(model, "blocks"):
+            return [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
+        stage = "layers" if hasattr(model, "layers") else "stages"
+        lists = [(f"{stage}.{i}.blocks", part.blocks) for i, part in enumerate(getattr(model, stage))]
+        return [(f"{name}.{i}", block) for name, part in lists for i, block in enumerate(part)]
+
+    @staticmethod
+    def run(model: nn.Module, sample: dict):
+        return model(sample["pixel_values"])
+
+    @staticmethod
+    def loss(model: nn.Module, sample: dict) -> torch.Tensor:
+        logits = model(sample["pixel_values"])
+        return nn.functional.cross_entropy(logits, sample.get("labels", logits.argmax(1)))
+
+    @staticmethod
+    def counting(sample: dict, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.reshape(-1, tokens.shape[-1])[sample.get("skip", 0) :]
+
+
+class TransformersImageModel(TimmModel):
+    """The same for an image classifier of transformers."""
+
+    @staticmethod
+    def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+        name, part = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList))
+        return [(f"{name}.{i}", block) for i, block in enumerate(part)]
+
+    @staticmethod
+    def run(model: nn.Module, sample: dict):
+        return model(pixel_values=sample["pixel_values"])
+
+    @staticmethod
+    def loss(model: nn.Module, sample: dict) -> torch.Tensor:
+        logits = model(pixel_values=sample["pixel_values"]).logits
+        return nn.functional.cross_entropy(logits, sample.get("labels", logits.argmax(1)))
 
 
 def linears(name: str, block: nn.Module) -> list[tuple[str, nn.Linear]]:
     return [(f"{name}.{n}", m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]
 
 
-def layer_inputs(model: nn.Module, layers: list[tuple[str, nn.Linear]], samples: list[dict]) -> dict[str, list]:
+def layer_inputs(kind, model: nn.Module, layers: list[tuple[str, nn.Linear]], samples: list[dict]) -> dict[str, list]:
     """What each layer receives, one [tokens, in] a sample, padding left out."""
     seen: dict[str, list] = {name: [] for name, _ in layers}
-    keep = None
+    sample: dict = {}
     handles = []
     for name, module in layers:
 
         def hook(_module, args, name=name):
-            seen[name].append(args[0][0][keep].detach())
+            seen[name].append(kind.counting(sample, args[0].detach()))
 
         handles.append(module.register_forward_pre_hook(hook))
     for sample in samples:
-        keep = sample["attention_mask"][0].bool()
         with torch.no_grad():
-            model(**sample, use_cache=False)
+            kind.run(model, sample)
     for handle in handles:
         handle.remove()
     return seen
 
 
-def sample_gradients(model: nn.Module, samples: list[dict]) -> dict[str, list[torch.Tensor]]:
+def sample_gradients(kind, model: nn.Module, samples: list[dict]) -> dict[str, list[torch.Tensor]]:
     """Each sample's own gradient of its mean loss, by plain autograd over the whole model."""
-    found: dict[str, list] = {name: [] for b in blocks_of(model) for name, _ in linears(*b)}
+    found: dict[str, list] = {name: [] for b in kind.blocks(model) for name, _ in linears(*b)}
     for sample in samples:
         model.zero_grad()
-        labels = sample["input_ids"].masked_fill(sample["attention_mask"] == 0, -100)
-        model(**sample, labels=labels, use_cache=False).loss.backward()
-        for block in blocks_of(model):
+        kind.loss(model, sample).backward()
+        for block in kind.blocks(model):
             for name, module in linears(*block):
                 found[name].append(module.weight.grad.clone())
     model.zero_grad()
@@ -97,19 +155,30 @@ def sparsegpt_layer(weight, inputs, sparsity, pattern, damping=0.01, blocksize=1
     return mask, w
 
 
-def prune(model, metric, samples, sparsity=0.5, pattern=None, scope=None, alpha=100.0, norm="l1", propagate="pruned"):
+def prune(
+    model,
+    metric,
+    samples,
+    sparsity=0.5,
+    pattern=None,
+    scope=None,
+    alpha=100.0,
+    norm="l1",
+    propagate="pruned",
+    kind=LanguageModel,
+):
     """Prune a copy of a model; return the copy and its masks by layer name.
 
-    `samples` are dicts of input_ids and attention_mask, one sequence each.
+    `samples` are what `kind` runs a model on, one sequence or image each.
     """
     dense = copy.deepcopy(model)
     model = copy.deepcopy(model)
     scope = scope or {"magnitude": "layer", "wanda": "row", "gblm": "row", "sparsegpt": None}[metric]
-    gradients = sample_gradients(dense, samples) if metric == "gblm" else {}
+    gradients = sample_gradients(kind, dense, samples) if metric == "gblm" else {}
     masks = {}
-    for (name, block), (_, dense_block) in zip(blocks_of(model), blocks_of(dense), strict=True):
+    for (name, block), (_, dense_block) in zip(kind.blocks(model), kind.blocks(dense), strict=True):
         seen_by = (model, block) if propagate == "pruned" else (dense, dense_block)
-        inputs = layer_inputs(seen_by[0], linears(name, seen_by[1]), samples)
+        inputs = layer_inputs(kind, seen_by[0], linears(name, seen_by[1]), samples)
         for layer, module in linears(name, block):
             weight = module.weight.data
             if metric == "sparsegpt":

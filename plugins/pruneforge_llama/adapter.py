@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pruneforge import Adapter, Batch, Block, Layer, PruneForgeError
+from pruneforge import Adapter, Batch, Block, PruneForgeError
+from pruneforge.layer import find_layers
 
 SHAPES = (
     ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -97,11 +98,8 @@ class Llama(Adapter):
         """Return the decoder blocks; all their linear layers are prunable."""
         found = _block_list(module)
         assert found is not None
-        blocks = []
-        for name, block in zip(_names(module, found), found, strict=True):
-            linear = [(n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]
-            blocks.append(Block(name, block, tuple(Layer(f"{name}.{n}", m) for n, m in linear)))
-        return blocks
+        names = _names(module, found)
+        return [Block(name, block, tuple(find_layers(block, name))) for name, block in zip(names, found, strict=True)]
 
     def batch(self, data: Tensor | Mapping[str, Tensor], module: Any) -> Batch:
         """Take token ids [samples, tokens], or a mapping with `input_ids` and maybe `attention_mask`."""
@@ -123,7 +121,8 @@ class Llama(Adapter):
         if context and ids.shape[1] > context:
             raise PruneForgeError(f"a batch is {ids.shape[1]} tokens long, and the model's context is {context}")
         inputs["input_ids"] = ids.long()
-        return Batch(inputs, size=len(ids), valid=_valid(inputs.get("attention_mask"), ids))
+        valid = _valid(inputs.get("attention_mask"), ids)
+        return Batch(inputs, size=len(ids), valid=valid, loss="mean cross-entropy of the next token")
 
     def forward(self, module: nn.Module, batch: Batch) -> Any:
         """Run the model without a cache."""

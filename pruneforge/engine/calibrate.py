@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from pruneforge.adapter import Block
 from pruneforge.batch import Batch
 from pruneforge.errors import PruneForgeError
-from pruneforge.layer import Layer, accumulation_dtype
+from pruneforge.layer import Layer, WeightUses, accumulation_dtype
 from pruneforge.statistics import InputStatistic, Statistic
 
 
@@ -43,38 +43,25 @@ class InputRecorder:
         self._batch: Batch | None = None
         self._seen: dict[int, tuple[Tensor, int, _Input]] = {}
 
-    @contextmanager
-    def recording(self) -> Iterator[InputRecorder]:
-        """Hook the block's layers within the context."""
-        handles = [
-            layer.module.register_forward_pre_hook(self._hook(layer), with_kwargs=True)
-            for layer in (self._block.layers if self._kinds else ())
-        ]
-        try:
-            yield self
-        finally:
-            for handle in handles:
-                handle.remove()
+    def recording(self) -> AbstractContextManager[Any]:
+        """Return a context within which the block's products are recorded."""
+        return WeightUses(self._block.layers, self._record) if self._kinds else nullcontext()
 
     def start(self, batch: Batch) -> None:
         """Say which batch runs next."""
         self._batch = batch
         self._seen = {}
 
-    def _hook(self, layer: Layer) -> Any:
-        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            value: Tensor = args[0] if args else kwargs["input"]
-            known = self._inputs.get(layer.name)
-            if known is None:
-                same = self._seen.get(id(value))
-                known = same[2] if same and same[1] == value._version else _Input(layer, self._kinds)
-                self._inputs[layer.name] = known
-            # Holding the tensor keeps its id from being given to another within this batch.
-            self._seen.setdefault(id(value), (value, value._version, known))
-            if known.leader is layer:
-                self._update(known, value)
-
-        return hook
+    def _record(self, layer: Layer, value: Tensor, output: Tensor) -> None:
+        known = self._inputs.get(layer.name)
+        if known is None:
+            same = self._seen.get(id(value))
+            known = same[2] if same and same[1] == value._version else _Input(layer, self._kinds)
+            self._inputs[layer.name] = known
+        # Holding the tensor keeps its id from being given to another within this batch.
+        self._seen.setdefault(id(value), (value, value._version, known))
+        if known.leader is layer:
+            self._update(known, value)
 
     def _update(self, known: _Input, value: Tensor) -> None:
         batch = self._batch

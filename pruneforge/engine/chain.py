@@ -8,7 +8,7 @@ come from the model itself, for each block and batch, whatever the library's ver
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,7 @@ class Chain:
         self.adapter = adapter
         self.blocks = blocks
         self.residency = residency
+        self._transitions: set[int] = set()  # blocks after which the model has code of its own
         self._real_forward: Callable[..., Any]
         self._extras: tuple[Any, ...] | None = None  # what a block returns after its hidden states
 
@@ -88,6 +89,8 @@ class Chain:
         first: list[Tensor] = []
         calls: list[Call] = []
 
+        passed: list[Tensor] = []
+
         def stand_in(index: int, hidden: Tensor, call: Call) -> Any:
             if index != len(calls):
                 raise PruneForgeError(
@@ -97,7 +100,10 @@ class Chain:
                 first.append(hidden)
                 if learn:
                     self._learn_extras(hidden, call)
+            elif hidden is not passed[-1]:
+                self._transitions.add(index - 1)
             calls.append(call)
+            passed.append(hidden)
             if index == len(self.blocks) - 1:
                 raise _StopForward
             return self._as_output(hidden)
@@ -148,6 +154,26 @@ class Chain:
         call = activations.calls[index]
         output = self.blocks[index].module(hidden, *call.args, **call.kwargs)
         return output if isinstance(output, Tensor) else output[0]
+
+    def transition(self, index: int, hidden: Tensor, activations: Activations) -> Tensor:
+        """Return the next block's input for the output `hidden` of block `index`, differentiable.
+
+        They are the same unless the model has code between its blocks (a stage's downsampling, say). That code
+        is run in place: by the model's forward pass, with `hidden` standing in for what the block returns.
+        """
+        if index not in self._transitions:
+            return hidden
+        found: list[Tensor] = []
+
+        def stand_in(position: int, passed: Tensor, call: Call) -> Any:
+            if position == index + 1:
+                found.append(passed)
+                raise _StopForward
+            return self._as_output(hidden if position == index else passed)
+
+        with self.residency.stem_and_head(), self._stand_ins(stand_in), suppress(_StopForward):
+            self.adapter.forward(self.module, activations.batch)
+        return found[0]
 
     def losses(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Return each sample's mean loss [samples] for the last block's output `hidden`, differentiable.

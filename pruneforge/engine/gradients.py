@@ -10,9 +10,7 @@ is averaged over the batch.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +18,7 @@ from torch import Tensor
 from pruneforge.engine.calibrate import InputRecorder, check_weights
 from pruneforge.engine.chain import Activations, Chain
 from pruneforge.errors import PruneForgeError
-from pruneforge.layer import Layer, accumulation_dtype
+from pruneforge.layer import Layer, WeightUses, accumulation_dtype
 from pruneforge.progress import Progress
 from pruneforge.statistics import ColumnSquares, GradientStatistic, Statistic
 
@@ -92,7 +90,7 @@ def _forward_sweep(
             for before, after, batch in zip(hidden, outputs, activations, strict=True):
                 if not torch.isfinite(after).all():
                     _name_the_layer(chain, index, before, batch)
-        hidden = outputs
+        hidden = [chain.transition(index, h, batch) for h, batch in zip(outputs, activations, strict=True)]
     return inputs, hidden
 
 
@@ -127,33 +125,17 @@ def _block_gradients(
     """Return the gradient for the block before, and each layer's (input, output gradient) of every pass."""
     layers = chain.blocks[index].layers
     hidden = hidden.detach().requires_grad_()
-    with torch.enable_grad(), _taps(layers) as taps:
-        output = chain.run_block(index, hidden, batch)
-    passes = [(name, x, y) for name, pairs in taps.items() for x, y in pairs]
+    passes: list[tuple[str, Tensor, Tensor]] = []
+    uses = WeightUses(layers, lambda layer, x, y: passes.append((layer.name, x.detach(), y)))
+    with torch.enable_grad():
+        with uses:
+            output = chain.run_block(index, hidden, batch)
+        output = chain.transition(index, output, batch)
     downstream, *gradients = torch.autograd.grad(output, [hidden, *(y for _, _, y in passes)], upstream)
     by_layer: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for (name, x, _), gradient in zip(passes, gradients, strict=True):
         by_layer[name].append((x, gradient))
     return downstream, by_layer
-
-
-@contextmanager
-def _taps(layers: Sequence[Layer]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
-    """Collect each layer's (input, output) of every time it runs within the context."""
-    taps: dict[str, list[tuple[Tensor, Tensor]]] = {layer.name: [] for layer in layers}
-
-    def hook(name: str) -> Any:
-        def tap(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-            taps[name].append((args[0].detach(), output))
-
-        return tap
-
-    handles = [layer.module.register_forward_hook(hook(layer.name)) for layer in layers]
-    try:
-        yield taps
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _sample_gradient(layer: Layer, passes: list[tuple[Tensor, Tensor]], sample: int, samples: int) -> Tensor:

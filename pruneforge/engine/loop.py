@@ -109,6 +109,7 @@ class _Loop:
                 result = self.prune(index, stats, threshold)
                 if self.run.propagate == "pruned" and index + 1 < len(self.chain.blocks):
                     self.propagate(index)
+            self.advance(index)
             yield result
 
     def with_model_scope(self) -> Iterator[BlockResult]:
@@ -117,6 +118,7 @@ class _Loop:
         for index, block in enumerate(self.chain.blocks):
             with self.chain.residency.visit(block):
                 collected.append((block, self.calibrate(index)))
+            self.advance(index)
         layers = [layer for block, _ in collected for layer in block.layers]
         threshold = self.threshold(layers, partial(self.visited_scores, collected))
         for index, (block, stats) in enumerate(collected):
@@ -193,6 +195,13 @@ class _Loop:
         with self.run.timed("propagate"):
             for batch in self.activations:
                 batch.hidden = self.chain.run_block(index, batch.hidden, batch)
+
+    @torch.no_grad()
+    def advance(self, index: int) -> None:
+        """Make the next block's inputs of a block's outputs, for every batch."""
+        if index + 1 < len(self.chain.blocks):
+            for batch in self.activations:
+                batch.hidden = self.chain.transition(index, batch.hidden, batch)
 
     @torch.no_grad()
     def threshold(self, layers: Sequence[Layer], scores: Callable[[], Iterable[Tensor]]) -> Threshold:

@@ -85,7 +85,7 @@ def linear(out_features: int, in_features: int, weight: torch.Tensor | None = No
     module = torch.nn.Linear(in_features, out_features, bias=False, dtype=torch.float64)
     if weight is not None:
         module.weight.data = weight
-    return Layer("layer", module)
+    return Layer("layer", module.weight)
 
 
 def statistics(inputs: torch.Tensor, kinds, samples: int = 1) -> LayerStatistics:

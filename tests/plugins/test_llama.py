@@ -33,7 +33,7 @@ SLIDING = ["sliding_attention", "full_attention"] * 2
 FAMILIES = {
     "llama": {},
     "llama, biases": {"attention_bias": True, "mlp_bias": True},
-    "llama, tied": {"tie_word_embeddings": True},
+    "llama, tied embeddings": {"tie_word_embeddings": True},
     "mistral": {"sliding_window": 8},
     "ministral": {"sliding_window": 8, "layer_types": SLIDING},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
