@@ -59,6 +59,10 @@ class Adapter(Configurable, ABC):
             dtype: Dtype of the weights; `None` keeps the checkpoint's.
         """
 
+    def processor(self, module: nn.Module) -> Any:
+        """Return the processor of a model given from Python, where the model itself says how its data are made."""
+        return None
+
     @abstractmethod
     def save(self, module: nn.Module, processor: Any, folder: Path) -> None:
         """Write the model and its processor to `folder` in the layout that its own library loads."""

@@ -18,12 +18,14 @@ class Batch:
         size: Number of samples (sequences or images).
         valid: Boolean [samples, tokens], `False` at tokens that count nowhere (padding); `None` if all count.
         targets: What the loss compares with, in the adapter's own form.
+        loss: What the loss of a sample is, for the report.
     """
 
     inputs: dict[str, Tensor]
     size: int
     valid: Tensor | None = None
     targets: Tensor | None = None
+    loss: str = ""
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with its tensors on `device`."""

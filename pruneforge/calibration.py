@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,13 @@ class Calibration:
 
     Attributes:
         batches: The batches.
-        description: What the report says of them: source, counts, fingerprint, sketch.
+        description: What the report says of them: source, counts, loss, fingerprint, sketch.
+        warnings: What a user has to know of them.
     """
 
     batches: list[Batch]
     description: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
 
 
 def create_source(data: str | Path, options: Mapping[str, Any], registry: Registry) -> Source:
@@ -93,6 +95,7 @@ def collect(
         PruneForgeError: The data cannot be had, are too little, or longer than the model's context.
     """
     context = model.adapter.context_length(model.module)
+    source: Source | None = None
     if isinstance(data, str | Path):
         length = seqlen or (min(context, LONGEST_DEFAULT) if context else None)
         if length and context and length > context:
@@ -102,7 +105,7 @@ def collect(
         raw: Iterable[Tensor | Mapping[str, Tensor]] = source.calibration(
             Request(model.processor, samples, length, size, seed, progress)
         )
-        origin: dict[str, Any] = {"source": str(data), **_described(source)}
+        origin: dict[str, Any] = {"source": str(data), **source.describe("calibration")}
     else:
         if options:
             raise PruneForgeError("source options go with a source, not with batches from Python")
@@ -110,12 +113,7 @@ def collect(
     batches = [model.adapter.batch(item, model.module) for item in progress.track(raw, "reading calibration data")]
     if not batches:
         raise PruneForgeError(f"calibration data {origin['source']!r} are empty")
-    return Calibration(batches, origin | _summary(batches))
-
-
-def _described(source: Source) -> dict[str, Any]:
-    describe = getattr(source, "describe", None)
-    return describe("calibration") if describe else {}
+    return Calibration(batches, origin | _summary(batches), source.warnings() if source else [])
 
 
 def _summary(batches: list[Batch]) -> dict[str, Any]:
@@ -127,6 +125,8 @@ def _summary(batches: list[Batch]) -> dict[str, Any]:
             value = batch.inputs[key]
             digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
             digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        if batch.targets is not None:
+            digest.update(batch.targets.cpu().numpy().tobytes())
         ids = batch.inputs.get("input_ids")
         if ids is not None:
             keep = torch.ones_like(ids, dtype=torch.bool) if batch.valid is None else batch.valid
@@ -134,6 +134,7 @@ def _summary(batches: list[Batch]) -> dict[str, Any]:
             sequences += [row[kept] for row, kept in zip(ids, keep, strict=True)]
     summary: dict[str, Any] = {
         "samples": sum(batch.size for batch in batches),
+        "loss": ", or ".join(dict.fromkeys(batch.loss for batch in batches)),
         "fingerprint": digest.hexdigest(),
     }
     if sequences:

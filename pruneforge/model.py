@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,13 @@ class LoadedModel:
     reference: str
 
 
-def load_model(model: str | Path | nn.Module, dtype: str, processor: Any, registry: Registry) -> LoadedModel:
+def load_model(
+    model: str | Path | nn.Module,
+    dtype: str,
+    processor: Any,
+    registry: Registry,
+    adapter_options: Mapping[str, Any] | None = None,
+) -> LoadedModel:
     """Load a folder or hub id, or wrap a model that is already in memory.
 
     Args:
@@ -53,6 +59,7 @@ def load_model(model: str | Path | nn.Module, dtype: str, processor: Any, regist
         processor: Tokenizer or image transform of a model given from Python; `None` looks for the one it
             was loaded with.
         registry: The adapters to try.
+        adapter_options: Options of the adapter that takes the model.
 
     Raises:
         PruneForgeError: No adapter takes the model; the message says why each declined.
@@ -73,12 +80,14 @@ def load_model(model: str | Path | nn.Module, dtype: str, processor: Any, regist
         declined = adapter.declines_module(model) if isinstance(model, nn.Module) else adapter.declines(reference)
         if declined is not None:
             reasons.append(f"{entry.name}: {declined}")
-        elif isinstance(model, nn.Module):
+            continue
+        if adapter_options:
+            adapter = registry.create("adapter", entry.name, adapter_options)
+        if isinstance(model, nn.Module):
             _cast(model, target)
-            return LoadedModel(model, adapter, processor, reference)
-        else:
-            module, found = adapter.load(reference, target)
-            return LoadedModel(module, adapter, processor or found, reference)
+            return LoadedModel(model, adapter, processor or adapter.processor(model), reference)
+        module, found = adapter.load(reference, target)
+        return LoadedModel(module, adapter, processor or found, reference)
     raise PruneForgeError(f"no adapter takes {reference!r}: {'; '.join(reasons) or 'none is installed'}")
 
 

@@ -64,6 +64,7 @@ def prune(
     batch_size: int | None = None,
     options: Mapping[str, Any] | None = None,
     source_options: Mapping[str, Any] | None = None,
+    adapter_options: Mapping[str, Any] | None = None,
     exclude: Sequence[str] = (),
     propagate: Literal["pruned", "dense"] = "pruned",
     device: str = "auto",
@@ -87,6 +88,7 @@ def prune(
         batch_size: Samples that go through a block together; by default 4096 tokens' worth.
         options: Options of a metric given by name.
         source_options: Options of the calibration source.
+        adapter_options: Options of the model's adapter.
         exclude: Layers to leave dense, as names with wildcards, such as "*.down_proj"; the report lists them.
         propagate: Whether calibration sees the earlier blocks "pruned" (as the published language-model
             code does) or "dense".
@@ -118,6 +120,7 @@ def prune(
         batch_size=batch_size,
         options=dict(options or {}) if isinstance(metric, str) else metric.options.model_dump(),
         source_options=dict(source_options or {}),
+        adapter_options=dict(adapter_options or {}),
         exclude=list(exclude),
         propagate=propagate,
         device=device,
@@ -135,7 +138,7 @@ def prune(
     if output is not None:
         check_output(Path(output))
     peak = PeakMemory(target)
-    loaded = load_model(model, dtype, processor, found.registry)
+    loaded = load_model(model, dtype, processor, found.registry, adapter_options)
     data = Calibration([], {})
     if chosen.requires and calibration is not None:
         data = collect(
@@ -152,6 +155,7 @@ def prune(
     fingerprint = reports.fingerprint(loaded.module)
     blocks, excluded = _without(loaded.adapter.blocks(loaded.module), exclude)
     run = Run(chosen, asked, propagate, blocks, seed, excluded)
+    run.warnings += data.warnings
     with run.timed("total"), _exact_arithmetic(seed), in_evaluation_mode(loaded.module):
         _prune_in_memory(run, loaded, data, target, bars, found)
     report = reports.make_report(recipe, loaded, fingerprint, data.description or None, run, peak.read())

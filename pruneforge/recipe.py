@@ -21,6 +21,7 @@ class _Recipe(BaseModel):
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 0
+    adapter_options: dict[str, Any] = Field(default_factory=dict)
     plugins: list[str] = Field(default_factory=list)
     """Plugin files that were loaded with `-p`."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -41,6 +41,14 @@ class Source(Configurable, ABC):
     def reads(cls, path: str) -> bool:
         """Return whether this source reads the local file or folder `path`, which becomes its `argument`."""
         return False
+
+    def describe(self, part: Literal["calibration", "evaluation"]) -> dict[str, Any]:
+        """Return what names the data of one part, for the report: dataset, revision, split, file."""
+        return {}
+
+    def warnings(self) -> list[str]:
+        """Return what a user has to know of the data last given, one line each."""
+        return []
 
     @abstractmethod
     def calibration(self, request: Request) -> Iterable[Mapping[str, Tensor]]:

@@ -46,10 +46,6 @@ class TextSource(Source):
             PruneForgeError: The documents cannot be had.
         """
 
-    @abstractmethod
-    def describe(self, part: Part) -> dict[str, Any]:
-        """Return what names the documents of one part: dataset, revision, split, file."""
-
     def calibration(self, request: Request) -> Iterable[Mapping[str, Tensor]]:
         """Yield batches `{"input_ids": int64 [samples, seqlen]}`.
 

@@ -14,7 +14,12 @@ from rich.console import Console
 from pruneforge.errors import PruneForgeError
 
 # In a recipe, what a command line repeats is a mapping or list with a plural name.
-_REPEATED = {"options": "option", "source_options": "source_option", "plugins": "plugin"}
+_REPEATED = {
+    "options": "option",
+    "source_options": "source_option",
+    "adapter_options": "adapter_option",
+    "plugins": "plugin",
+}
 
 
 def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:

@@ -56,6 +56,9 @@ def prune(
         list[str] | None,
         typer.Option(help="Option of the calibration source; repeatable.", metavar="NAME=VALUE"),
     ] = None,
+    adapter_option: Annotated[
+        list[str] | None, typer.Option(help="Option of the model's adapter; repeatable.", metavar="NAME=VALUE")
+    ] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(help="Leave layers dense, by name with wildcards; repeatable.", metavar="GLOB"),
@@ -87,6 +90,7 @@ def prune(
         batch_size=batch_size,
         options=options,
         source_options=source_options,
+        adapter_options=common.assignments(adapter_option, "--adapter-option"),
         exclude=exclude or (),
         propagate=propagate.value,
         device=device,

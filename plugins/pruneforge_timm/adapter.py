@@ -1,0 +1,163 @@
+"""Image classifiers of timm (Wightman, 2019) that are made of repeated blocks.
+
+timm calls the repeated part of a model `blocks`, once (ViT, DeiT, BEiT, EVA, Mixer) or once a stage (Swin,
+ConvNeXt). A block's layers are its linear modules and 1x1 convolutions: `qkv`, `proj`, `fc1`, `fc2` in a ViT.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruneforge import Block, PruneForgeError
+from pruneforge.batch import Batch
+from pruneforge.images import ImageClassifier, ImageProcessor
+from pruneforge.layer import find_layers
+
+PREFIX = "timm:"
+"""Before the name of a pretrained model; `hf-hub:` names a repository, as in timm itself."""
+
+POSITIONAL = ("cpb_mlp", "rel_pos")
+"""Small networks within a block that make position biases; they see coordinates, not tokens."""
+
+
+class Timm(ImageClassifier):
+    """timm models whose blocks hold linear modules or 1x1 convolutions."""
+
+    def declines(self, reference: str) -> str | None:
+        """Build the model without weights and look for its blocks."""
+        try:
+            with torch.device("meta"):
+                return self.declines_module(_create(reference, pretrained=False))
+        except PruneForgeError as error:
+            return str(error)
+
+    def declines_module(self, module: Any) -> str | None:
+        """Look for lists called `blocks`, of layer-normalised blocks with layers in them."""
+        if not hasattr(module, "pretrained_cfg") or not hasattr(module, "num_classes"):
+            return f"{type(module).__name__} is no timm model"
+        if module.num_classes == 0:
+            return f"{type(module).__name__} has no classifier head"
+        blocks = self.blocks(module)
+        if not blocks:
+            return f"{type(module).__name__} has no blocks"
+        for block in blocks:
+            if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in block.module.modules()):
+                return f"block {block.name} ({type(block.module).__name__}) has batch normalisation"
+            if not block.layers:
+                return f"block {block.name} ({type(block.module).__name__}) has no linear layer"
+        return None
+
+    def load(self, reference: str, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
+        """Load with timm: `timm:NAME`, `hf-hub:OWNER/NAME`, or a folder in timm's layout."""
+        try:
+            model = _create(reference, pretrained=True)
+        except PruneForgeError:
+            raise
+        except Exception as error:  # hub, file formats and mismatched weights each raise their own
+            raise PruneForgeError(
+                f"model {reference!r} cannot be loaded: {' '.join(str(error).split())[:300]}"
+            ) from error
+        model = model.eval()
+        return (model if dtype is None else model.to(dtype)), self.processor(model)
+
+    def processor(self, module: Any) -> ImageProcessor:
+        """Return the checkpoint's own evaluation preprocessing."""
+        import timm.data
+        from timm.data.model_config import resolve_input_data_config
+
+        config = resolve_input_data_config(module)
+        transform = timm.data.create_transform(**config, is_training=False)
+        mode = "L" if config["input_size"][0] == 1 else "RGB"
+        return ImageProcessor(transform, mode, module.num_classes, _class_names(module))
+
+    def save(self, module: Any, processor: Any, folder: Path) -> None:
+        """Write timm's layout: `config.json` and `model.safetensors`."""
+        from timm.models import save_for_hf
+
+        save_for_hf(module, str(folder), safe_serialization=True)
+
+    def blocks(self, module: nn.Module) -> list[Block]:
+        """Return the items of every outermost list called `blocks`, in the order they run."""
+        found: list[Block] = []
+        for name, part in module.named_modules():
+            inside = any(name.startswith(f"{block.name}.") for block in found)
+            is_list = isinstance(part, nn.Sequential | nn.ModuleList) and name.rpartition(".")[2] == "blocks"
+            if is_list and not inside:
+                for key, block in part.named_children():
+                    full = f"{name}.{key}"
+                    layers = [la for la in find_layers(block, full) if not any(p in la.name for p in POSITIONAL)]
+                    found.append(Block(full, block, tuple(layers)))
+        return found
+
+    def forward(self, module: nn.Module, batch: Batch) -> Any:
+        """Run the model."""
+        return module(batch.inputs["pixel_values"])
+
+    def classes(self, module: Any) -> int:
+        """Return the size of the head."""
+        return int(module.num_classes)
+
+    def logits(self, output: Any) -> Tensor:
+        """Return the output itself; heads in training mode return several."""
+        return output if isinstance(output, Tensor) else output[0]
+
+    def check_images(self, pixels: Tensor, module: Any) -> None:
+        """Compare with the size the patch embedding was made for, or let it divide into patches."""
+        embed: Any = getattr(module, "patch_embed", None) or getattr(module, "stem", None)
+        channels = module.get_submodule(module.pretrained_cfg["first_conv"]).in_channels
+        size: Any = getattr(embed, "img_size", None)
+        patch: Any = getattr(embed, "patch_size", None)
+        if pixels.shape[1] != channels:
+            raise PruneForgeError(f"a batch's images have {pixels.shape[1]} channels, and the model takes {channels}")
+        height, width = pixels.shape[2:]
+        if size is not None and getattr(embed, "strict_img_size", True) and (height, width) != tuple(size):
+            raise PruneForgeError(f"a batch's images are {height}x{width}, and the model takes {size[0]}x{size[1]}")
+        padded = getattr(embed, "dynamic_img_pad", False) or patch is None
+        if not padded and (height % patch[0] or width % patch[1]):
+            raise PruneForgeError(
+                f"a batch's images are {height}x{width}, which patches of {patch[0]}x{patch[1]} do not divide"
+            )
+
+    def tokens(self, pixels: Tensor, module: Any) -> tuple[int, int]:
+        """Return class, distillation and register tokens, and those with the patches."""
+        prefix = int(getattr(module, "num_prefix_tokens", 0))
+        if not prefix:
+            return 0, 0
+        patch = module.patch_embed.patch_size
+        return prefix, prefix + (pixels.shape[2] // patch[0]) * (pixels.shape[3] // patch[1])
+
+
+def _create(reference: str, pretrained: bool) -> nn.Module:
+    import timm
+
+    folder = Path(reference)
+    if folder.is_dir():
+        config = folder / "config.json"
+        if not config.is_file() or '"architecture"' not in config.read_text(encoding="utf-8"):
+            raise PruneForgeError("the folder has no config.json that names a timm architecture")
+        name = f"local-dir:{reference}"
+    elif reference.startswith((PREFIX, "hf-hub:")):
+        name = reference.removeprefix(PREFIX)
+    else:
+        raise PruneForgeError(f"it is no folder, and does not begin with {PREFIX} or hf-hub:")
+    try:
+        return timm.create_model(name, pretrained=pretrained)
+    except RuntimeError as error:
+        if "Unknown model" in str(error) or "Invalid pretrained tag" in str(error):
+            raise PruneForgeError(f"timm knows no model {name!r}; timm.list_models() lists them") from error
+        raise
+
+
+def _class_names(module: Any) -> list[str] | None:
+    """Return the WordNet ids of an ImageNet head, in its order, or the names the configuration gives."""
+    import timm.data
+
+    names = module.pretrained_cfg.get("label_names")
+    if names:
+        return list(names)
+    subset = timm.data.infer_imagenet_subset(module)
+    return timm.data.ImageNetInfo(subset).label_names() if subset else None

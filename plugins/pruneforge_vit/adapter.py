@@ -1,0 +1,128 @@
+"""Vision transformers of transformers with a classification head: ViT, DeiT and those built alike."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruneforge import Block, PruneForgeError
+from pruneforge.batch import Batch
+from pruneforge.images import ImageClassifier, ImageProcessor
+from pruneforge.layer import find_layers
+
+
+class ViT(ImageClassifier):
+    """transformers image classifiers whose encoder is one list of blocks of linear layers."""
+
+    def declines(self, reference: str) -> str | None:
+        """Build the model without weights from its configuration and look at its shape."""
+        import transformers
+
+        folder = Path(reference)
+        if folder.exists() and not (folder / "config.json").is_file():
+            return "the folder has no config.json"
+        try:
+            config = transformers.AutoConfig.from_pretrained(reference, trust_remote_code=False)
+            if getattr(config, "quantization_config", None) is not None:
+                return "the checkpoint is quantised; prune the original and quantise afterwards"
+            with torch.device("meta"):
+                model = transformers.AutoModelForImageClassification.from_config(config, trust_remote_code=False)
+        except Exception as error:  # configurations fail in as many ways as there are architectures
+            return _first_line(error)
+        return self.declines_module(model)
+
+    def declines_module(self, module: Any) -> str | None:
+        """Look for one list of blocks whose weights are all linear."""
+        if not hasattr(module, "config") or getattr(module, "main_input_name", None) != "pixel_values":
+            return f"{type(module).__name__} is no transformers image model"
+        if not hasattr(module, "classifier") and not hasattr(module, "cls_classifier"):
+            return f"{type(module).__name__} has no classification head"
+        blocks = self.blocks(module)
+        if not blocks:
+            return f"{type(module).__name__} has no list of blocks"
+        for block in blocks:
+            inside = {id(layer.parameter) for layer in block.layers}
+            for name, parameter in block.module.named_parameters():
+                if parameter.dim() > 1 and id(parameter) not in inside:
+                    return f"block {block.name} has a weight {name} {list(parameter.shape)} that is no linear layer's"
+        return None
+
+    def load(self, reference: str, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
+        """Load with transformers, in the checkpoint's dtype unless another is asked for."""
+        import transformers
+
+        try:
+            loaded: Any = transformers.AutoModelForImageClassification.from_pretrained(
+                reference, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False
+            )
+            model, info = loaded
+            native = transformers.AutoImageProcessor.from_pretrained(reference, trust_remote_code=False)
+        except Exception as error:  # hub, file formats and configurations each raise their own
+            raise PruneForgeError(f"model {reference!r} cannot be loaded: {_first_line(error)}") from error
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise PruneForgeError(
+                f"model {reference!r} lacks {len(missing)} weights, such as {missing[0]!r}; the checkpoint is damaged"
+            )
+        names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+        mode = "L" if model.config.num_channels == 1 else "RGB"
+
+        def transform(image: Any) -> Tensor:
+            return native(images=image, return_tensors="pt")["pixel_values"][0]
+
+        return model.eval(), ImageProcessor(transform, mode, model.config.num_labels, names, native)
+
+    def save(self, module: Any, processor: Any, folder: Path) -> None:
+        """Write the layout that `AutoModelForImageClassification.from_pretrained` loads."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module.save_pretrained(folder)
+        if isinstance(processor, ImageProcessor) and processor.native is not None:
+            processor.native.save_pretrained(folder)
+
+    def blocks(self, module: nn.Module) -> list[Block]:
+        """Return the items of the first list of modules."""
+        for name, part in module.named_modules():
+            if isinstance(part, nn.ModuleList) and len(part):
+                named = [(f"{name}.{key}", block) for key, block in part.named_children()]
+                return [Block(full, block, tuple(find_layers(block, full))) for full, block in named]
+        return []
+
+    def forward(self, module: nn.Module, batch: Batch) -> Any:
+        """Run the model."""
+        return module(pixel_values=batch.inputs["pixel_values"])
+
+    def classes(self, module: Any) -> int:
+        """Return the size of the head."""
+        return int(module.config.num_labels)
+
+    def logits(self, output: Any) -> Tensor:
+        """Return the logits of the output."""
+        return output.logits
+
+    def check_images(self, pixels: Tensor, module: Any) -> None:
+        """Compare with the size the configuration names."""
+        side, channels = module.config.image_size, module.config.num_channels
+        expected = (channels, side, side) if isinstance(side, int) else (channels, *side)
+        if tuple(pixels.shape[1:]) != expected:
+            raise PruneForgeError(
+                f"a batch's images are {'x'.join(str(n) for n in pixels.shape[1:])}, "
+                f"and the model takes {'x'.join(str(n) for n in expected)}"
+            )
+
+    def tokens(self, pixels: Tensor, module: Any) -> tuple[int, int]:
+        """Return class, distillation and register tokens, and those with the patches."""
+        config = module.config
+        distilled = any(name.endswith("distillation_token") for name, _ in module.named_parameters())
+        prefix = 1 + distilled + getattr(config, "num_register_tokens", 0)
+        patch = config.patch_size
+        return prefix, prefix + (pixels.shape[2] // patch) * (pixels.shape[3] // patch)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,278 @@
+"""Images as calibration and evaluation data, and what adapters of image classifiers share."""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pruneforge import options
+from pruneforge.adapter import Adapter
+from pruneforge.batch import Batch
+from pruneforge.errors import PruneForgeError
+from pruneforge.source import Request, Source
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """How a checkpoint wants its images, and what its classes are called.
+
+    Attributes:
+        transform: From an image to a tensor [channels, height, width], by the checkpoint's own evaluation
+            preprocessing.
+        mode: Colour mode the images are converted to before (`"RGB"`, or `"L"` for one channel).
+        classes: How many classes the head has.
+        names: What the classes are called in an image folder, in the head's order, if that is known.
+        native: The library's own processor, for saving; `None` where the model itself holds it.
+    """
+
+    transform: Callable[[Image.Image], Tensor] = field(repr=False)
+    mode: str
+    classes: int
+    names: Sequence[str] | None = None
+    native: Any = None
+
+
+class ImageSet(ABC):
+    """Images that can be opened one by one, from any process."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def open(self, index: int) -> Image.Image:
+        """Return an image, decoded.
+
+        Raises:
+            OSError: It is corrupt or truncated (as PIL says).
+        """
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Return what to call an image in a message."""
+
+    @abstractmethod
+    def label(self, index: int) -> str | int | None:
+        """Return an image's class: its folder's name, a class index, or `None` if it has none."""
+
+
+class ImageSource(Source):
+    """A source of images.
+
+    Attributes:
+        skipped: Corrupt images left out by the last draw, by name.
+    """
+
+    class Options(options.Options):
+        """Options of every image source."""
+
+        balanced: bool = Field(False, description="draw as equally many images of each class as can be")
+        strict: bool = Field(False, description="fail on a corrupt image instead of leaving it out with a count")
+
+    options: Options
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.skipped: list[str] = []
+
+    @abstractmethod
+    def images(self, part: Literal["calibration", "evaluation"]) -> ImageSet:
+        """Return the images for "calibration" or "evaluation"; a source without parts returns the same for both.
+
+        Raises:
+            PruneForgeError: There are none.
+        """
+
+    def calibration(self, request: Request) -> Iterable[Mapping[str, Tensor]]:
+        """Yield `{"pixel_values": float [samples, channels, height, width], "labels": int64 [samples]}`.
+
+        Images are drawn without replacement and put through the checkpoint's evaluation transform. Without
+        labels in the source, batches have none.
+
+        Raises:
+            PruneForgeError: There are too few images, or one is corrupt and `strict` is set.
+        """
+        processor = image_processor(request.processor)
+        images = self.images("calibration")
+        order = draw_order(images, request.seed, self.options.balanced)
+        labels = class_indices(images, processor)
+        self.skipped = []
+        drawn: list[tuple[Tensor, int | None]] = []
+        for index in request.progress.track(order, "reading images", request.samples):
+            if len(drawn) == request.samples:
+                break
+            pixels = load_image(images, index, processor, self.options.strict)
+            if pixels is None:
+                self.skipped.append(images.name(index))
+            else:
+                drawn.append((pixels, labels[index]))
+        if len(drawn) < request.samples:
+            raise PruneForgeError(
+                f"source {self.name!r} has {len(drawn)} readable images and {request.samples} were asked for; "
+                "use fewer --samples"
+            )
+        for start in range(0, len(drawn), request.batch_size):
+            chunk = drawn[start : start + request.batch_size]
+            batch = {"pixel_values": torch.stack([pixels for pixels, _ in chunk])}
+            if all(label is not None for _, label in chunk):
+                batch["labels"] = torch.tensor([label for _, label in chunk])
+            yield batch
+
+    def warnings(self) -> list[str]:
+        """Return what the last draw left out."""
+        if not self.skipped:
+            return []
+        some = ", ".join(self.skipped[:3]) + (", ..." if len(self.skipped) > 3 else "")
+        return [f"{len(self.skipped)} corrupt images were left out of the calibration data: {some}"]
+
+
+def image_processor(processor: Any) -> ImageProcessor:
+    """Return the processor if it is one for images.
+
+    Raises:
+        PruneForgeError: It is none.
+    """
+    if not isinstance(processor, ImageProcessor):
+        raise PruneForgeError("the model takes no images, or came without its preprocessing; use another source")
+    return processor
+
+
+def load_image(images: ImageSet, index: int, processor: ImageProcessor, strict: bool) -> Tensor | None:
+    """Return a preprocessed image [channels, height, width], or `None` if it is corrupt.
+
+    Raises:
+        PruneForgeError: It is corrupt and `strict` is set.
+    """
+    try:
+        return processor.transform(images.open(index).convert(processor.mode))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        # PIL raises each of these for damaged files.
+        if strict:
+            raise PruneForgeError(f"image {images.name(index)!r} is corrupt: {error}") from error
+        return None
+
+
+def draw_order(images: ImageSet, seed: int, balanced: bool) -> list[int]:
+    """Return all indices in random order; balanced, so that any first part holds the classes equally."""
+    order = list(range(len(images)))
+    random.Random(seed).shuffle(order)
+    if not balanced:
+        return order
+    turns: dict[Any, int] = {}
+    turn = {}
+    for index in order:
+        label = images.label(index)
+        turn[index] = turns[label] = turns.get(label, -1) + 1
+    return sorted(order, key=lambda index: turn[index])
+
+
+def class_indices(images: ImageSet, processor: ImageProcessor) -> list[int | None]:
+    """Return each image's class as the head counts it.
+
+    Folder names that are all among the head's class names (WordNet ids, say) map by name, so a folder may
+    hold a subset. Otherwise the sorted names are the classes, and there must be as many as the head has.
+
+    Raises:
+        PruneForgeError: The classes do not fit the head.
+    """
+    labels = [images.label(index) for index in range(len(images))]
+    found = sorted({label for label in labels if isinstance(label, str)})
+    if not found:
+        numbers = [label for label in labels if isinstance(label, int)]
+        if numbers and not 0 <= min(numbers) <= max(numbers) < processor.classes:
+            raise PruneForgeError(
+                f"labels run from {min(numbers)} to {max(numbers)}, and the head has {processor.classes} classes"
+            )
+        return [label if isinstance(label, int) else None for label in labels]
+    names = list(processor.names or [])
+    if set(found) <= set(names):
+        position = {name: index for index, name in enumerate(names)}
+    elif len(found) == processor.classes:
+        position = {name: index for index, name in enumerate(found)}
+    else:
+        known = f", called like {names[0]!r}" if names else ""
+        raise PruneForgeError(
+            f"the images have {len(found)} classes, such as {found[0]!r}, and the head has {processor.classes}{known}"
+        )
+    return [position[label] if isinstance(label, str) else None for label in labels]
+
+
+class ImageClassifier(Adapter):
+    """What adapters of image classifiers share: batches, and the cross-entropy of the label."""
+
+    class Options(options.Options):
+        """Options of adapters of image classifiers."""
+
+        prefix_tokens: bool = Field(
+            True, description="let class, distillation and register tokens count in statistics as patches do"
+        )
+
+    options: Options
+
+    def batch(self, data: Tensor | Mapping[str, Tensor], module: nn.Module) -> Batch:
+        """Take images [samples, channels, height, width], or a mapping with `pixel_values` and maybe `labels`."""
+        inputs = {"pixel_values": data} if isinstance(data, Tensor) else dict(data) if isinstance(data, Mapping) else {}
+        pixels, labels = inputs.get("pixel_values"), inputs.get("labels")
+        if not isinstance(pixels, Tensor) or pixels.dim() != 4 or not pixels.is_floating_point() or not len(pixels):
+            got = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else type(data).__name__
+            raise PruneForgeError(f"a batch must hold images, float [samples, channels, height, width]; got {got}")
+        classes = self.classes(module)
+        if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            span = f"{int(labels.min())} to {int(labels.max())}"
+            raise PruneForgeError(f"a batch's labels run from {span}, and the head has {classes} classes")
+        self.check_images(pixels, module)
+        pixels = pixels.to(next(module.parameters()).dtype)
+        return Batch({"pixel_values": pixels}, len(pixels), self._counting(pixels, module), labels, self._loss(labels))
+
+    def losses(self, output: Any, batch: Batch) -> Tensor:
+        """Return each image's cross-entropy [samples]: of its label, or else of the model's own prediction."""
+        logits = self.logits(output)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        targets = logits.detach().argmax(dim=1) if batch.targets is None else batch.targets
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    def context_length(self, module: nn.Module) -> int | None:
+        """Return `None`: images have no length to choose."""
+        return None
+
+    @abstractmethod
+    def classes(self, module: nn.Module) -> int:
+        """Return how many classes the head has."""
+
+    @abstractmethod
+    def logits(self, output: Any) -> Tensor:
+        """Return the logits [samples, classes] of what `forward` returned."""
+
+    @abstractmethod
+    def check_images(self, pixels: Tensor, module: nn.Module) -> None:
+        """Raise unless the model takes images of this size.
+
+        Raises:
+            PruneForgeError: Naming the sizes.
+        """
+
+    @abstractmethod
+    def tokens(self, pixels: Tensor, module: nn.Module) -> tuple[int, int]:
+        """Return how many prefix tokens and how many tokens in all the blocks see."""
+
+    def _counting(self, pixels: Tensor, module: nn.Module) -> Tensor | None:
+        if self.options.prefix_tokens:
+            return None
+        prefix, total = self.tokens(pixels, module)
+        if prefix == 0:
+            raise PruneForgeError(f"{type(module).__name__} has no prefix tokens to leave out")
+        valid = torch.ones(len(pixels), total, dtype=torch.bool)
+        valid[:, :prefix] = False
+        return valid
+
+    def _loss(self, labels: Tensor | None) -> str:
+        of = "label" if labels is not None else "model's own prediction"
+        return f"cross-entropy of the {of}"
