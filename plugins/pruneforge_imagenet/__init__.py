@@ -1,0 +1,10 @@
+"""Top-1 and top-5 accuracy of image classifiers."""
+
+from pruneforge.hookspecs import hookimpl
+from pruneforge.registry import Registry
+
+
+@hookimpl
+def pruneforge_register(registry: Registry) -> None:
+    """Register the evaluator."""
+    registry.evaluator("imagenet", "pruneforge_imagenet.evaluator:ImageNet")

@@ -1,0 +1,187 @@
+"""Accuracy of an image classifier, by ImageNet's protocol."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pruneforge import Evaluator, Options, PruneForgeError
+from pruneforge.calibration import create_source
+from pruneforge.evaluator import Subject
+from pruneforge.images import (
+    ImageClassifier,
+    ImageProcessor,
+    ImageSet,
+    ImageSource,
+    class_indices,
+    image_processor,
+    load_image,
+)
+
+WORST = 10
+"""Classes to list that lost most."""
+
+
+class ImageNet(Evaluator):
+    """Top-1 and top-5 accuracy over labelled images, by the checkpoint's own evaluation preprocessing.
+
+    With `real_labels` (Beyer et al., Are we done with ImageNet?, 2020) an image has a set of right classes, and
+    those with none are left out.
+    """
+
+    argument: ClassVar[str | None] = "data"
+
+    class Options(Options):
+        """Options of the ImageNet evaluator."""
+
+        data: str = Field("imagenet", description="source or path of the labelled images")
+        limit: int | None = Field(None, ge=1, description="only so many images, spread evenly over the data")
+        workers: int | None = Field(None, ge=0, description="processes that read images; by default by cores")
+        amp: bool = Field(False, description="compute in bfloat16 where that is safe")
+        strict: bool = Field(False, description="fail on a corrupt image instead of leaving it out with a count")
+        real_labels: str | None = Field(
+            None, description="JSON list of the right classes of each image, by name's order"
+        )
+        source_options: dict[str, Any] = Field(default_factory=dict, description="options of the source")
+
+    options: Options
+
+    def evaluate(self, subject: Subject) -> dict[str, Any]:
+        """Return accuracies with 95 % intervals, images a second, and accuracy by class."""
+        source = create_source(self.options.data, self.options.source_options, subject.registry)
+        if not isinstance(source, ImageSource):
+            raise PruneForgeError(f"imagenet needs images, and source {source.name!r} gives none")
+        processor = image_processor(subject.model.processor)
+        images = source.images("evaluation")
+        labels = class_indices(images, processor)
+        if any(label is None for label in labels):
+            raise PruneForgeError(f"{self.options.data!r} holds images without a class; put each class in a folder")
+        chosen = _spread(len(images), self.options.limit)
+        start = time.perf_counter()
+        ranks, losses, skipped = self._ranks(subject, images, processor, chosen, labels)
+        seconds = time.perf_counter() - start
+        truth = self._truth(labels, chosen, images, processor.classes)
+        found = self._results(source, ranks, truth, skipped, processor, seconds)
+        return {**found, "loss": float(torch.tensor(losses, dtype=torch.float64).mean())}
+
+    def _truth(self, labels: list[Any], chosen: list[int], images: ImageSet, classes: int) -> list[set[int]]:
+        """Return the right classes of each chosen image."""
+        if self.options.real_labels is None:
+            return [{labels[index]} for index in chosen]
+        try:
+            real = json.loads(Path(self.options.real_labels).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise PruneForgeError(f"real labels {self.options.real_labels!r} cannot be read: {error}") from error
+        by_name = sorted(range(len(images)), key=lambda index: os.path.basename(images.name(index)))
+        if len(real) != len(images):
+            raise PruneForgeError(f"there are {len(real)} real labels and {len(images)} images")
+        position = {index: place for place, index in enumerate(by_name)}
+        return [set(real[position[index]]) for index in chosen]
+
+    def _ranks(
+        self, subject: Subject, images: ImageSet, processor: ImageProcessor, chosen: list[int], labels: list[Any]
+    ) -> tuple[dict[int, Tensor], list[float], list[str]]:
+        """Return each readable image's five likeliest classes and its loss, and the names of the others."""
+        size = subject.batch_size or 64
+        workers = self.options.workers if self.options.workers is not None else max(1, (os.cpu_count() or 1) - 1)
+        dataset = _Preprocessed(images, processor, chosen, self.options.strict)
+        loader = DataLoader(
+            dataset, size, num_workers=workers, collate_fn=_collate, prefetch_factor=2 if workers else None
+        )
+        module, adapter = subject.model.module, subject.model.adapter
+        assert isinstance(adapter, ImageClassifier)  # it made the processor
+        found: dict[int, Tensor] = {}
+        losses: list[float] = []
+        skipped: list[str] = []
+        kind = subject.device.type
+        with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=self.options.amp):
+            for places, pixels, corrupt in subject.progress.track(loader, "imagenet"):
+                skipped += [images.name(chosen[place]) for place in corrupt]
+                if not places:
+                    continue
+                truth = torch.tensor([labels[chosen[place]] for place in places])
+                batch = adapter.batch({"pixel_values": pixels, "labels": truth}, module).to(subject.device)
+                output = adapter.forward(module, batch)
+                losses += adapter.losses(output, batch).tolist()
+                logits = adapter.logits(output).float()
+                top = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu()
+                found |= dict(zip(places, top, strict=True))
+        return found, losses, skipped
+
+    def _results(
+        self,
+        source: ImageSource,
+        ranks: dict[int, Tensor],
+        truth: list[set[int]],
+        skipped: list[str],
+        processor: ImageProcessor,
+        seconds: float,
+    ) -> dict[str, Any]:
+        counted = [place for place in ranks if truth[place]]
+        if not counted:
+            raise PruneForgeError(f"{self.options.data!r} holds no readable, labelled image")
+        first = [int(ranks[place][0]) in truth[place] for place in counted]
+        fifth = [bool(truth[place] & set(ranks[place].tolist())) for place in counted]
+        by_class: dict[int, list[bool]] = {}
+        for place, right in zip(counted, first, strict=True):
+            for label in truth[place]:
+                by_class.setdefault(label, []).append(right)
+        names = processor.names or [str(index) for index in range(processor.classes)]
+        accuracy = {names[label]: round(sum(rights) / len(rights), 6) for label, rights in sorted(by_class.items())}
+        warnings = []
+        if skipped:
+            warnings = [f"{len(skipped)} corrupt images were left out: {', '.join(skipped[:3])}"]
+        return {
+            "top1": sum(first) / len(first),
+            "top1_interval": interval(sum(first), len(first)),
+            "top5": sum(fifth) / len(fifth),
+            "top5_interval": interval(sum(fifth), len(fifth)),
+            "images": len(counted),
+            "skipped": len(skipped),
+            "images_per_second": len(ranks) / seconds,
+            "data": {"source": self.options.data, **source.describe("evaluation")},
+            "labels": "real" if self.options.real_labels else "folder",
+            "class_accuracy": accuracy,
+            "warnings": warnings,
+        }
+
+
+def interval(right: int, total: int) -> list[float]:
+    """Return the 95 % interval of a share (Wilson, 1927)."""
+    z = 1.959964
+    share = right / total
+    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+class _Preprocessed(Dataset):
+    def __init__(self, images: ImageSet, processor: ImageProcessor, chosen: list[int], strict: bool) -> None:
+        self.images, self.processor, self.chosen, self.strict = images, processor, chosen, strict
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, place: int) -> tuple[int, Tensor | None]:
+        return place, load_image(self.images, self.chosen[place], self.processor, self.strict)
+
+
+def _collate(items: list[tuple[int, Tensor | None]]) -> tuple[list[int], Tensor | None, list[int]]:
+    readable = [(place, pixels) for place, pixels in items if pixels is not None]
+    corrupt = [place for place, pixels in items if pixels is None]
+    return [place for place, _ in readable], torch.stack([p for _, p in readable]) if readable else None, corrupt
+
+
+def _spread(total: int, limit: int | None) -> list[int]:
+    if limit is None or limit >= total:
+        return list(range(total))
+    return [place * total // limit for place in range(limit)]

@@ -1,0 +1,133 @@
+"""Images in a folder of folders, or in a zip or tar of one."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image
+from pydantic import Field
+
+from pruneforge import PruneForgeError
+from pruneforge.images import ImageSet, ImageSource
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+
+
+class ImageFiles(ImageSource):
+    """A folder, zip or tar in ImageNet's layout: each class is a folder of images.
+
+    Of several layers of folders, `split` names the one to read below (`train`, `val`); an image's class is the
+    folder it stands in. Images that stand in one folder alone have no class.
+    """
+
+    argument = "path"
+
+    class Options(ImageSource.Options):
+        """Options of an image folder."""
+
+        path: str = Field(description="the folder or archive")
+        split: str | None = Field(None, description="only what stands below a folder of this name")
+
+    options: Options
+
+    @classmethod
+    def reads(cls, path: str) -> bool:
+        """Return whether it is an archive, or a folder with images at most three levels down."""
+        file = Path(path)
+        if file.is_file():
+            return file.name.lower().endswith(ARCHIVES)
+        return file.is_dir() and not (file / "config.json").exists()
+
+    def images(self, part: str) -> ImageSet:
+        """List the images; the part makes no difference."""
+        path = Path(self.options.path)
+        try:
+            files: _Files = _Folder(path) if path.is_dir() else _Archive(path)
+        except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
+            raise PruneForgeError(f"images {str(path)!r} cannot be read: {error}") from error
+        files.choose(self.options.split)
+        if not len(files):
+            below = f" below a folder {self.options.split!r}" if self.options.split else ""
+            raise PruneForgeError(f"{str(path)!r} holds no images{below} ({', '.join(sorted(SUFFIXES))})")
+        return files
+
+    def describe(self, part: str) -> dict[str, Any]:
+        """Return the file's name, the split, and the number of images and classes."""
+        files = self.images(part)
+        labels = {files.label(index) for index in range(len(files))} - {None}
+        found = {"file": Path(self.options.path).name, "split": self.options.split, "images": len(files)}
+        return found | {"classes": len(labels)}
+
+
+class _Files(ImageSet):
+    """Images by their path, in alphabetical order."""
+
+    def __init__(self, path: Path, names: list[str]) -> None:
+        self.path = path
+        self.names = sorted(name for name in names if PurePosixPath(name).suffix.lower() in SUFFIXES)
+        self.labelled = False
+
+    def choose(self, split: str | None) -> None:
+        """Keep what stands below a folder called `split`."""
+        if split is not None:
+            self.names = [name for name in self.names if split in PurePosixPath(name).parts[:-1]]
+        self.labelled = len({PurePosixPath(name).parent for name in self.names}) > 1
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+    def label(self, index: int) -> str | None:
+        return PurePosixPath(self.names[index]).parent.name if self.labelled else None
+
+
+class _Folder(_Files):
+    def __init__(self, path: Path) -> None:
+        found = (Path(base, name) for base, _, names in os.walk(path) for name in names)
+        super().__init__(path, [file.relative_to(path).as_posix() for file in found])
+
+    def open(self, index: int) -> Image.Image:
+        with Image.open(self.path / self.names[index]) as image:
+            image.load()
+            return image
+
+
+class _Archive(_Files):
+    def __init__(self, path: Path) -> None:
+        if path.name.lower().endswith(".zip"):
+            with zipfile.ZipFile(path) as file:
+                names = file.namelist()
+        else:
+            with tarfile.open(path) as file:
+                names = file.getnames()
+        super().__init__(path, names)
+        self._handle: tuple[int, Any] | None = None
+
+    def open(self, index: int) -> Image.Image:
+        with Image.open(io.BytesIO(self._read(self.names[index]))) as image:
+            image.load()
+            return image
+
+    def _read(self, name: str) -> bytes:
+        # A file handle cannot be shared between processes, so each opens its own.
+        if self._handle is None or self._handle[0] != os.getpid():
+            is_zip = self.path.name.lower().endswith(".zip")
+            opened = zipfile.ZipFile(self.path) if is_zip else tarfile.open(self.path)  # noqa: SIM115
+            self._handle = (os.getpid(), opened)
+        archive = self._handle[1]
+        if isinstance(archive, zipfile.ZipFile):
+            return archive.read(name)
+        member = archive.extractfile(name)
+        assert member is not None
+        return member.read()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handle": None}

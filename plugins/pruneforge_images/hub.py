@@ -1,0 +1,81 @@
+"""Image data sets of the Hub, through `datasets`."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from typing import Any
+
+from PIL import Image
+from pydantic import Field
+
+from pruneforge import PruneForgeError
+from pruneforge.images import ImageSet, ImageSource
+
+
+class ImageHub(ImageSource):
+    """An image data set of the Hub, `imagenet-1k` by default; read as a stream, as much of it as is asked for."""
+
+    argument = "path"
+
+    class Options(ImageSource.Options):
+        """Options of a Hub data set of images."""
+
+        path: str = Field("ILSVRC/imagenet-1k", description="OWNER/NAME on the Hub, or a local folder")
+        config: str | None = Field(None, description="configuration of the data set")
+        calibration_split: str = Field("train", description="split to calibrate on")
+        evaluation_split: str = Field("validation", description="split to evaluate on")
+        image_column: str = Field("image", description="column that holds the image")
+        label_column: str = Field("label", description="column that holds the class index")
+        revision: str | None = Field(None, description="branch, tag or commit of the data set")
+        pool: int | None = Field(
+            10_000, ge=1, description="draw from the first so many shuffled images of the calibration split"
+        )
+
+    options: Options
+
+    def images(self, part: str) -> ImageSet:
+        """Stream the rows of one part."""
+        import datasets
+
+        options = self.options
+        split = options.calibration_split if part == "calibration" else options.evaluation_split
+        try:
+            rows: Any = datasets.load_dataset(
+                options.path, options.config, split=split, revision=options.revision, streaming=True
+            )
+            # Undecoded, so that a corrupt image is met where it is named and counted.
+            rows = rows.cast_column(options.image_column, datasets.Image(decode=False))
+            if part == "calibration":
+                rows = rows.shuffle(seed=0, buffer_size=1000)
+                rows = itertools.islice(rows, options.pool)
+            return _Rows(list(rows), options.image_column, options.label_column)
+        except Exception as error:  # datasets, its backends and its readers each raise their own
+            reason = " ".join(str(error).split())[:300]
+            raise PruneForgeError(f"images of {options.path!r} ({split}) cannot be loaded: {reason}") from error
+
+    def describe(self, part: str) -> dict[str, Any]:
+        """Return where the images come from."""
+        options = self.options
+        split = options.calibration_split if part == "calibration" else options.evaluation_split
+        return {"dataset": options.path, "config": options.config, "split": split, "revision": options.revision}
+
+
+class _Rows(ImageSet):
+    def __init__(self, rows: list[dict[str, Any]], image: str, label: str) -> None:
+        self.rows, self.image, self.column = rows, image, label
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def open(self, index: int) -> Image.Image:
+        value = self.rows[index][self.image]
+        with Image.open(io.BytesIO(value["bytes"]) if value["bytes"] else value["path"]) as image:
+            image.load()
+            return image
+
+    def name(self, index: int) -> str:
+        return str(self.rows[index][self.image].get("path") or f"row {index}")
+
+    def label(self, index: int) -> int | None:
+        return self.rows[index].get(self.column)
