@@ -12,11 +12,14 @@ if TYPE_CHECKING:
     from pruneforge.adapter import Adapter as Adapter
     from pruneforge.adapter import Block as Block
     from pruneforge.batch import Batch as Batch
+    from pruneforge.comparing import Case as Case
+    from pruneforge.comparing import compare as compare
     from pruneforge.demo import Demo as Demo
     from pruneforge.errors import PruneForgeError as PruneForgeError
     from pruneforge.evaluating import evaluate as evaluate
     from pruneforge.evaluator import Evaluator as Evaluator
     from pruneforge.hookspecs import hookimpl as hookimpl
+    from pruneforge.images import ImageSource as ImageSource
     from pruneforge.layer import Layer as Layer
     from pruneforge.metric import Metric as Metric
     from pruneforge.metric import Pruned as Pruned
@@ -39,11 +42,13 @@ if TYPE_CHECKING:
 _MODULES = {
     "adapter": ("Adapter", "Block"),
     "batch": ("Batch",),
+    "comparing": ("Case", "compare"),
     "demo": ("Demo",),
     "errors": ("PruneForgeError",),
     "evaluating": ("evaluate",),
     "evaluator": ("Evaluator",),
     "hookspecs": ("hookimpl",),
+    "images": ("ImageSource",),
     "layer": ("Layer",),
     "metric": ("Metric", "Pruned"),
     "options": ("Options",),

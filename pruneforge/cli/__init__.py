@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from pruneforge.cli import demo, doctor, evaluate, plugins, prune
+from pruneforge.cli import compare, demo, doctor, evaluate, plugins, prune
 from pruneforge.errors import PruneForgeError
 
 USER_ERROR = 2
@@ -46,6 +46,7 @@ app = typer.Typer(
 )
 app.command(epilog=prune.EXAMPLES)(prune.prune)
 app.command(name="eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command(epilog=compare.EXAMPLES)(compare.compare)
 app.command(epilog=plugins.EXAMPLES)(plugins.plugins)
 app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
