@@ -6,6 +6,8 @@ from pruneforge.registry import Registry
 
 @hookimpl
 def pruneforge_register(registry: Registry) -> None:
-    """Register the demo and the text it uses."""
+    """Register the demos and their data."""
     registry.demo("text", "pruneforge_demo.text:TextDemo")
+    registry.demo("image", "pruneforge_demo.image:ImageDemo")
+    registry.source("digits", "pruneforge_demo.image:Digits")
     registry.source("python-docs", "pruneforge_demo.text:PythonDocs")

@@ -25,7 +25,7 @@ def demo(
     plugin: common.PluginFiles = None,
     config: common.Config = None,
 ) -> None:
-    """Prune the embedded model with every metric there is, at 50 % and 2:4; needs no network."""
+    """Prune the embedded models with every metric there is, at 50 % and 2:4; needs no network."""
     common.quieten()
     common.load_plugin_files(plugin)
     from pruneforge.plugins import plugins
@@ -45,42 +45,24 @@ def demo(
 
 def run(subject: Any, metrics: list[str], device: str, progress: Any) -> list[dict[str, Any]]:
     """Return a row of results for the dense model and for each metric and pattern."""
+    from pruneforge.comparing import Case, compare
     from pruneforge.evaluating import evaluate
-    from pruneforge.pruning import prune
 
-    def measure(model: Any) -> float:
-        outcome = evaluate(model, subject.task, options=subject.task_options, device=device, progress=progress)
-        common.warn(outcome["warnings"])
-        return outcome[subject.result]
-
-    rows: list[dict[str, Any]] = [
-        {"metric": "dense", "pattern": "", "sparsity": 0.0, subject.result: measure(subject.checkpoint())}
-    ]
-    jobs = [(metric, pattern) for pattern in PATTERNS for metric in metrics]
-    for metric, pattern in progress.track(jobs, subject.title):
-        pruned = prune(
-            subject.checkpoint(),
-            metric,
-            0.5,
-            pattern,
-            subject.calibration,
-            samples=subject.samples,
-            seqlen=subject.seqlen,
-            device=device,
-            progress=progress,
-        )
-        report = pruned.report
-        common.warn(report["warnings"])
-        rows.append(
-            {
-                "metric": metric,
-                "pattern": report["pattern"]["pattern"],
-                "sparsity": report["sparsity"]["reached"],
-                subject.result: measure(pruned),
-                "seconds": report["measured"]["seconds"]["total"],
-                "peak_memory_bytes": report["measured"]["peak_memory"]["host_bytes"],
-            }
-        )
+    case = Case(
+        subject.checkpoint(),
+        subject.task,
+        subject.task_options,
+        subject.calibration,
+        subject.samples,
+        subject.seqlen,
+        subject.title,
+    )
+    dense = evaluate(case.model, case.task, options=case.task_options, device=device, progress=progress)
+    rows = [{"metric": "dense", "pattern": "", "sparsity": 0.0, subject.result: dense[subject.result]}]
+    for pattern in PATTERNS:
+        for row in compare([case], metrics, 0.5, pattern, device=device, progress=progress):
+            common.warn([f"{row['metric']}: {text}" for text in row["warnings"]])
+            rows.append({**row, subject.result: row["results"][subject.result]})
     return rows
 
 
@@ -93,7 +75,7 @@ def _table(title: str, result: str, rows: list[dict[str, Any]]) -> Table:
         table.add_row(
             row["metric"],
             row["pattern"],
-            f"{row[result]:.2f}",
+            f"{row[result]:.2%}" if result.startswith("top") else f"{row[result]:.2f}",
             f"{row['sparsity']:.2%}",
             "" if seconds is None else f"{seconds:.1f}",
             "" if peak is None else common.mebibytes(peak),

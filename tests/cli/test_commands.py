@@ -149,7 +149,12 @@ def test_doctor_says_what_works():
 def test_demo_prunes_with_every_metric_at_both_patterns():
     done = shell("demo", "--json")
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)["text"]["rows"]
+    halves = json.loads(done.stdout)
+    digits = {(row["metric"], row["pattern"]): row["top1"] for row in halves["image"]["rows"]}
+    assert len(digits) == 9
+    assert digits["dense", ""] > 0.95
+    assert all(digits["dense", ""] > accuracy > 0.8 for key, accuracy in digits.items() if key[0] != "dense")
+    rows = halves["text"]["rows"]
     assert [(row["metric"], row["pattern"]) for row in rows] == [
         ("dense", ""),
         *((metric, pattern) for pattern in ("0.5", "2:4") for metric in ("gblm", "magnitude", "sparsegpt", "wanda")),
