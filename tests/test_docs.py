@@ -18,7 +18,7 @@ GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def test_every_bash_and_python_block_runs(guide, tmp_path):
     binaries = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
-    for language, file, code in re.findall(r"```(bash|python)(?: file=(\S+))?\n(.*?)```", guide.read_text(), re.DOTALL):
+    for language, file, code in re.findall(r"```(bash|python|yaml)(?: file=(\S+))?\n(.*?)```", guide.read_text(), re.DOTALL):
         if file:
             (tmp_path / file).write_text(code)
             continue
@@ -31,3 +31,9 @@ def test_links_between_the_pages_lead_somewhere():
     for guide in [*GUIDES, ROOT / "CONTRIBUTING.md"]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", guide.read_text()):
             assert (guide.parent / target).exists(), f"{guide.name}: {target}"
+
+
+def test_the_table_of_architectures_is_that_of_the_tests():
+    import supported
+
+    assert supported.PAGE.read_text() == supported.table(), "run python tests/supported.py"
