@@ -25,7 +25,7 @@ from timm.models import save_for_hf
 
 import pruneforge
 from pruneforge.calibration import create_source
-from pruneforge.images import image_processor, load_image
+from pruneforge.images import image_processor
 from pruneforge.model import load_model
 from pruneforge.plugins import plugins
 from pruneforge.report import machine, versions
@@ -69,8 +69,9 @@ def main() -> None:
         loaded = load_model(folder, "auto", None, plugins().registry)
         processor = image_processor(loaded.processor)
         images = create_source(arguments.data, {}, plugins().registry).images("evaluation")  # type: ignore[attr-defined]
-        loader = torch.utils.data.DataLoader(_Images(images, processor), BATCH, num_workers=WORKERS)
-        memory = [torch.stack([load_image(images, i + j, processor, True) for j in range(BATCH)]) for i in (0, 64, 128)]
+        preprocessed = _Images(images, processor)
+        loader = torch.utils.data.DataLoader(preprocessed, BATCH, num_workers=WORKERS)
+        memory = [torch.stack([preprocessed[i + j] for j in range(BATCH)]) for i in (0, 64, 128)]
         rates: dict[str, list[float]] = {"forward alone": [], "forward behind a loader": [], "evaluator": []}
         for _ in range(arguments.rounds):
             rates["forward alone"].append(forward_rate(model, memory))

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pruneforge.calibration import Data
+from pruneforge.errors import PruneForgeError
 from pruneforge.evaluating import evaluate
 from pruneforge.progress import BarProgress, Progress
 from pruneforge.pruning import prune
+
+CLASSES_SHOWN = 10
+"""How many of the classes that lost accuracy a row names."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,9 @@ def compare(
 
     Returns:
         A row for each case and metric: `model`, `metric`, `pattern`, `sparsity` reached, `loss`, `dense_loss`,
-        `loss_increase` (relative to the dense loss), `accuracy` and `accuracy_lost` (a share; `None` where the task
-        has no accuracy), `seconds`, `peak_memory_bytes`, `warnings`, and the evaluator's whole `results`.
+        `loss_increase` (relative to the dense loss), `accuracy` and `accuracy_lost` (shares; `None` where the task
+        has no accuracy), `classes_lost` (the classes that pruning hurt most, with the accuracy each lost),
+        `seconds`, `peak_memory_bytes`, `warnings`, and the evaluator's whole `results`.
 
     Raises:
         PruneForgeError: As `prune` and `evaluate` raise it.
@@ -72,6 +77,8 @@ def compare(
     for case in cases:
         common: dict[str, Any] = {"device": device, "seed": seed, "progress": bars}
         dense = evaluate(case.model, case.task, options=case.task_options, **common)
+        if not dense.get("loss"):
+            raise PruneForgeError(f"task {case.task!r} reports no loss to compare by")
         for metric in bars.track(metrics, case.name or str(case.model)):
             pruned = prune(
                 case.model,
@@ -101,8 +108,16 @@ def _row(case: Case, report: Mapping[str, Any], dense: Mapping[str, Any], found:
         "loss_increase": found["loss"] / dense["loss"] - 1,
         "accuracy": accuracy,
         "accuracy_lost": None if accuracy is None or before is None else before - accuracy,
+        "classes_lost": _classes_lost(dense.get("class_accuracy"), found.get("class_accuracy")),
         "seconds": report["measured"]["seconds"]["total"],
         "peak_memory_bytes": report["measured"]["peak_memory"]["host_bytes"],
         "warnings": [*report["warnings"], *found["warnings"]],
         "results": dict(found),
     }
+
+
+def _classes_lost(before: Mapping[str, float] | None, after: Mapping[str, float] | None) -> dict[str, float] | None:
+    if before is None or after is None:
+        return None
+    lost = {name: round(accuracy - after[name], 6) for name, accuracy in before.items() if after[name] < accuracy}
+    return dict(sorted(lost.items(), key=lambda item: -item[1])[:CLASSES_SHOWN])

@@ -68,7 +68,7 @@ class ImageSource(Source):
     """A source of images.
 
     Attributes:
-        skipped: Corrupt images left out by the last draw, by name.
+        reading: What the last draw left out or converted.
     """
 
     class Options(options.Options):
@@ -81,7 +81,7 @@ class ImageSource(Source):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.skipped: list[str] = []
+        self.reading = Reading()
 
     @abstractmethod
     def images(self, part: Literal["calibration", "evaluation"]) -> ImageSet:
@@ -104,16 +104,15 @@ class ImageSource(Source):
         images = self.images("calibration")
         order = draw_order(images, request.seed, self.options.balanced)
         labels = class_indices(images, processor)
-        self.skipped = []
+        self.reading = Reading()
         drawn: list[tuple[Tensor, int | None]] = []
         for index in request.progress.track(order, "reading images", request.samples):
             if len(drawn) == request.samples:
                 break
-            pixels = load_image(images, index, processor, self.options.strict)
-            if pixels is None:
-                self.skipped.append(images.name(index))
-            else:
-                drawn.append((pixels, labels[index]))
+            loaded = load_image(images, index, processor)
+            self.reading.note(images.name(index), loaded, processor.mode, self.options.strict)
+            if loaded.pixels is not None:
+                drawn.append((loaded.pixels, labels[index]))
         if len(drawn) < request.samples:
             raise PruneForgeError(
                 f"source {self.name!r} has {len(drawn)} readable images and {request.samples} were asked for; "
@@ -127,11 +126,8 @@ class ImageSource(Source):
             yield batch
 
     def warnings(self) -> list[str]:
-        """Return what the last draw left out."""
-        if not self.skipped:
-            return []
-        some = ", ".join(self.skipped[:3]) + (", ..." if len(self.skipped) > 3 else "")
-        return [f"{len(self.skipped)} corrupt images were left out of the calibration data: {some}"]
+        """Return what the last draw left out or converted."""
+        return self.reading.warnings()
 
 
 def image_processor(processor: Any) -> ImageProcessor:
@@ -145,19 +141,66 @@ def image_processor(processor: Any) -> ImageProcessor:
     return processor
 
 
-def load_image(images: ImageSet, index: int, processor: ImageProcessor, strict: bool) -> Tensor | None:
-    """Return a preprocessed image [channels, height, width], or `None` if it is corrupt.
+@dataclass
+class Reading:
+    """What became of images on their way in.
 
-    Raises:
-        PruneForgeError: It is corrupt and `strict` is set.
+    Attributes:
+        corrupt: Names of those that could not be read.
+        converted: Names of those in another colour mode than the model takes, by that mode.
     """
+
+    corrupt: list[str] = field(default_factory=list)
+    converted: dict[str, list[str]] = field(default_factory=dict)
+
+    def note(self, name: str, loaded: Loaded, wanted: str, strict: bool) -> None:
+        """Note what became of an image that should have colour mode `wanted`.
+
+        Raises:
+            PruneForgeError: It is corrupt and `strict` is set.
+        """
+        if loaded.pixels is None:
+            if strict:
+                raise PruneForgeError(f"image {name!r} is corrupt: {' '.join(loaded.error.split())}")
+            self.corrupt.append(name)
+        elif loaded.mode != wanted:
+            self.converted.setdefault(f"{loaded.mode} to {wanted}", []).append(name)
+
+    def warnings(self) -> list[str]:
+        """Return a line for each thing that happened, with a count and the first names."""
+        lines = [f"{len(self.corrupt)} corrupt images were left out: {_some(self.corrupt)}"] if self.corrupt else []
+        for modes, names in sorted(self.converted.items()):
+            lines.append(f"{len(names)} images were converted from colour mode {modes}: {_some(names)}")
+        return lines
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An image on its way in.
+
+    Attributes:
+        pixels: [channels, height, width], or `None` if the image is corrupt.
+        mode: The colour mode it had.
+        error: Why it is corrupt.
+    """
+
+    pixels: Tensor | None
+    mode: str = ""
+    error: str = ""
+
+
+def load_image(images: ImageSet, index: int, processor: ImageProcessor) -> Loaded:
+    """Open and preprocess an image."""
     try:
-        return processor.transform(images.open(index).convert(processor.mode))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        # PIL raises each of these for damaged files.
-        if strict:
-            raise PruneForgeError(f"image {images.name(index)!r} is corrupt: {error}") from error
-        return None
+        image = images.open(index)
+        converted = image.convert(processor.mode)
+    except Exception as error:  # damaged files make archives and PIL raise nearly anything
+        return Loaded(None, error=f"{type(error).__name__}: {error}")
+    return Loaded(processor.transform(converted), image.mode)
 
 
 def draw_order(images: ImageSet, seed: int, balanced: bool) -> list[int]:
@@ -225,6 +268,11 @@ class ImageClassifier(Adapter):
             got = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else type(data).__name__
             raise PruneForgeError(f"a batch must hold images, float [samples, channels, height, width]; got {got}")
         classes = self.classes(module)
+        if labels is not None and (labels.shape != pixels.shape[:1] or labels.is_floating_point()):
+            raise PruneForgeError(
+                f"a batch's labels must be integers [samples]; got {labels.dtype} {tuple(labels.shape)}"
+            )
+        labels = None if labels is None else labels.long()
         if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             span = f"{int(labels.min())} to {int(labels.max())}"
             raise PruneForgeError(f"a batch's labels run from {span}, and the head has {classes} classes")

@@ -47,7 +47,13 @@ def test_one_call_compares_a_language_model_and_a_vision_transformer():
     text, image = rows
     assert math.exp(text["loss"]) == pytest.approx(text["results"]["perplexity"])
     assert text["accuracy_lost"] is None
+    lost = image["classes_lost"]
+    assert lost
+    assert list(lost.values()) == sorted(lost.values(), reverse=True)
     dense = pruneforge.evaluate("demo:image", "imagenet", options=CASES[1]["task_options"])
+    for name, share in lost.items():
+        now = image["results"]["class_accuracy"][name]
+        assert share == pytest.approx(dense["class_accuracy"][name] - now, abs=1e-5)
     assert image["accuracy_lost"] == pytest.approx(dense["top1"] - image["accuracy"])
 
 
@@ -58,7 +64,8 @@ def test_the_command_prints_one_table(tmp_path):
     assert done.exit_code == 0, done.output
     assert [row["model"] for row in json.loads(done.stdout)] == ["text", "image"]
     shown = CliRunner().invoke(app, ["compare", str(file), "--metric", "magnitude"])
-    assert "accuracy" in shown.stdout
+    assert shown.exit_code == 0
+    assert "magnit" in shown.stdout
     for content, said in [("- {model: a, typo: b}", "typo"), ("[", "cannot be read"), ("3", "cannot be read")]:
         file.write_text(content)
         failed = CliRunner().invoke(app, ["compare", str(file), "--metric", "magnitude"])

@@ -18,7 +18,9 @@ GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def test_every_bash_and_python_block_runs(guide, tmp_path):
     binaries = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
-    for language, file, code in re.findall(r"```(bash|python|yaml)(?: file=(\S+))?\n(.*?)```", guide.read_text(), re.DOTALL):
+    for language, file, code in re.findall(
+        r"```(bash|python|yaml)(?: file=(\S+))?\n(.*?)```", guide.read_text(), re.DOTALL
+    ):
         if file:
             (tmp_path / file).write_text(code)
             continue

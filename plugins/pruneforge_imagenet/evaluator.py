@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,13 +23,15 @@ from pruneforge.images import (
     ImageProcessor,
     ImageSet,
     ImageSource,
+    Loaded,
+    Reading,
     class_indices,
     image_processor,
     load_image,
 )
 
-WORST = 10
-"""Classes to list that lost most."""
+CONFUSED = 10
+"""Pairs of classes to list that are taken for one another most often."""
 
 
 class ImageNet(Evaluator):
@@ -46,8 +49,7 @@ class ImageNet(Evaluator):
         data: str = Field("imagenet", description="source or path of the labelled images")
         limit: int | None = Field(None, ge=1, description="only so many images, spread evenly over the data")
         workers: int | None = Field(None, ge=0, description="processes that read images; by default by cores")
-        amp: bool = Field(False, description="compute in bfloat16 where that is safe")
-        strict: bool = Field(False, description="fail on a corrupt image instead of leaving it out with a count")
+        amp: bool = Field(False, description="compute in bfloat16 by torch.autocast, sums in float32")
         real_labels: str | None = Field(
             None, description="JSON list of the right classes of each image, by name's order"
         )
@@ -67,10 +69,10 @@ class ImageNet(Evaluator):
             raise PruneForgeError(f"{self.options.data!r} holds images without a class; put each class in a folder")
         chosen = _spread(len(images), self.options.limit)
         start = time.perf_counter()
-        ranks, losses, skipped = self._ranks(subject, images, processor, chosen, labels)
+        ranks, losses, reading = self._ranks(subject, source, images, chosen, labels)
         seconds = time.perf_counter() - start
         truth = self._truth(labels, chosen, images, processor.classes)
-        found = self._results(source, ranks, truth, skipped, processor, seconds)
+        found = self._results(source, ranks, truth, reading, processor, seconds)
         return {**found, "loss": float(torch.tensor(losses, dtype=torch.float64).mean())}
 
     def _truth(self, labels: list[Any], chosen: list[int], images: ImageSet, classes: int) -> list[set[int]]:
@@ -88,41 +90,43 @@ class ImageNet(Evaluator):
         return [set(real[position[index]]) for index in chosen]
 
     def _ranks(
-        self, subject: Subject, images: ImageSet, processor: ImageProcessor, chosen: list[int], labels: list[Any]
-    ) -> tuple[dict[int, Tensor], list[float], list[str]]:
-        """Return each readable image's five likeliest classes and its loss, and the names of the others."""
+        self, subject: Subject, source: ImageSource, images: ImageSet, chosen: list[int], labels: list[Any]
+    ) -> tuple[dict[int, Tensor], list[float], Reading]:
+        """Return each readable image's five likeliest classes and its loss, and what became of the others."""
         size = subject.batch_size or 64
         workers = self.options.workers if self.options.workers is not None else max(1, (os.cpu_count() or 1) - 1)
-        dataset = _Preprocessed(images, processor, chosen, self.options.strict)
-        loader = DataLoader(
-            dataset, size, num_workers=workers, collate_fn=_collate, prefetch_factor=2 if workers else None
-        )
+        processor = image_processor(subject.model.processor)
+        dataset = _Preprocessed(images, processor, chosen)
+        loader = DataLoader(dataset, size, num_workers=workers, collate_fn=list, prefetch_factor=2 if workers else None)
         module, adapter = subject.model.module, subject.model.adapter
         assert isinstance(adapter, ImageClassifier)  # it made the processor
         found: dict[int, Tensor] = {}
         losses: list[float] = []
-        skipped: list[str] = []
+        reading = Reading()
         kind = subject.device.type
         with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=self.options.amp):
-            for places, pixels, corrupt in subject.progress.track(loader, "imagenet"):
-                skipped += [images.name(chosen[place]) for place in corrupt]
+            for items in subject.progress.track(loader, "imagenet"):
+                for place, loaded in items:
+                    reading.note(images.name(chosen[place]), loaded, processor.mode, source.options.strict)
+                places = [place for place, loaded in items if loaded.pixels is not None]
                 if not places:
                     continue
                 truth = torch.tensor([labels[chosen[place]] for place in places])
+                pixels = torch.stack([loaded.pixels for _, loaded in items if loaded.pixels is not None])
                 batch = adapter.batch({"pixel_values": pixels, "labels": truth}, module).to(subject.device)
                 output = adapter.forward(module, batch)
                 losses += adapter.losses(output, batch).tolist()
                 logits = adapter.logits(output).float()
                 top = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu()
                 found |= dict(zip(places, top, strict=True))
-        return found, losses, skipped
+        return found, losses, reading
 
     def _results(
         self,
         source: ImageSource,
         ranks: dict[int, Tensor],
         truth: list[set[int]],
-        skipped: list[str],
+        reading: Reading,
         processor: ImageProcessor,
         seconds: float,
     ) -> dict[str, Any]:
@@ -137,21 +141,25 @@ class ImageNet(Evaluator):
                 by_class.setdefault(label, []).append(right)
         names = processor.names or [str(index) for index in range(processor.classes)]
         accuracy = {names[label]: round(sum(rights) / len(rights), 6) for label, rights in sorted(by_class.items())}
-        warnings = []
-        if skipped:
-            warnings = [f"{len(skipped)} corrupt images were left out: {', '.join(skipped[:3])}"]
+        wrong = Counter(
+            (names[label], names[int(ranks[place][0])])
+            for place in counted
+            for label in truth[place]
+            if int(ranks[place][0]) not in truth[place]
+        )
         return {
             "top1": sum(first) / len(first),
             "top1_interval": interval(sum(first), len(first)),
             "top5": sum(fifth) / len(fifth),
             "top5_interval": interval(sum(fifth), len(fifth)),
             "images": len(counted),
-            "skipped": len(skipped),
+            "skipped": len(reading.corrupt),
             "images_per_second": len(ranks) / seconds,
             "data": {"source": self.options.data, **source.describe("evaluation")},
             "labels": "real" if self.options.real_labels else "folder",
             "class_accuracy": accuracy,
-            "warnings": warnings,
+            "confused": [{"class": a, "taken_for": b, "images": n} for (a, b), n in wrong.most_common(CONFUSED)],
+            "warnings": reading.warnings(),
         }
 
 
@@ -165,20 +173,14 @@ def interval(right: int, total: int) -> list[float]:
 
 
 class _Preprocessed(Dataset):
-    def __init__(self, images: ImageSet, processor: ImageProcessor, chosen: list[int], strict: bool) -> None:
-        self.images, self.processor, self.chosen, self.strict = images, processor, chosen, strict
+    def __init__(self, images: ImageSet, processor: ImageProcessor, chosen: list[int]) -> None:
+        self.images, self.processor, self.chosen = images, processor, chosen
 
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def __getitem__(self, place: int) -> tuple[int, Tensor | None]:
-        return place, load_image(self.images, self.chosen[place], self.processor, self.strict)
-
-
-def _collate(items: list[tuple[int, Tensor | None]]) -> tuple[list[int], Tensor | None, list[int]]:
-    readable = [(place, pixels) for place, pixels in items if pixels is not None]
-    corrupt = [place for place, pixels in items if pixels is None]
-    return [place for place, _ in readable], torch.stack([p for _, p in readable]) if readable else None, corrupt
+    def __getitem__(self, place: int) -> tuple[int, Loaded]:
+        return place, load_image(self.images, self.chosen[place], self.processor)
 
 
 def _spread(total: int, limit: int | None) -> list[int]:

@@ -38,7 +38,7 @@ class ImageFiles(ImageSource):
 
     @classmethod
     def reads(cls, path: str) -> bool:
-        """Return whether it is an archive, or a folder with images at most three levels down."""
+        """Return whether it is an archive, or a folder that is no model's."""
         file = Path(path)
         if file.is_file():
             return file.name.lower().endswith(ARCHIVES)
@@ -70,14 +70,26 @@ class _Files(ImageSet):
 
     def __init__(self, path: Path, names: list[str]) -> None:
         self.path = path
-        self.names = sorted(name for name in names if PurePosixPath(name).suffix.lower() in SUFFIXES)
-        self.labelled = False
+        # macOS archives carry a hidden twin of every file.
+        self.names = sorted(
+            name
+            for name in names
+            if PurePosixPath(name).suffix.lower() in SUFFIXES and not PurePosixPath(name).name.startswith("._")
+        )
 
     def choose(self, split: str | None) -> None:
         """Keep what stands below a folder called `split`."""
         if split is not None:
             self.names = [name for name in self.names if split in PurePosixPath(name).parts[:-1]]
-        self.labelled = len({PurePosixPath(name).parent for name in self.names}) > 1
+        parents: dict[str, PurePosixPath] = {}
+        for name in self.names:
+            parent = PurePosixPath(name).parent
+            other = parents.setdefault(parent.name, parent)
+            if other != parent:
+                raise PruneForgeError(
+                    f"{str(self.path)!r} holds class {parent.name!r} twice, in {str(other)!r} and {str(parent)!r}; "
+                    "name the split with --source-option split=NAME"
+                )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -86,7 +98,7 @@ class _Files(ImageSet):
         return self.names[index]
 
     def label(self, index: int) -> str | None:
-        return PurePosixPath(self.names[index]).parent.name if self.labelled else None
+        return PurePosixPath(self.names[index]).parent.name or None
 
 
 class _Folder(_Files):
@@ -107,7 +119,8 @@ class _Archive(_Files):
                 names = file.namelist()
         else:
             with tarfile.open(path) as file:
-                names = file.getnames()
+                self._members = {member.name: member for member in file.getmembers()}
+            names = list(self._members)
         super().__init__(path, names)
         self._handle: tuple[int, Any] | None = None
 
@@ -125,8 +138,9 @@ class _Archive(_Files):
         archive = self._handle[1]
         if isinstance(archive, zipfile.ZipFile):
             return archive.read(name)
-        member = archive.extractfile(name)
-        assert member is not None
+        member = archive.extractfile(self._members[name])
+        if member is None:
+            raise OSError("it is no regular file in the archive")
         return member.read()
 
     def __getstate__(self) -> dict[str, Any]:

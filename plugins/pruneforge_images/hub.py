@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-import itertools
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -28,28 +29,29 @@ class ImageHub(ImageSource):
         image_column: str = Field("image", description="column that holds the image")
         label_column: str = Field("label", description="column that holds the class index")
         revision: str | None = Field(None, description="branch, tag or commit of the data set")
-        pool: int | None = Field(
+        pool: int = Field(
             10_000, ge=1, description="draw from the first so many shuffled images of the calibration split"
         )
 
     options: Options
 
     def images(self, part: str) -> ImageSet:
-        """Stream the rows of one part."""
+        """Stream the rows of one part to a temporary file on disk, still encoded."""
         import datasets
 
         options = self.options
-        split = options.calibration_split if part == "calibration" else options.evaluation_split
+        calibrate = part == "calibration"
+        split = options.calibration_split if calibrate else options.evaluation_split
+        columns = (options.image_column, options.label_column)
         try:
             rows: Any = datasets.load_dataset(
                 options.path, options.config, split=split, revision=options.revision, streaming=True
             )
             # Undecoded, so that a corrupt image is met where it is named and counted.
             rows = rows.cast_column(options.image_column, datasets.Image(decode=False))
-            if part == "calibration":
-                rows = rows.shuffle(seed=0, buffer_size=1000)
-                rows = itertools.islice(rows, options.pool)
-            return _Rows(list(rows), options.image_column, options.label_column)
+            if calibrate:
+                rows = rows.shuffle(seed=0, buffer_size=1000).take(options.pool)
+            return _Rows(rows, *columns)
         except Exception as error:  # datasets, its backends and its readers each raise their own
             reason = " ".join(str(error).split())[:300]
             raise PruneForgeError(f"images of {options.path!r} ({split}) cannot be loaded: {reason}") from error
@@ -62,20 +64,30 @@ class ImageHub(ImageSource):
 
 
 class _Rows(ImageSet):
-    def __init__(self, rows: list[dict[str, Any]], image: str, label: str) -> None:
-        self.rows, self.image, self.column = rows, image, label
+    def __init__(self, rows: Any, image: str, label: str) -> None:
+        import datasets
+
+        # On disk and memory-mapped: ImageNet's validation images are 6 GB.
+        self._folder = tempfile.TemporaryDirectory(prefix="pruneforge-images-")
+        features = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+        self.rows = datasets.Dataset.from_generator(
+            lambda: ({"image": row[image], "label": row.get(label)} for row in rows),
+            features=datasets.Features({"image": features, "label": datasets.Value("int64")}),
+            cache_dir=self._folder.name,
+            fingerprint=Path(self._folder.name).name,
+        )
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def open(self, index: int) -> Image.Image:
-        value = self.rows[index][self.image]
+        value = self.rows[index]["image"]
         with Image.open(io.BytesIO(value["bytes"]) if value["bytes"] else value["path"]) as image:
             image.load()
             return image
 
     def name(self, index: int) -> str:
-        return str(self.rows[index][self.image].get("path") or f"row {index}")
+        return str(self.rows[index]["image"].get("path") or f"row {index}")
 
     def label(self, index: int) -> int | None:
-        return self.rows[index].get(self.column)
+        return self.rows[index]["label"]

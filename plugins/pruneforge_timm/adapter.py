@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from pruneforge import Block, PruneForgeError
@@ -20,7 +21,7 @@ from pruneforge.layer import find_layers
 PREFIX = "timm:"
 """Before the name of a pretrained model; `hf-hub:` names a repository, as in timm itself."""
 
-POSITIONAL = ("cpb_mlp", "rel_pos")
+POSITIONAL = ("cpb_mlp", "meta_mlp", "rel_pos")
 """Small networks within a block that make position biases; they see coordinates, not tokens."""
 
 
@@ -32,8 +33,8 @@ class Timm(ImageClassifier):
         try:
             with torch.device("meta"):
                 return self.declines_module(_create(reference, pretrained=False))
-        except PruneForgeError as error:
-            return str(error)
+        except Exception as error:  # configurations fail in as many ways as there are architectures
+            return " ".join(str(error).split())[:200] or type(error).__name__
 
     def declines_module(self, module: Any) -> str | None:
         """Look for lists called `blocks`, of layer-normalised blocks with layers in them."""
@@ -61,6 +62,7 @@ class Timm(ImageClassifier):
             raise PruneForgeError(
                 f"model {reference!r} cannot be loaded: {' '.join(str(error).split())[:300]}"
             ) from error
+        _check_shapes(model, Path(reference))
         model = model.eval()
         return (model if dtype is None else model.to(dtype)), self.processor(model)
 
@@ -108,7 +110,8 @@ class Timm(ImageClassifier):
     def check_images(self, pixels: Tensor, module: Any) -> None:
         """Compare with the size the patch embedding was made for, or let it divide into patches."""
         embed: Any = getattr(module, "patch_embed", None) or getattr(module, "stem", None)
-        channels = module.get_submodule(module.pretrained_cfg["first_conv"]).in_channels
+        first = module.pretrained_cfg.get("first_conv")
+        channels = module.get_submodule(first).in_channels if isinstance(first, str) else pixels.shape[1]
         size: Any = getattr(embed, "img_size", None)
         patch: Any = getattr(embed, "patch_size", None)
         if pixels.shape[1] != channels:
@@ -150,6 +153,20 @@ def _create(reference: str, pretrained: bool) -> nn.Module:
         if "Unknown model" in str(error) or "Invalid pretrained tag" in str(error):
             raise PruneForgeError(f"timm knows no model {name!r}; timm.list_models() lists them") from error
         raise
+
+
+def _check_shapes(model: nn.Module, folder: Path) -> None:
+    """Raise if a local checkpoint's weights have other shapes than the model; timm drops such a head in silence."""
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        return
+    with safe_open(file, "pt") as weights:
+        stored = {name: list(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    for name, value in model.state_dict().items():
+        if stored.get(name, list(value.shape)) != list(value.shape):
+            raise PruneForgeError(
+                f"model {str(folder)!r}: {name} is {stored[name]} in the weights and {list(value.shape)} by config.json"
+            )
 
 
 def _class_names(module: Any) -> list[str] | None:

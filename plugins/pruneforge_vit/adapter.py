@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,7 @@ class ViT(ImageClassifier):
         names = [model.config.id2label[index] for index in range(model.config.num_labels)]
         mode = "L" if model.config.num_channels == 1 else "RGB"
 
-        def transform(image: Any) -> Tensor:
-            return native(images=image, return_tensors="pt")["pixel_values"][0]
-
-        return model.eval(), ImageProcessor(transform, mode, model.config.num_labels, names, native)
+        return model.eval(), ImageProcessor(_Transform(native), mode, model.config.num_labels, names, native)
 
     def save(self, module: Any, processor: Any, folder: Path) -> None:
         """Write the layout that `AutoModelForImageClassification.from_pretrained` loads."""
@@ -121,6 +119,16 @@ class ViT(ImageClassifier):
         prefix = 1 + distilled + getattr(config, "num_register_tokens", 0)
         patch = config.patch_size
         return prefix, prefix + (pixels.shape[2] // patch) * (pixels.shape[3] // patch)
+
+
+@dataclass(frozen=True)
+class _Transform:
+    """Preprocesses one image; a class, so that processes that read images can be handed it."""
+
+    native: Any
+
+    def __call__(self, image: Any) -> Tensor:
+        return self.native(images=image, return_tensors="pt")["pixel_values"][0]
 
 
 def _first_line(error: BaseException) -> str:

@@ -39,6 +39,9 @@ def evaluate(
     source_option: Annotated[
         list[str] | None, typer.Option(help="Option of the data's source; repeatable.", metavar="NAME=VALUE")
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail on a corrupt image; short for --source-option strict=true.")
+    ] = False,
     batch_size: common.BatchSize = None,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
@@ -53,7 +56,7 @@ def evaluate(
 ) -> None:
     """Evaluate a model with a task's own harness."""
     options = common.assignments(option, "--option")
-    source_options = common.assignments(source_option, "--source-option")
+    source_options = common.assignments(source_option, "--source-option") | ({"strict": True} if strict else {})
     common.quieten()
     common.load_plugin_files(plugin)
     from pruneforge.evaluating import evaluate as run

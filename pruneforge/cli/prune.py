@@ -56,6 +56,9 @@ def prune(
         list[str] | None,
         typer.Option(help="Option of the calibration source; repeatable.", metavar="NAME=VALUE"),
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail on a corrupt image; short for --source-option strict=true.")
+    ] = False,
     adapter_option: Annotated[
         list[str] | None, typer.Option(help="Option of the model's adapter; repeatable.", metavar="NAME=VALUE")
     ] = None,
@@ -74,7 +77,7 @@ def prune(
 ) -> None:
     """Prune a model in one shot and write an ordinary model folder, its masks and a report."""
     options = common.assignments(option, "--option")
-    source_options = common.assignments(source_option, "--source-option")
+    source_options = common.assignments(source_option, "--source-option") | ({"strict": True} if strict else {})
     common.quieten()
     common.load_plugin_files(plugin)
     from pruneforge.pruning import prune as run

@@ -100,7 +100,18 @@ class Chain:
                 first.append(hidden)
                 if learn:
                     self._learn_extras(hidden, call)
-            elif hidden is not passed[-1]:
+            if not isinstance(hidden, Tensor):
+                raise PruneForgeError(
+                    f"block {self.blocks[index].name!r} is called with {type(hidden).__name__} first, not with hidden "
+                    "states; blocks must form a chain"
+                )
+            extras = [extra for extra in self._extras or () if isinstance(extra, Tensor)]
+            if any(value is extra for value in (*call.args, *call.kwargs.values()) for extra in extras):
+                raise PruneForgeError(
+                    f"block {self.blocks[index].name!r} takes more from the block before than hidden states; "
+                    "blocks must form a chain"
+                )
+            if calls and hidden is not passed[-1]:
                 self._transitions.add(index - 1)
             calls.append(call)
             passed.append(hidden)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import tarfile
 import zipfile
 
@@ -115,18 +116,38 @@ def test_a_corrupt_image_is_named_and_counted_or_fails_a_strict_run(folder, chec
     (folder / "val" / "owl" / "3.png").write_bytes(good[: len(good) // 2])
     (folder / "val" / "dog" / "1.png").write_bytes(b"no image at all")
     result = pruneforge.prune(checkpoint, "wanda", 0.5, None, folder, samples=EACH * 3 - 2, dtype="float32")
-    assert len(result.report["warnings"]) == 1
+    assert len(result.report["warnings"]) == 3
     assert "2 corrupt images were left out" in result.report["warnings"][0]
     assert "val/owl/3.png" in result.report["warnings"][0]
     found = pruneforge.evaluate(result, "imagenet", data=folder, options={"workers": 0})
     assert (found["images"], found["skipped"]) == (EACH * 3 - 2, 2)
     assert "val/dog/1.png" in found["warnings"][0]
+    for warnings in (result.report["warnings"], found["warnings"]):
+        assert warnings[1:] == [
+            "1 images were converted from colour mode CMYK to RGB: val/dog/2.tif",
+            "1 images were converted from colour mode L to RGB: val/cat/1.png",
+        ]
     with pytest.raises(PruneForgeError, match=r"image 'val/(owl/3|dog/1)\.png' is corrupt"):
         draw(folder, EACH * 3, strict=True)
     with pytest.raises(PruneForgeError, match="is corrupt"):
-        pruneforge.evaluate(result, "imagenet", data=folder, options={"strict": True, "workers": 0})
+        pruneforge.evaluate(result, "imagenet", data=folder, source_options={"strict": True}, options={"workers": 1})
     with pytest.raises(PruneForgeError, match="has 22 readable images and 24 were asked for"):
         draw(folder, EACH * 3)
+
+
+def test_a_corrupt_member_of_an_archive_is_left_out_and_counted(folder, tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w", zipfile.ZIP_STORED) as archive:
+        for path in sorted(folder.rglob("*.*")):
+            archive.write(path, path.relative_to(folder))
+        info = archive.getinfo("val/owl/3.png")
+    data = bytearray((tmp_path / "images.zip").read_bytes())
+    data[info.header_offset + 200] ^= 0xFF
+    (tmp_path / "images.zip").write_bytes(bytes(data))
+    drawn, found = draw(tmp_path / "images.zip", EACH * 3 - 1)
+    assert len(drawn["labels"]) == EACH * 3 - 1
+    assert found.reading.corrupt in ([], ["val/owl/3.png"])  # empty if it is the one image not drawn
+    with pytest.raises(PruneForgeError, match=r"image 'val/owl/3\.png' is corrupt"):
+        draw(tmp_path / "images.zip", EACH * 3, strict=True)
 
 
 def test_accuracy_is_the_plain_computation(folder, checkpoint):
@@ -147,6 +168,8 @@ def test_accuracy_is_the_plain_computation(folder, checkpoint):
     for bound in (low, high):  # Wilson: the bounds solve |share - p| = z * sqrt(p (1 - p) / n)
         assert abs(share - bound) == pytest.approx(1.959964 * math.sqrt(bound * (1 - bound) / total), abs=1e-9)
     assert list(found["class_accuracy"].values()) == pytest.approx([sum(v) / len(v) for v in right.values()], abs=1e-6)
+    assert sum(pair["images"] for pair in found["confused"]) == len(everything) - sum(everything)
+    assert all(pair["class"] != pair["taken_for"] for pair in found["confused"])
     limited = pruneforge.evaluate(checkpoint, "imagenet", data=folder, limit=6, options={"workers": 0})
     assert limited["images"] == 6
     mixed = pruneforge.evaluate(checkpoint, "imagenet", data=folder, options={"workers": 0, "amp": True})
@@ -195,8 +218,14 @@ def test_bad_images_are_named(folder, checkpoint, tmp_path):
     one = tmp_path / "one"
     (one / "cat").mkdir(parents=True)
     picture(0).save(one / "cat" / "0.png")
+    fails(one, "the images have 1 classes, such as 'cat', and the head has 3")
     with pytest.raises(PruneForgeError, match="images without a class; put each class in a folder"):
-        pruneforge.evaluate(checkpoint, "imagenet", data=one, options={"workers": 0})
+        pruneforge.evaluate(checkpoint, "imagenet", data=one / "cat", options={"workers": 0})
+    (tmp_path / "both").mkdir()
+    for split in ("train", "val"):
+        shutil.copytree(folder / "val", tmp_path / "both" / split)
+    fails(tmp_path / "both", "holds class 'cat' twice")
+    assert len(draw(tmp_path / "both", split="train")[0]["labels"]) == 6
     with pytest.raises(PruneForgeError, match="source 'python-docs' gives none"):
         pruneforge.evaluate(checkpoint, "imagenet", data="python-docs")
     with pytest.raises(PruneForgeError, match="gives text"):

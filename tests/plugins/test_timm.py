@@ -210,6 +210,29 @@ def test_a_size_that_patches_do_not_divide_is_named():
         pruneforge.prune(tiny("ViT, dynamic image size"), "wanda", 0.5, None, [torch.rand(1, 3, 36, 32)])
 
 
+def test_a_head_that_does_not_fit_the_weights_is_named(tmp_path):
+    from timm.models import save_for_hf
+
+    save_for_hf(tiny("DeiT", torch.float32), str(tmp_path / "in"), safe_serialization=True)
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    config["num_classes"] = 5  # timm would drop the head's weights in silence
+    config["model_args"].pop("num_classes", None)
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PruneForgeError, match=r"head\.weight.*\[7, 32\].*\[5, 32\]"):
+        pruneforge.prune(tmp_path / "in", "magnitude", 0.5)
+    (tmp_path / "in" / "config.json").write_text('{"architecture": "deit_')
+    with pytest.raises(PruneForgeError, match="no adapter takes"):
+        pruneforge.prune(tmp_path / "in", "magnitude", 0.5)
+
+
+def test_models_whose_blocks_are_no_chain_are_refused():
+    torch.manual_seed(0)
+    for name, size in (("tnt_s_patch16_224", 224), ("crossvit_tiny_240", 240)):
+        model = timm.create_model(name, num_classes=3).eval()
+        with pytest.raises(PruneForgeError, match="blocks must form a chain"):
+            pruneforge.prune(model, "wanda", 0.5, None, [torch.rand(1, 3, size, size)])
+
+
 @pytest.mark.parametrize(
     ("reference_", "said"),
     [
