@@ -15,7 +15,11 @@ from pruneforge.images import ImageSet, ImageSource
 
 
 class ImageHub(ImageSource):
-    """An image data set of the Hub, `imagenet-1k` by default; read as a stream, as much of it as is asked for."""
+    """An image data set of the Hub, `imagenet-1k` by default, read as a stream.
+
+    Calibration reads the first `pool` images of the shuffled split, evaluation its whole split; both go to a
+    temporary file on disk.
+    """
 
     argument = "path"
 
@@ -30,7 +34,7 @@ class ImageHub(ImageSource):
         label_column: str = Field("label", description="column that holds the class index")
         revision: str | None = Field(None, description="branch, tag or commit of the data set")
         pool: int = Field(
-            10_000, ge=1, description="draw from the first so many shuffled images of the calibration split"
+            2_000, ge=1, description="draw from the first so many shuffled images of the calibration split"
         )
 
     options: Options

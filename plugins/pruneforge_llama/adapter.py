@@ -8,7 +8,6 @@ positions a block is given (sliding windows, per-layer rotary bases) is the mode
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,9 @@ from torch.nn import functional as F
 
 from pruneforge import Adapter, Batch, Block, PruneForgeError
 from pruneforge.layer import find_layers
+from pruneforge.pretrained import load_pretrained, save_pretrained, skeleton
+
+AUTO = "AutoModelForCausalLM"
 
 SHAPES = (
     ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -32,21 +34,10 @@ class Llama(Adapter):
 
     def declines(self, reference: str) -> str | None:
         """Build the model without weights from its configuration and look at its shape."""
-        import transformers
-
-        folder = Path(reference)
-        if folder.exists() and not (folder / "config.json").is_file():
-            return "the folder has no config.json"
         try:
-            config = transformers.AutoConfig.from_pretrained(reference, trust_remote_code=False)
-            if getattr(config, "quantization_config", None) is not None:
-                return "the checkpoint is quantised; prune the original and quantise afterwards"
-            with torch.device("meta"):
-                model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        except Exception as error:
-            # Configurations fail in as many ways as there are architectures.
-            return _first_line(error)
-        return self.declines_module(model)
+            return self.declines_module(skeleton(reference, AUTO))
+        except PruneForgeError as error:
+            return str(error)
 
     def declines_module(self, module: Any) -> str | None:
         """Look for one list of blocks of LLaMA's shape, and an embedding and head around it."""
@@ -64,35 +55,19 @@ class Llama(Adapter):
         return None
 
     def load(self, reference: str, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
-        """Load with transformers, in the checkpoint's dtype unless another is asked for."""
+        """Load the model, and its tokenizer if it has one."""
         import transformers
-        from safetensors import SafetensorError
 
-        try:
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                reference, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise PruneForgeError(f"model {reference!r} cannot be loaded: {_first_line(error)}") from error
-        model, info = loaded
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise PruneForgeError(
-                f"model {reference!r} lacks {len(missing)} weights, such as {missing[0]!r}; the checkpoint is damaged"
-            )
+        model = load_pretrained(reference, AUTO, dtype)
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(reference, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError, AttributeError):
             tokenizer = None  # batches of token ids need none; text says what is missing when it comes to it
-        return model.eval(), tokenizer
+        return model, tokenizer
 
     def save(self, module: Any, processor: Any, folder: Path) -> None:
         """Write the layout that `AutoModelForCausalLM.from_pretrained` loads."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            module.save_pretrained(folder)
-        if processor is not None:
-            processor.save_pretrained(folder)
+        save_pretrained(module, processor, folder)
 
     def blocks(self, module: nn.Module) -> list[Block]:
         """Return the decoder blocks; all their linear layers are prunable."""
@@ -177,8 +152,3 @@ def _not_of_shape(block: nn.Module) -> str | None:
         if parameter.dim() > 1 and id(parameter) not in inside:
             return f"({type(block).__name__}) has a weight {name} {list(parameter.shape)} that is no linear layer's"
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__

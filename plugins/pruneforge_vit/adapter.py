@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,9 @@ from pruneforge import Block, PruneForgeError
 from pruneforge.batch import Batch
 from pruneforge.images import ImageClassifier, ImageProcessor
 from pruneforge.layer import find_layers
+from pruneforge.pretrained import first_line, load_pretrained, save_pretrained, skeleton
+
+AUTO = "AutoModelForImageClassification"
 
 
 class ViT(ImageClassifier):
@@ -21,20 +23,10 @@ class ViT(ImageClassifier):
 
     def declines(self, reference: str) -> str | None:
         """Build the model without weights from its configuration and look at its shape."""
-        import transformers
-
-        folder = Path(reference)
-        if folder.exists() and not (folder / "config.json").is_file():
-            return "the folder has no config.json"
         try:
-            config = transformers.AutoConfig.from_pretrained(reference, trust_remote_code=False)
-            if getattr(config, "quantization_config", None) is not None:
-                return "the checkpoint is quantised; prune the original and quantise afterwards"
-            with torch.device("meta"):
-                model = transformers.AutoModelForImageClassification.from_config(config, trust_remote_code=False)
-        except Exception as error:  # configurations fail in as many ways as there are architectures
-            return _first_line(error)
-        return self.declines_module(model)
+            return self.declines_module(skeleton(reference, AUTO))
+        except PruneForgeError as error:
+            return str(error)
 
     def declines_module(self, module: Any) -> str | None:
         """Look for one list of blocks whose weights are all linear."""
@@ -53,34 +45,21 @@ class ViT(ImageClassifier):
         return None
 
     def load(self, reference: str, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
-        """Load with transformers, in the checkpoint's dtype unless another is asked for."""
+        """Load the model and its image processor."""
         import transformers
 
+        model = load_pretrained(reference, AUTO, dtype)
         try:
-            loaded: Any = transformers.AutoModelForImageClassification.from_pretrained(
-                reference, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False
-            )
-            model, info = loaded
             native = transformers.AutoImageProcessor.from_pretrained(reference, trust_remote_code=False)
-        except Exception as error:  # hub, file formats and configurations each raise their own
-            raise PruneForgeError(f"model {reference!r} cannot be loaded: {_first_line(error)}") from error
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise PruneForgeError(
-                f"model {reference!r} lacks {len(missing)} weights, such as {missing[0]!r}; the checkpoint is damaged"
-            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise PruneForgeError(f"model {reference!r} has no image processor: {first_line(error)}") from error
         names = [model.config.id2label[index] for index in range(model.config.num_labels)]
         mode = "L" if model.config.num_channels == 1 else "RGB"
-
-        return model.eval(), ImageProcessor(_Transform(native), mode, model.config.num_labels, names, native)
+        return model, ImageProcessor(_Transform(native), mode, model.config.num_labels, names, native)
 
     def save(self, module: Any, processor: Any, folder: Path) -> None:
         """Write the layout that `AutoModelForImageClassification.from_pretrained` loads."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            module.save_pretrained(folder)
-        if isinstance(processor, ImageProcessor) and processor.native is not None:
-            processor.native.save_pretrained(folder)
+        save_pretrained(module, processor.native if isinstance(processor, ImageProcessor) else None, folder)
 
     def blocks(self, module: nn.Module) -> list[Block]:
         """Return the items of the first list of modules."""
@@ -129,8 +108,3 @@ class _Transform:
 
     def __call__(self, image: Any) -> Tensor:
         return self.native(images=image, return_tensors="pt")["pixel_values"][0]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
