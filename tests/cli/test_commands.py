@@ -273,6 +273,35 @@ def test_interrupting_stops_cleanly(checkpoint, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["interrupt.py"]
 
 
+def test_an_image_model_is_pruned_evaluated_and_strict_about_its_images(tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    from pruneforge_demo import digits
+
+    pixels, labels = digits.images("calibration")
+    for index, (image, label) in enumerate(zip(pixels[:60], labels[:60], strict=True)):
+        folder = tmp_path / "images" / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.asarray(image)).save(folder / f"{index}.png")
+    (tmp_path / "images" / "0" / "damaged.png").write_bytes(b"nothing")
+    prune = ("prune", "demo:image", "--metric", "gblm", "--calibration", tmp_path / "images", "--samples", 60)
+    done = shell(*prune, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "1 corrupt images were left out: 0/damaged.png" in done.stderr
+    assert pruneforge.load(tmp_path / "out").report["calibration"]["loss"] == "cross-entropy of the label"
+    evaluate = ("eval", tmp_path / "out", "--task", "imagenet", "--data", tmp_path / "images")
+    done = shell(*evaluate, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["images"] == 60
+    assert json.loads(done.stdout)["top1"] > 0.8
+    for command in ((*prune, "--output", tmp_path / "strict"), evaluate):
+        failed = shell(*command, "--strict")
+        assert failed.returncode == 2
+        assert "image '0/damaged.png' is corrupt" in failed.stderr
+        assert len(failed.stderr.strip().splitlines()) == 1
+
+
 def test_warnings_reach_the_user_and_the_report(checkpoint, tmp_path):
     done = shell(
         "prune", checkpoint, *PRUNE, "--metric", "sparsegpt", "--samples", 1, "--option", "damping=1e-30",
