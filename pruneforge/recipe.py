@@ -21,7 +21,6 @@ class _Recipe(BaseModel):
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 0
-    adapter_options: dict[str, Any] = Field(default_factory=dict)
     plugins: list[str] = Field(default_factory=list)
     """Plugin files that were loaded with `-p`."""
 
@@ -37,6 +36,7 @@ class PruneRecipe(_Recipe):
     seqlen: int | None = Field(None, ge=1)
     options: dict[str, Any] = Field(default_factory=dict)
     source_options: dict[str, Any] = Field(default_factory=dict)
+    adapter_options: dict[str, Any] = Field(default_factory=dict)
     exclude: list[str] = Field(default_factory=list)
     propagate: Literal["pruned", "dense"] = "pruned"
 
