@@ -68,10 +68,10 @@ class ImageNet(Evaluator):
         if any(label is None for label in labels):
             raise PruneForgeError(f"{self.options.data!r} holds images without a class; put each class in a folder")
         chosen = _spread(len(images), self.options.limit)
+        truth = self._truth(labels, chosen, images, processor.classes)
         start = time.perf_counter()
         ranks, losses, reading = self._ranks(subject, source, images, chosen, labels)
         seconds = time.perf_counter() - start
-        truth = self._truth(labels, chosen, images, processor.classes)
         found = self._results(source, ranks, truth, reading, processor, seconds)
         return {**found, "loss": float(torch.tensor(losses, dtype=torch.float64).mean())}
 
@@ -86,6 +86,9 @@ class ImageNet(Evaluator):
         by_name = sorted(range(len(images)), key=lambda index: os.path.basename(images.name(index)))
         if len(real) != len(images):
             raise PruneForgeError(f"there are {len(real)} real labels and {len(images)} images")
+        known = set(range(classes))
+        if not all(isinstance(right, list) and known.issuperset(right) for right in real):
+            raise PruneForgeError(f"real labels must be a list of classes from 0 to {classes - 1} for each image")
         position = {index: place for place, index in enumerate(by_name)}
         return [set(real[position[index]]) for index in chosen]
 

@@ -80,6 +80,7 @@ class _Rows(ImageSet):
             cache_dir=self._folder.name,
             fingerprint=Path(self._folder.name).name,
         )
+        self._labels: list[int | None] = self.rows["label"][:]  # a whole row would read its image too
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -94,4 +95,4 @@ class _Rows(ImageSet):
         return str(self.rows[index]["image"].get("path") or f"row {index}")
 
     def label(self, index: int) -> int | None:
-        return self.rows[index]["label"]
+        return self._labels[index]

@@ -186,6 +186,10 @@ def test_real_labels_count_every_right_class_and_leave_out_images_without(folder
     assert found["top1"] == 1.0
     assert found["images"] == EACH * 3 - 1
     assert (plain["labels"], found["labels"]) == ("folder", "real")
+    for content in ([0, 1, 2] * EACH, [[3]] * (EACH * 3)):
+        everything_right.write_text(json.dumps(content))
+        with pytest.raises(PruneForgeError, match="must be a list of classes from 0 to 2 for each image"):
+            pruneforge.evaluate(checkpoint, "imagenet", data=folder, options={"real_labels": str(everything_right)})
 
 
 def test_wordnet_folders_map_by_name_even_if_only_some_are_there(tmp_path):
