@@ -42,7 +42,13 @@ class ImageProcessor:
 
 
 class ImageSet(ABC):
-    """Images that can be opened one by one, from any process."""
+    """Images that can be opened one by one, from any process.
+
+    Attributes:
+        class_names: What the data set calls its classes, where labels are class indices and it says so.
+    """
+
+    class_names: Sequence[str] | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -220,32 +226,41 @@ def draw_order(images: ImageSet, seed: int, balanced: bool) -> list[int]:
 def class_indices(images: ImageSet, processor: ImageProcessor) -> list[int | None]:
     """Return each image's class as the head counts it.
 
-    Folder names that are all among the head's class names (WordNet ids, say) map by name, so a folder may
-    hold a subset. Otherwise the sorted names are the classes, and there must be as many as the head has.
+    Names that are all among the head's class names (WordNet ids, say) map by name, so a folder may hold a
+    subset. Otherwise the data's own classes (a folder's names, sorted) are the head's, one by one, and there
+    must be as many.
 
     Raises:
         PruneForgeError: The classes do not fit the head.
     """
     labels = [images.label(index) for index in range(len(images))]
+    if images.class_names is not None:
+        heads = _heads_classes(images.class_names, processor)
+        return [heads[label] if isinstance(label, int) else None for label in labels]
     found = sorted({label for label in labels if isinstance(label, str)})
-    if not found:
-        numbers = [label for label in labels if isinstance(label, int)]
-        if numbers and not 0 <= min(numbers) <= max(numbers) < processor.classes:
-            raise PruneForgeError(
-                f"labels run from {min(numbers)} to {max(numbers)}, and the head has {processor.classes} classes"
-            )
-        return [label if isinstance(label, int) else None for label in labels]
-    names = list(processor.names or [])
-    if set(found) <= set(names):
-        position = {name: index for index, name in enumerate(names)}
-    elif len(found) == processor.classes:
-        position = {name: index for index, name in enumerate(found)}
-    else:
-        known = f", called like {names[0]!r}" if names else ""
+    if found:
+        position = dict(zip(found, _heads_classes(found, processor), strict=True))
+        return [position[label] if isinstance(label, str) else None for label in labels]
+    numbers = [label for label in labels if isinstance(label, int)]
+    if numbers and not 0 <= min(numbers) <= max(numbers) < processor.classes:
         raise PruneForgeError(
-            f"the images have {len(found)} classes, such as {found[0]!r}, and the head has {processor.classes}{known}"
+            f"labels run from {min(numbers)} to {max(numbers)}, and the head has {processor.classes} classes"
         )
-    return [position[label] if isinstance(label, str) else None for label in labels]
+    return [label if isinstance(label, int) else None for label in labels]
+
+
+def _heads_classes(found: Sequence[str], processor: ImageProcessor) -> list[int]:
+    """Return the head's index of each of the data's classes."""
+    names = list(processor.names or [])
+    position = {name: index for index, name in enumerate(names)}
+    if set(found) <= set(names) and len(position) == len(names):
+        return [position[name] for name in found]
+    if len(found) == processor.classes:
+        return list(range(len(found)))
+    known = f", called like {names[0]!r}" if names else ""
+    raise PruneForgeError(
+        f"the images have {len(found)} classes, such as {found[0]!r}, and the head has {processor.classes}{known}"
+    )
 
 
 class ImageClassifier(Adapter):

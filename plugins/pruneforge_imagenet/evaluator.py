@@ -97,7 +97,7 @@ class ImageNet(Evaluator):
     ) -> tuple[dict[int, Tensor], list[float], Reading]:
         """Return each readable image's five likeliest classes and its loss, and what became of the others."""
         size = subject.batch_size or 64
-        workers = self.options.workers if self.options.workers is not None else max(1, (os.cpu_count() or 1) - 1)
+        workers = self.options.workers if self.options.workers is not None else max(1, _cores() - 1)
         processor = image_processor(subject.model.processor)
         dataset = _Preprocessed(images, processor, chosen)
         loader = DataLoader(dataset, size, num_workers=workers, collate_fn=list, prefetch_factor=2 if workers else None)
@@ -143,6 +143,8 @@ class ImageNet(Evaluator):
             for label in truth[place]:
                 by_class.setdefault(label, []).append(right)
         names = processor.names or [str(index) for index in range(processor.classes)]
+        if len(set(names)) < len(names):  # several classes called alike: a crane is a bird and a machine
+            names = [f"{name} ({index})" for index, name in enumerate(names)]
         accuracy = {names[label]: round(sum(rights) / len(rights), 6) for label, rights in sorted(by_class.items())}
         wrong = Counter(
             (names[label], names[int(ranks[place][0])])
@@ -184,6 +186,11 @@ class _Preprocessed(Dataset):
 
     def __getitem__(self, place: int) -> tuple[int, Loaded]:
         return place, load_image(self.images, self.chosen[place], self.processor)
+
+
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _spread(total: int, limit: int | None) -> list[int]:

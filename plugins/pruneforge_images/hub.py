@@ -17,8 +17,8 @@ from pruneforge.images import ImageSet, ImageSource
 class ImageHub(ImageSource):
     """An image data set of the Hub, `imagenet-1k` by default, read as a stream.
 
-    Calibration reads the first `pool` images of the shuffled split, evaluation its whole split; both go to a
-    temporary file on disk.
+    Calibration reads the first `pool` images of the shuffled split, evaluation its whole split unless
+    `evaluation_pool` says how many of its first; both go to a temporary file on disk.
     """
 
     argument = "path"
@@ -35,6 +35,9 @@ class ImageHub(ImageSource):
         revision: str | None = Field(None, description="branch, tag or commit of the data set")
         pool: int = Field(
             2_000, ge=1, description="draw from the first so many shuffled images of the calibration split"
+        )
+        evaluation_pool: int | None = Field(
+            None, ge=1, description="read only the first so many images of the evaluation split"
         )
 
     options: Options
@@ -55,6 +58,8 @@ class ImageHub(ImageSource):
             rows = rows.cast_column(options.image_column, datasets.Image(decode=False))
             if calibrate:
                 rows = rows.shuffle(seed=0, buffer_size=1000).take(options.pool)
+            elif options.evaluation_pool is not None:
+                rows = rows.take(options.evaluation_pool)
             return _Rows(rows, *columns)
         except Exception as error:  # datasets, its backends and its readers each raise their own
             reason = " ".join(str(error).split())[:300]
@@ -80,6 +85,9 @@ class _Rows(ImageSet):
             cache_dir=self._folder.name,
             fingerprint=Path(self._folder.name).name,
         )
+        named = (rows.features or {}).get(label)
+        if isinstance(named, datasets.ClassLabel):
+            self.class_names = named.names
         self._labels: list[int | None] = self.rows["label"][:]  # a whole row would read its image too
 
     def __len__(self) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from pruneforge import Block, PruneForgeError
@@ -53,7 +54,7 @@ class ViT(ImageClassifier):
             native = transformers.AutoImageProcessor.from_pretrained(reference, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise PruneForgeError(f"model {reference!r} has no image processor: {first_line(error)}") from error
-        names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+        names = _class_names(model.config)
         mode = "L" if model.config.num_channels == 1 else "RGB"
         return model, ImageProcessor(_Transform(native), mode, model.config.num_labels, names, native)
 
@@ -98,6 +99,15 @@ class ViT(ImageClassifier):
         prefix = 1 + distilled + getattr(config, "num_register_tokens", 0)
         patch = config.patch_size
         return prefix, prefix + (pixels.shape[2] // patch) * (pixels.shape[3] // patch)
+
+
+def _class_names(config: Any) -> list[str]:
+    """Return the names that the configuration gives; an ImageNet head's classes by WordNet id, as its folders are."""
+    names = [config.id2label[index] for index in range(config.num_labels)]
+    info = ImageNetInfo()
+    if len(names) == info.num_classes() and names[0] == info.index_to_description(0):
+        return info.label_names()
+    return names
 
 
 @dataclass(frozen=True)

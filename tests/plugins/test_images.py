@@ -75,9 +75,11 @@ def test_folder_zip_tar_and_hub_give_the_same_images(folder, tmp_path):
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         for path in sorted(folder.rglob("*.*")):
             archive.write(path, path.relative_to(folder))
-    with tarfile.open(tmp_path / "images.tar", "w") as archive:
-        archive.add(folder, ".")
-    drawn = [draw(tmp_path / name, EACH * 3)[0] for name in ("images", "images.zip", "images.tar")]
+    for name, mode in (("images.tar", "w"), ("images.tar.gz", "w:gz")):
+        with tarfile.open(tmp_path / name, mode) as archive:
+            archive.add(folder, ".")
+    names = ("images", "images.zip", "images.tar", "images.tar.gz")
+    drawn = [draw(tmp_path / name, EACH * 3)[0] for name in names]
     for other in drawn[1:]:
         assert torch.equal(drawn[0]["pixel_values"], other["pixel_values"])
         assert torch.equal(drawn[0]["labels"], other["labels"])
@@ -244,6 +246,35 @@ def test_dataset_rows_without_labels_have_none(tmp_path):
     assert set(drawn) == {"pixel_values"}
 
 
+def test_class_names_of_a_data_set_must_be_the_heads(folder, tmp_path):
+    path = f"imagenet:{folder}"
+    with pytest.raises(PruneForgeError, match="the images have 3 classes, such as 'cat', and the head has 5"):
+        draw(path, module=model(5), calibration_split="validation")
+    images = source(path).images("evaluation")
+    module = model(5)
+    module.pretrained_cfg["label_names"] = ["owl", "hen", "cat", "elk", "dog"]
+    expected = {"cat": 2, "dog": 4, "owl": 0}
+    labels = class_indices(images, processor(module))
+    assert labels == [expected[images.class_names[images.label(index)]] for index in range(len(images))]
+    assert set(labels) == {0, 2, 4}
+
+
+def test_an_evaluation_split_can_be_read_in_part(folder):
+    images = source(f"imagenet:{folder}", evaluation_pool=5).images("evaluation")
+    assert len(images) == 5
+
+
+def test_reading_processes_change_nothing(folder, checkpoint):
+    alone, several = (
+        pruneforge.evaluate(checkpoint, "imagenet", data=folder, options={"workers": workers}, batch_size=4)
+        for workers in (0, 2)
+    )
+    changing = {"images_per_second", "seconds", "recipe", "machine", "measured"}
+    assert {k: v for k, v in alone.items() if k not in changing} == {
+        k: v for k, v in several.items() if k not in changing
+    }
+
+
 def test_imagenet_samples_are_preprocessed_as_timm_does_pixel_for_pixel(shared_data):
     module = timm.create_model("deit_tiny_patch16_224").eval()
     chosen = source(shared_data / "imagenet-samples.zip")
@@ -251,6 +282,6 @@ def test_imagenet_samples_are_preprocessed_as_timm_does_pixel_for_pixel(shared_d
     assert len(images) == 1000
     assert sorted(class_indices(images, mine)) == list(range(1000))
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(module), is_training=False)
-    for index in range(0, 1000, 50):
+    for index in range(0, 1000, 20):
         image = images.open(index).convert("RGB")
         assert torch.equal(mine.transform(image), transform(image))

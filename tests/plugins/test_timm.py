@@ -152,10 +152,22 @@ def test_every_layer_sees_what_the_models_own_forward_shows_it(family):
         torch.testing.assert_close(squares, expected[name], msg=name)
 
 
-def test_prefix_tokens_can_be_left_out():
+def test_layer_scope_compares_the_whole_layer():
     family = "DeiT, distilled"
     model, rows = tiny(family), samples(family)
-    _, expected = reference.prune(model, "wanda", [{**row, "skip": 2} for row in rows], kind=reference.TimmModel)
+    _, rowwise = reference.prune(model, "wanda", rows, kind=reference.TimmModel)
+    result = pruneforge.prune(model, "wanda", 0.5, None, batched(rows), options={"scope": "layer"})
+    for name, mask in result.masks.items():
+        assert int((~mask).sum()) == mask.numel() // 2, name
+    assert any(len(set((~mask).sum(1).tolist())) > 1 for mask in result.masks.values())
+    assert any(not torch.equal(result.masks[name], rowwise[name]) for name in rowwise)
+
+
+@pytest.mark.parametrize("family", ["DeiT, distilled", "ViT with registers (DINOv2)"])
+def test_prefix_tokens_can_be_left_out(family):
+    model, rows = tiny(family), samples(family)
+    skipped = [{**row, "skip": model.num_prefix_tokens} for row in rows]
+    _, expected = reference.prune(model, "wanda", skipped, kind=reference.TimmModel)
     _, default = reference.prune(model, "wanda", rows, kind=reference.TimmModel)
     result = pruneforge.prune(model, "wanda", 0.5, None, batched(rows), adapter_options={"prefix_tokens": False})
     assert all(torch.equal(result.masks[name], expected[name]) for name in expected)

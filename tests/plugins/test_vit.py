@@ -8,9 +8,12 @@ import pytest
 import reference
 import torch
 import transformers
+from timm.data import ImageNetInfo
 
 import pruneforge
 from pruneforge import PruneForgeError
+from pruneforge.model import load_model
+from pruneforge.plugins import plugins
 
 SMALL = {
     "hidden_size": 32,
@@ -81,3 +84,14 @@ def test_a_folder_is_pruned_and_written_back(tmp_path):
 def test_images_of_another_size_are_named():
     with pytest.raises(PruneForgeError, match="images are 3x40x32, and the model takes 3x32x32"):
         pruneforge.prune(tiny("ViT"), "wanda", 0.5, None, [torch.rand(1, 3, 40, 32)])
+
+
+def test_an_imagenet_heads_classes_are_wordnet_ids(tmp_path):
+    info = ImageNetInfo()
+    names = {index: info.index_to_description(index) for index in range(1000)}
+    config = transformers.ViTConfig(**{**SMALL, "num_labels": 1000}, id2label=names)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    processor = load_model(tmp_path, "auto", None, plugins().registry).processor
+    assert processor.names[281] == "n02123045"  # tabby, tabby cat
+    assert len(set(processor.names)) == 1000
