@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from pruneforge.metric import Metric as Metric
     from pruneforge.metric import Pruned as Pruned
     from pruneforge.options import Options as Options
-    from pruneforge.pruning import PruneResult as PruneResult
     from pruneforge.pruning import load as load
     from pruneforge.pruning import prune as prune
+    from pruneforge.result import PruneResult as PruneResult
     from pruneforge.source import Source as Source
     from pruneforge.statistics import ColumnSquares as ColumnSquares
     from pruneforge.statistics import GradientMagnitude as GradientMagnitude
@@ -52,7 +52,8 @@ _MODULES = {
     "layer": ("Layer",),
     "metric": ("Metric", "Pruned"),
     "options": ("Options",),
-    "pruning": ("PruneResult", "load", "prune"),
+    "pruning": ("load", "prune"),
+    "result": ("PruneResult",),
     "source": ("Source",),
     "statistics": (
         "ColumnSquares",

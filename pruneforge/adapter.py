@@ -31,6 +31,21 @@ class Block:
     layers: tuple[Layer, ...] = ()
 
 
+@dataclass(frozen=True)
+class Skeleton:
+    """A model without its weights.
+
+    Attributes:
+        module: The model; its parameters are on the meta device, its buffers are not.
+        processor: Its tokenizer or image transform.
+        folder: Holds its weights as safetensors files whose tensors are called as the model's.
+    """
+
+    module: nn.Module = field(repr=False)
+    processor: Any
+    folder: Path
+
+
 class Adapter(Configurable, ABC):
     """Says how an architecture splits into stem, blocks and head, and how to run it.
 
@@ -58,6 +73,17 @@ class Adapter(Configurable, ABC):
             reference: A folder or hub id that `declines` did not decline.
             dtype: Dtype of the weights; `None` keeps the checkpoint's.
         """
+
+    def skeleton(self, reference: str, dtype: torch.dtype | None) -> Skeleton | None:
+        """Return the model without its weights, or `None` if they do not stand in safetensors files.
+
+        With it a checkpoint is pruned block by block and never held whole.
+
+        Args:
+            reference: A folder or hub id that `declines` did not decline.
+            dtype: Dtype to compute in; `None` for that which `load` chooses.
+        """
+        return None
 
     def processor(self, module: nn.Module) -> Any:
         """Return the processor of a model given from Python, where the model itself says how its data are made."""

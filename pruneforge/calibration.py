@@ -25,6 +25,9 @@ LONGEST_DEFAULT = 2048
 TOKENS_A_BATCH = 4096
 """Tokens that go through a block together when no batch size is given."""
 
+TOKENS_AN_IMAGE = 256
+"""Where data have no length to choose: about what an image of 224 x 224 in patches of 16 x 16 gives."""
+
 Data = str | Path | Iterable[Tensor | Mapping[str, Tensor]]
 
 
@@ -77,6 +80,7 @@ def collect(
     seed: int,
     options: Mapping[str, Any],
     progress: Progress,
+    processes: int = 1,
 ) -> Calibration:
     """Return the batches of a source, path or iterable.
 
@@ -90,6 +94,7 @@ def collect(
         seed: Seed of the draw.
         options: Options of the source.
         progress: Where to show how far along reading is.
+        processes: How many processes will share the batches; without a batch size each gets at least one.
 
     Raises:
         PruneForgeError: The data cannot be had, are too little, or longer than the model's context.
@@ -100,7 +105,7 @@ def collect(
         length = seqlen or (min(context, LONGEST_DEFAULT) if context else None)
         if length and context and length > context:
             raise PruneForgeError(f"seqlen {length} is longer than the model's context of {context} tokens")
-        size = batch_size or max(1, TOKENS_A_BATCH // (length or 256))
+        size = batch_size or max(1, min(TOKENS_A_BATCH // (length or TOKENS_AN_IMAGE), samples // processes))
         source = create_source(data, options, registry)
         raw: Iterable[Tensor | Mapping[str, Tensor]] = source.calibration(
             Request(model.processor, samples, length, size, seed, progress)

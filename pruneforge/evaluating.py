@@ -17,8 +17,8 @@ from pruneforge.evaluator import Evaluator, Subject
 from pruneforge.model import in_evaluation_mode, load_model, parse_device, parse_dtype
 from pruneforge.plugins import plugins
 from pruneforge.progress import BarProgress, Progress
-from pruneforge.pruning import PruneResult
 from pruneforge.recipe import EvalRecipe
+from pruneforge.result import PruneResult
 
 
 def evaluate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 from pruneforge.adapter import Adapter
+from pruneforge.checkpoint.shards import Checkpoint
+from pruneforge.engine.streamed import lacking, vacate
 from pruneforge.errors import PruneForgeError, unknown_name
 from pruneforge.registry import Registry
 
@@ -36,12 +39,16 @@ class LoadedModel:
         adapter: Knows how to split, run and save it.
         processor: Its tokenizer or image transform, or `None`.
         reference: The folder or hub id it came from, or the class name of a model given from Python.
+        checkpoint: Holds its weights, if the module's own parameters are vacant.
+        note: Why the weights were loaded though they were to stay on disk, if so.
     """
 
     module: nn.Module
     adapter: Adapter
     processor: Any
     reference: str
+    checkpoint: Checkpoint | None = None
+    note: str | None = None
 
 
 def load_model(
@@ -50,6 +57,7 @@ def load_model(
     processor: Any,
     registry: Registry,
     adapter_options: Mapping[str, Any] | None = None,
+    on_disk: bool = False,
 ) -> LoadedModel:
     """Load a folder or hub id, or wrap a model that is already in memory.
 
@@ -60,6 +68,7 @@ def load_model(
             was loaded with.
         registry: The adapters to try.
         adapter_options: Options of the adapter that takes the model.
+        on_disk: Whether weights stay on disk, where the adapter and the checkpoint allow it.
 
     Raises:
         PruneForgeError: No adapter takes the model; the message says why each declined.
@@ -86,9 +95,24 @@ def load_model(
         if isinstance(model, nn.Module):
             _cast(model, target)
             return LoadedModel(model, adapter, processor or adapter.processor(model), reference)
-        module, found = adapter.load(reference, target)
-        return LoadedModel(module, adapter, processor or found, reference)
+        return _load(adapter, reference, target, processor, on_disk)
     raise PruneForgeError(f"no adapter takes {reference!r}: {'; '.join(reasons) or 'none is installed'}")
+
+
+def _load(adapter: Adapter, reference: str, dtype: torch.dtype | None, processor: Any, on_disk: bool) -> LoadedModel:
+    note = None
+    if on_disk:
+        skeleton = adapter.skeleton(reference, dtype)
+        note = f"{reference!r} has no safetensors files, so the whole model was held in memory"
+        if skeleton is not None:
+            checkpoint = Checkpoint(skeleton.folder)
+            missing = lacking(skeleton.module, checkpoint)
+            if not missing:
+                vacate(skeleton.module)
+                return LoadedModel(skeleton.module, adapter, processor or skeleton.processor, reference, checkpoint)
+            note = f"the weights call tensor {missing[0]!r} otherwise, so the whole model was held in memory"
+    module, found = adapter.load(reference, dtype)
+    return LoadedModel(module, adapter, processor or found, reference, None, note)
 
 
 def parse_dtype(name: str) -> torch.dtype | None:
@@ -110,6 +134,8 @@ def parse_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # one device for each process that torchrun started
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise PruneForgeError(f"device {name!r} is none of auto, cpu, cuda, cuda:N")
     device = torch.device(name)

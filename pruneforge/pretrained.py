@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pruneforge.checkpoint.shards import INDEX, SINGLE, Checkpoint
 from pruneforge.errors import PruneForgeError
 
 
@@ -58,6 +60,52 @@ def load_pretrained(reference: str, auto: str, dtype: torch.dtype | None) -> Any
             f"model {reference!r} lacks {len(missing)} weights, such as {missing[0]!r}; the checkpoint is damaged"
         )
     return model.eval()
+
+
+def vacant_pretrained(reference: str, auto: str, dtype: torch.dtype | None) -> tuple[nn.Module, Path] | None:
+    """Return the model with its parameters on the meta device, and the folder of its safetensors files.
+
+    Args:
+        reference: A folder or hub id.
+        auto: Name of the transformers class that builds it.
+        dtype: Dtype of the parameters; `None` takes the configuration's, or else that of the first weight.
+
+    Returns:
+        `None` if the checkpoint has no safetensors files.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    folder = local_safetensors(reference)
+    if folder is None:
+        return None
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if dtype is None:
+        stored = Checkpoint(folder).tensors.values()
+        dtype = config.dtype or next(s.dtype for s in stored if s.dtype.is_floating_point)
+    with init_empty_weights(include_buffers=False):
+        model = getattr(transformers, auto).from_config(config, dtype=dtype, trust_remote_code=False)
+    model.tie_weights()
+    return model.eval(), folder
+
+
+def local_safetensors(reference: str) -> Path | None:
+    """Return the folder that holds a model's safetensors files, downloaded if need be, or `None` if it has none."""
+    folder = Path(reference)
+    if folder.is_dir():
+        return folder if any((folder / name).is_file() for name in (SINGLE, INDEX)) else None
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    files = set(HfApi().list_repo_files(reference))
+    if INDEX in files:
+        listed = json.loads(Path(hf_hub_download(reference, INDEX)).read_text(encoding="utf-8"))["weight_map"]
+        weights = [INDEX, *sorted(set(listed.values()))]
+    elif SINGLE in files:
+        weights = [SINGLE]
+    else:
+        return None
+    others = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md"]
+    return Path(snapshot_download(reference, allow_patterns=[*weights, *others], ignore_patterns=["*/*"]))
 
 
 def save_pretrained(module: Any, processor: Any, folder: Path) -> None:

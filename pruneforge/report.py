@@ -13,6 +13,7 @@ import platform
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib import metadata
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +48,13 @@ def make_report(
         run: The finished run.
         peak_memory: What `PeakMemory.read` returned.
     """
-    layers: dict[str, dict[str, Any]] = {}
-    for name, mask in run.masks.items():
-        pruned = int(mask.numel() - mask.sum())
-        layers[name] = {
-            "shape": list(mask.shape),
-            "pruned": pruned,
-            "sparsity": round(pruned / mask.numel(), 6),
-        }
-    dense = sum(layer.parameter.numel() for layer in run.excluded)
-    weights = dense + sum(mask.numel() for mask in run.masks.values())
-    pruned = sum(layer["pruned"] for layer in layers.values())
+    shapes = {layer.name: layer.shape for block in run.blocks for layer in block.layers}
+    layers = {
+        name: {"shape": list(shape), "pruned": run.pruned[name], "sparsity": round(run.pruned[name] / prod(shape), 6)}
+        for name, shape in shapes.items()
+    }
+    weights = sum(layer.parameter.numel() for layer in run.excluded) + sum(prod(shape) for shape in shapes.values())
+    pruned = sum(run.pruned.values())
     return {
         "format": FORMAT,
         "recipe": recipe.model_dump(mode="json"),
@@ -85,6 +82,7 @@ def make_report(
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "seconds": {stage: round(seconds, 3) for stage, seconds in run.seconds.items()},
             "peak_memory": dict(peak_memory),
+            "activations_peak": run.activations,
             "machine": machine(),
         },
     }

@@ -160,6 +160,15 @@ class LayerStatistics:
         except KeyError:
             raise KeyError(f"{kind.__name__} is not among the metric's `requires`") from None
 
+    @property
+    def input_key(self) -> int:
+        """A number that layers with the same input have in common."""
+        return id(self._shared)
+
+    def joined(self, others: Mapping[Any, Statistic]) -> LayerStatistics:
+        """Return these statistics with others of the same layer."""
+        return LayerStatistics({**self._statistics, **others}, self._shared)
+
     def shared(self, key: Any, compute: Callable[[], T]) -> T:
         """Return `compute()`, computed once for all the layers that share this layer's input.
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pruneforge import Adapter, Batch, Block, PruneForgeError
+from pruneforge.adapter import Skeleton
 from pruneforge.layer import find_layers
-from pruneforge.pretrained import load_pretrained, save_pretrained, skeleton
+from pruneforge.pretrained import load_pretrained, save_pretrained, skeleton, vacant_pretrained
 
 AUTO = "AutoModelForCausalLM"
 
@@ -56,14 +57,12 @@ class Llama(Adapter):
 
     def load(self, reference: str, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
         """Load the model, and its tokenizer if it has one."""
-        import transformers
+        return load_pretrained(reference, AUTO, dtype), _tokenizer(reference)
 
-        model = load_pretrained(reference, AUTO, dtype)
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(reference, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError, AttributeError):
-            tokenizer = None  # batches of token ids need none; text says what is missing when it comes to it
-        return model, tokenizer
+    def skeleton(self, reference: str, dtype: torch.dtype | None) -> Skeleton | None:
+        """Build the model without weights from its configuration."""
+        found = vacant_pretrained(reference, AUTO, dtype)
+        return None if found is None else Skeleton(found[0], _tokenizer(reference), found[1])
 
     def save(self, module: Any, processor: Any, folder: Path) -> None:
         """Write the layout that `AutoModelForCausalLM.from_pretrained` loads."""
@@ -118,6 +117,16 @@ class Llama(Adapter):
     def context_length(self, module: Any) -> int | None:
         """Return the number of positions the configuration names."""
         return getattr(module.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _tokenizer(reference: str) -> Any:
+    """Return the tokenizer, or `None` if there is none that loads: batches of token ids need none."""
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(reference, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError):
+        return None  # text says what is missing when it comes to it
 
 
 def _valid(mask: Tensor | None, ids: Tensor) -> Tensor | None:

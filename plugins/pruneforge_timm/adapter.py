@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pruneforge import Block, PruneForgeError
+from pruneforge.adapter import Skeleton
 from pruneforge.batch import Batch
 from pruneforge.images import ImageClassifier, ImageProcessor
 from pruneforge.layer import find_layers
@@ -65,6 +66,18 @@ class Timm(ImageClassifier):
         _check_shapes(model, Path(reference))
         model = model.eval()
         return (model if dtype is None else model.to(dtype)), self.processor(model)
+
+    def skeleton(self, reference: str, dtype: torch.dtype | None) -> Skeleton | None:
+        """Build the model of a local folder without its weights; in their own dtype it is float32, as timm loads it."""
+        from accelerate import init_empty_weights
+
+        folder = Path(reference)
+        if not (folder / "model.safetensors").is_file():
+            return None
+        with init_empty_weights(include_buffers=False):
+            model = _create(reference, pretrained=False)
+        model = model.eval() if dtype is None else model.eval().to(dtype)
+        return Skeleton(model, self.processor(model), folder)
 
     def processor(self, module: Any) -> ImageProcessor:
         """Return the checkpoint's own evaluation preprocessing."""

@@ -11,10 +11,11 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from pruneforge import Block, PruneForgeError
+from pruneforge.adapter import Skeleton
 from pruneforge.batch import Batch
 from pruneforge.images import ImageClassifier, ImageProcessor
 from pruneforge.layer import find_layers
-from pruneforge.pretrained import first_line, load_pretrained, save_pretrained, skeleton
+from pruneforge.pretrained import first_line, load_pretrained, save_pretrained, skeleton, vacant_pretrained
 
 AUTO = "AutoModelForImageClassification"
 
@@ -47,16 +48,16 @@ class ViT(ImageClassifier):
 
     def load(self, reference: str, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
         """Load the model and its image processor."""
-        import transformers
-
         model = load_pretrained(reference, AUTO, dtype)
-        try:
-            native = transformers.AutoImageProcessor.from_pretrained(reference, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise PruneForgeError(f"model {reference!r} has no image processor: {first_line(error)}") from error
-        names = _class_names(model.config)
-        mode = "L" if model.config.num_channels == 1 else "RGB"
-        return model, ImageProcessor(_Transform(native), mode, model.config.num_labels, names, native)
+        return model, _processor(reference, model.config)
+
+    def skeleton(self, reference: str, dtype: torch.dtype | None) -> Skeleton | None:
+        """Build the model without weights from its configuration."""
+        found = vacant_pretrained(reference, AUTO, dtype)
+        if found is None:
+            return None
+        model: Any = found[0]
+        return Skeleton(model, _processor(reference, model.config), found[1])
 
     def save(self, module: Any, processor: Any, folder: Path) -> None:
         """Write the layout that `AutoModelForImageClassification.from_pretrained` loads."""
@@ -99,6 +100,17 @@ class ViT(ImageClassifier):
         prefix = 1 + distilled + getattr(config, "num_register_tokens", 0)
         patch = config.patch_size
         return prefix, prefix + (pixels.shape[2] // patch) * (pixels.shape[3] // patch)
+
+
+def _processor(reference: str, config: Any) -> ImageProcessor:
+    import transformers
+
+    try:
+        native = transformers.AutoImageProcessor.from_pretrained(reference, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise PruneForgeError(f"model {reference!r} has no image processor: {first_line(error)}") from error
+    mode = "L" if config.num_channels == 1 else "RGB"
+    return ImageProcessor(_Transform(native), mode, config.num_labels, _class_names(config), native)
 
 
 def _class_names(config: Any) -> list[str]:

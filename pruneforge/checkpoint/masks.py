@@ -12,20 +12,36 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from pruneforge.checkpoint import shards
 from pruneforge.errors import PruneForgeError
 
 FILE = "masks.safetensors"
 
 
+def header(shapes: Mapping[str, tuple[int, int]]) -> bytes:
+    """Return the first bytes of a file of packed masks of `shapes`, by layer name."""
+    packed = {name: (torch.uint8, (packed_bytes(shape),)) for name, shape in shapes.items()}
+    return shards.header(packed, _metadata({name: list(shape) for name, shape in shapes.items()}))
+
+
+def packed_bytes(shape: tuple[int, int]) -> int:
+    """Return how many bytes a packed mask [out, in] takes."""
+    return -(-shape[0] * shape[1] // 8)
+
+
+def pack(mask: Tensor) -> np.ndarray:
+    """Return a mask [out, in] as bytes [packed_bytes] uint8."""
+    return np.packbits(mask.numpy().reshape(-1))
+
+
+def _metadata(shapes: Mapping[str, list[int]]) -> dict[str, str]:
+    return {"shapes": json.dumps(shapes), "packing": "bits, most significant first"}
+
+
 def save_masks(masks: Mapping[str, Tensor], folder: Path) -> None:
     """Write masks (boolean [out, in], by layer name) to `folder`, packed along the flattened weight."""
-    packed = {name: np.packbits(mask.numpy().reshape(-1)) for name, mask in masks.items()}
-    shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    save_file(
-        packed,
-        folder / FILE,
-        metadata={"shapes": json.dumps(shapes), "packing": "bits, most significant first"},
-    )
+    packed = {name: pack(mask) for name, mask in masks.items()}
+    save_file(packed, folder / FILE, metadata=_metadata({name: list(mask.shape) for name, mask in masks.items()}))
 
 
 def load_masks(folder: Path) -> dict[str, Tensor]:

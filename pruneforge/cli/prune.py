@@ -18,6 +18,12 @@ pruneforge prune MODEL --metric NAME --pattern 2:4 --calibration text.txt --samp
 
 pruneforge prune MODEL --metric mine -p mine.py --option power=0.5 --calibration c4 --output pruned
 
+pruneforge prune MODEL --metric NAME --calibration c4 --output pruned --memory-budget 8GB
+
+pruneforge prune MODEL --metric NAME --calibration c4 --output pruned --resume
+
+torchrun --nproc-per-node 2 -m pruneforge prune MODEL --metric NAME --calibration c4 --output pruned
+
 pruneforge prune --config pruned/recipe.yaml --seed 1 --output again
 """
 
@@ -72,6 +78,20 @@ def prune(
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
     seed: common.Seed = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the unfinished run in the output folder, if there is one.")
+    ] = False,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(help="What the run may take in host memory, such as 3GB. (default: most of what is free)"),
+    ] = None,
+    device_memory_budget: Annotated[
+        str | None, typer.Option(help="The same for the CUDA device. (default: most of what is free)")
+    ] = None,
+    gradient_cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps gradient statistics for later runs. (default: the user's cache)"),
+    ] = None,
     plugin: common.PluginFiles = None,
     config: common.Config = None,
 ) -> None:
@@ -100,9 +120,15 @@ def prune(
         dtype=dtype,
         seed=seed,
         output=output,
+        resume=resume,
+        memory_budget=memory_budget,
+        device_memory_budget=device_memory_budget,
+        gradient_cache=gradient_cache,
         progress=True,
     )
     report = result.report
+    if not report:
+        return  # another process of the group speaks for all
     common.warn(report["warnings"])
     measured = report["measured"]
     print(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pruneforge.adapter import Block
 from pruneforge.batch import Batch
+from pruneforge.engine.group import Group
 from pruneforge.errors import PruneForgeError
 from pruneforge.layer import Layer, WeightUses, accumulation_dtype
 from pruneforge.statistics import InputStatistic, Statistic
@@ -69,6 +70,16 @@ class InputRecorder:
         tokens = valid_tokens(known.leader.inputs(value, batch.size), batch, known.leader)
         for statistic in known.statistics.values():
             statistic.update(tokens, batch.size)
+
+    def merge(self, group: Group) -> None:
+        """Make the statistics those of the batches of all processes."""
+        done: set[int] = set()
+        for layer in self._block.layers:
+            known = self._inputs.get(layer.name)
+            if known is not None and id(known) not in done:
+                done.add(id(known))
+                for statistic in known.statistics.values():
+                    group.merge(statistic, known.leader.parameter.device)
 
     def statistics(self, layer: Layer) -> tuple[dict[type[Statistic], Statistic], dict[Any, Any]]:
         """Return what was recorded for `layer`, and the values shared with layers of the same input.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pruneforge.adapter import Adapter, Block
 from pruneforge.batch import Batch
+from pruneforge.engine.activations import Kept, Store
 from pruneforge.engine.residency import Residency
 from pruneforge.errors import PruneForgeError
 
@@ -35,13 +36,22 @@ class Activations:
 
     Attributes:
         batch: The batch, on the device.
-        hidden: Input of the next block [samples, ..., hidden].
+        kept: Where the input of the next block is kept.
         calls: For each block, what it is called with besides.
     """
 
     batch: Batch
-    hidden: Tensor
+    kept: Kept
     calls: list[Call]
+
+    @property
+    def hidden(self) -> Tensor:
+        """Input of the next block [samples, ..., hidden], on the device."""
+        return self.kept.get()
+
+    @hidden.setter
+    def hidden(self, value: Tensor) -> None:
+        self.kept = self.kept.store.keep(value)
 
 
 StandIn = Callable[[int, Tensor, Call], Any]
@@ -59,13 +69,22 @@ class Chain:
         adapter: Its adapter.
         blocks: Its blocks, in the order they run.
         residency: Brings parts of the model to the device.
+        store: Keeps hidden states while they wait.
     """
 
-    def __init__(self, module: nn.Module, adapter: Adapter, blocks: Sequence[Block], residency: Residency) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        adapter: Adapter,
+        blocks: Sequence[Block],
+        residency: Residency,
+        store: Store | None = None,
+    ) -> None:
         self.module = module
         self.adapter = adapter
         self.blocks = blocks
         self.residency = residency
+        self.store = store or Store(residency.device)
         self._transitions: set[int] = set()  # blocks after which the model has code of its own
         self._real_forward: Callable[..., Any]
         self._extras: tuple[Any, ...] | None = None  # what a block returns after its hidden states
@@ -123,7 +142,7 @@ class Chain:
             try:
                 self.adapter.forward(self.module, batch)
             except _StopForward:
-                return Activations(batch, first[0], calls)
+                return Activations(batch, self.store.keep(first[0]), calls)
         raise PruneForgeError(f"the model never ran its last block {self.blocks[-1].name!r}")
 
     def _learn_extras(self, hidden: Tensor, call: Call) -> None:
@@ -165,6 +184,10 @@ class Chain:
         call = activations.calls[index]
         output = self.blocks[index].module(hidden, *call.args, **call.kwargs)
         return output if isinstance(output, Tensor) else output[0]
+
+    def continues(self, index: int) -> bool:
+        """Return whether the model has code of its own between block `index` and the next."""
+        return index in self._transitions
 
     def transition(self, index: int, hidden: Tensor, activations: Activations) -> Tensor:
         """Return the next block's input for the output `hidden` of block `index`, differentiable.

@@ -15,17 +15,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pruneforge.engine.activations import Kept
 from pruneforge.engine.calibrate import InputRecorder, check_weights
 from pruneforge.engine.chain import Activations, Chain
+from pruneforge.engine.gradient_store import Gradients, GradientStore, Kind
+from pruneforge.engine.group import Group
 from pruneforge.errors import PruneForgeError
 from pruneforge.layer import Layer, WeightUses, accumulation_dtype
 from pruneforge.progress import Progress
-from pruneforge.statistics import ColumnSquares, GradientStatistic, Statistic
-
-LayerGradients = dict[str, dict[type[Statistic], Statistic]]
-
-HOST = torch.device("cpu")
-"""Where block inputs and finished statistics wait: for all blocks together they would not fit a device."""
+from pruneforge.statistics import ColumnSquares
 
 LOSS_SCALE = {torch.float16: 2.0**12}
 """Keeps small gradients of half-precision models from vanishing; a power of two, taken out again exactly."""
@@ -34,64 +32,105 @@ LOSS_SCALE = {torch.float16: 2.0**12}
 def gradient_statistics(
     chain: Chain,
     activations: Sequence[Activations],
-    kinds: Sequence[type[GradientStatistic]],
+    kinds: Sequence[Kind],
+    store: GradientStore,
+    group: Group,
     progress: Progress,
-) -> LayerGradients:
-    """Return the gradient statistics of every layer, by layer name; `activations` are left as they are.
+) -> None:
+    """Put the gradient statistics of every layer into `store`; `activations` are left as they are.
+
+    What the store already has is not computed again.
 
     Args:
         chain: The dense model.
         activations: Its captured batches, at the first block's input.
         kinds: The statistics to collect.
+        store: Where they go.
+        group: The processes that share the batches.
         progress: Where to show how far along the sweeps are.
 
     Raises:
         PruneForgeError: A loss or gradient is not finite, naming the layer.
     """
+    missing = group.gather([store.missing(block, kinds) for block in chain.blocks])[0]
+    if not any(missing):
+        return
     scale = LOSS_SCALE.get(activations[0].hidden.dtype, 1.0)
     inputs, outputs = _forward_sweep(chain, activations, progress)
     upstream = _head_gradients(chain, activations, outputs, scale)
-    found: LayerGradients = {}
-    for index in progress.track(range(len(chain.blocks) - 1, -1, -1), "gradients", len(chain.blocks)):
+    del outputs
+    first = next(index for index, wanted in enumerate(missing) if wanted)
+    for index in progress.track(range(len(chain.blocks) - 1, first - 1, -1), "gradients", len(chain.blocks) - first):
         block = chain.blocks[index]
         with chain.residency.visit(block):
-            for layer in block.layers:
-                dtype, device = accumulation_dtype(layer.parameter.dtype), layer.parameter.device
-                found[layer.name] = {kind: kind(layer.shape, dtype, device) for kind in kinds}
+            found: Gradients = {
+                layer.name: {
+                    kind: kind(layer.shape, accumulation_dtype(layer.parameter.dtype), layer.parameter.device)
+                    for kind in missing[index]
+                }
+                for layer in block.layers
+            }
             for number, batch in enumerate(activations):
-                hidden = inputs[index][number].to(chain.residency.device)
-                upstream[number], gradients = _block_gradients(chain, index, hidden, batch, upstream[number])
-                for layer in block.layers:
-                    for sample in range(batch.batch.size):
-                        gradient = _sample_gradient(layer, gradients[layer.name], sample, batch.batch.size) / scale
-                        for statistic in found[layer.name].values():
-                            assert isinstance(statistic, GradientStatistic)
-                            statistic.update(gradient)
+                hidden = inputs[index][number].get()
+                down, gradients = _block_gradients(chain, index, hidden, batch, upstream[number].get())
+                upstream[number] = chain.store.keep(down)
+                if missing[index]:
+                    _update(block.layers, found, gradients, batch.batch.size, scale)
         inputs[index] = []
-        for layer in block.layers:
+        if missing[index]:
+            _merge(found, group, chain.residency.device)
+            if group.first:
+                store.put(block, found)
+    group.gather(None)  # nobody looks for what the first process still writes
+
+
+def _update(
+    layers: Sequence[Layer],
+    found: Gradients,
+    gradients: dict[str, list[tuple[Tensor, Tensor]]],
+    samples: int,
+    scale: float,
+) -> None:
+    for layer in layers:
+        for sample in range(samples):
+            gradient = _sample_gradient(layer, gradients[layer.name], sample, samples)
+            if scale != 1:
+                gradient /= scale
             for statistic in found[layer.name].values():
-                if not torch.isfinite(statistic.total).all():
-                    raise PruneForgeError(f"non-finite gradients reach layer {layer.name!r}; run with --dtype float32")
-                statistic.to(HOST)
-    return found
+                statistic.update(gradient)
+
+
+def _merge(found: Gradients, group: Group, device: torch.device) -> None:
+    for name, statistics in found.items():
+        for statistic in statistics.values():
+            group.merge(statistic, device)
+            if not torch.isfinite(statistic.total).all():
+                raise PruneForgeError(f"non-finite gradients reach layer {name!r}; run with --dtype float32")
 
 
 @torch.no_grad()
 def _forward_sweep(
     chain: Chain, activations: Sequence[Activations], progress: Progress
-) -> tuple[list[list[Tensor]], list[Tensor]]:
-    hidden = [batch.hidden for batch in activations]
-    inputs = []
+) -> tuple[list[list[Kept]], list[Kept]]:
+    """Return every block's inputs, and the last block's outputs, a tensor a batch."""
+    inputs = [[batch.kept for batch in activations]]
     for index in progress.track(range(len(chain.blocks)), "forward for gradients"):
-        inputs.append([h.to(HOST) for h in hidden])
-        with chain.residency.visit(chain.blocks[index]):
-            check_weights(chain.blocks[index])
-            outputs = [chain.run_block(index, h, batch) for h, batch in zip(hidden, activations, strict=True)]
-            for before, after, batch in zip(hidden, outputs, activations, strict=True):
+        block = chain.blocks[index]
+        outputs: list[Kept] = []
+        with chain.residency.visit(block):
+            check_weights(block)
+            for before, batch in zip(inputs[-1], activations, strict=True):
+                after = chain.run_block(index, before.get(), batch)
                 if not torch.isfinite(after).all():
-                    _name_the_layer(chain, index, before, batch)
-        hidden = [chain.transition(index, h, batch) for h, batch in zip(outputs, activations, strict=True)]
-    return inputs, hidden
+                    _name_the_layer(chain, index, before.get(), batch)
+                outputs.append(chain.store.keep(after))
+        if chain.continues(index):
+            outputs = [
+                chain.store.keep(chain.transition(index, output.get(), batch))
+                for output, batch in zip(outputs, activations, strict=True)
+            ]
+        inputs.append(outputs)
+    return inputs[:-1], inputs[-1]
 
 
 def _name_the_layer(chain: Chain, index: int, hidden: Tensor, batch: Activations) -> None:
@@ -106,16 +145,16 @@ def _name_the_layer(chain: Chain, index: int, hidden: Tensor, batch: Activations
 
 
 def _head_gradients(
-    chain: Chain, activations: Sequence[Activations], outputs: list[Tensor], scale: float
-) -> list[Tensor]:
-    gradients: list[Tensor] = []
+    chain: Chain, activations: Sequence[Activations], outputs: Sequence[Kept], scale: float
+) -> list[Kept]:
+    gradients: list[Kept] = []
     with chain.residency.stem_and_head(), torch.enable_grad():
         for number, batch in enumerate(activations):
-            hidden = outputs[number].detach().requires_grad_()
+            hidden = outputs[number].get().detach().requires_grad_()
             losses = chain.losses(hidden, batch.batch)
             if not torch.isfinite(losses).all():
                 raise PruneForgeError(f"the loss of calibration batch {number} is not finite")
-            gradients += torch.autograd.grad(losses.sum() * scale, hidden)
+            gradients.append(chain.store.keep(*torch.autograd.grad(losses.sum() * scale, hidden)))
     return gradients
 
 

@@ -17,7 +17,9 @@ from pruneforge.adapter import Block
 from pruneforge.batch import Batch
 from pruneforge.engine.calibrate import InputRecorder, check_weights
 from pruneforge.engine.chain import Activations, Chain
-from pruneforge.engine.gradients import LayerGradients, gradient_statistics
+from pruneforge.engine.gradient_store import GradientStore, InMemoryGradients
+from pruneforge.engine.gradients import gradient_statistics
+from pruneforge.engine.group import Group
 from pruneforge.engine.run import BlockResult, Run
 from pruneforge.errors import PruneForgeError
 from pruneforge.layer import Layer
@@ -37,26 +39,30 @@ def prune_blocks(
     batches: Sequence[Batch],
     progress: Progress,
     block_pruned: Callable[[BlockResult], object],
+    gradients: GradientStore | None = None,
+    group: Group | None = None,
 ) -> None:
-    """Prune every block of a model in place; `run.masks` then holds the masks.
+    """Prune every block of a model in place, but for those that `run` says are finished.
 
     Args:
-        run: What to do; its masks, times and warnings are filled in.
+        run: What to do; its counts, times and warnings are filled in.
         chain: The model.
         batches: Calibration data; unused if the metric requires no statistic.
         progress: Where to show how far along the run is.
-        block_pruned: Called after each block.
+        block_pruned: Called with each block's masks, while the pruned block is still visited.
+        gradients: Where gradient statistics wait; by default in memory.
+        group: The processes that share the work; by default there is this one alone. Each is given all batches.
 
     Raises:
         PruneForgeError: A layer does not fit the pattern, weights or activations are not finite, or the
             metric cannot work in the scope asked for. Layers before the one named are already pruned.
     """
     _check(run, chain)
-    loop = _Loop(run, chain, batches, progress)
-    group = getattr(run.pattern, "scope", None)
-    results = loop.with_model_scope() if group == "model" else loop.block_by_block(within_block=group == "block")
-    for result in progress.track(results, "pruning blocks", len(chain.blocks)):
-        block_pruned(result)
+    loop = _Loop(run, chain, batches, progress, block_pruned, gradients or InMemoryGradients(), group or Group())
+    scope = getattr(run.pattern, "scope", None)
+    finished = loop.with_model_scope() if scope == "model" else loop.block_by_block(within_block=scope == "block")
+    for _ in progress.track(finished, "pruning blocks", len(chain.blocks)):
+        pass
 
 
 def _check(run: Run, chain: Chain) -> None:
@@ -82,37 +88,56 @@ def _check(run: Run, chain: Chain) -> None:
 
 
 class _Loop:
-    def __init__(self, run: Run, chain: Chain, batches: Sequence[Batch], progress: Progress) -> None:
+    def __init__(
+        self,
+        run: Run,
+        chain: Chain,
+        batches: Sequence[Batch],
+        progress: Progress,
+        block_pruned: Callable[[BlockResult], object],
+        gradients: GradientStore,
+        group: Group,
+    ) -> None:
         self.run = run
         self.chain = chain
+        self.block_pruned = block_pruned
+        self.gradients = gradients
+        self.group = group
         requires = run.metric.requires
         self.input_kinds = [kind for kind in requires if issubclass(kind, InputStatistic)]
-        self.gradients: LayerGradients = {}
+        self.gradient_kinds = [kind for kind in requires if issubclass(kind, GradientStatistic)]
         self.activations: list[Activations] = []
         if not requires:
             return
         with run.timed("capture"):
-            self.activations = chain.capture(batches)
-        gradient_kinds = [kind for kind in requires if issubclass(kind, GradientStatistic)]
-        if gradient_kinds:
+            self.activations = chain.capture(group.part(batches))
+        if self.gradient_kinds:
             with run.timed("gradients"):
-                self.gradients = gradient_statistics(chain, self.activations, gradient_kinds, progress)
+                gradient_statistics(chain, self.activations, self.gradient_kinds, gradients, group, progress)
         if not self.input_kinds:
             self.activations = []
 
-    def block_by_block(self, within_block: bool) -> Iterator[BlockResult]:
+    def block_by_block(self, within_block: bool) -> Iterator[None]:
         """Prune each block before the next is calibrated."""
+        last = len(self.chain.blocks) - 1
         for index, block in enumerate(self.chain.blocks):
-            with self.chain.residency.visit(block):
-                stats = self.calibrate(index)
-                threshold = self.block_threshold(block, stats) if within_block else None
-                result = self.prune(index, stats, threshold)
-                if self.run.propagate == "pruned" and index + 1 < len(self.chain.blocks):
-                    self.propagate(index)
+            pruned = self.run.propagate == "pruned"
+            if index < self.run.finished:
+                if self.activations and index < last:
+                    with self.chain.residency.visit(block, pruned=pruned):
+                        self.propagate(index)
+            else:
+                with self.chain.residency.visit(block):
+                    stats = self.with_gradients(block, self.calibrate(index))
+                    threshold = self.block_threshold(block, stats) if within_block else None
+                    self.prune(index, stats, threshold)
+                    del stats
+                    if pruned and index < last:
+                        self.propagate(index)
             self.advance(index)
-            yield result
+            yield
 
-    def with_model_scope(self) -> Iterator[BlockResult]:
+    def with_model_scope(self) -> Iterator[None]:
         """Calibrate every block, find one threshold over all scores, then prune every block."""
         collected: list[tuple[Block, BlockStatistics]] = []
         for index, block in enumerate(self.chain.blocks):
@@ -121,14 +146,19 @@ class _Loop:
             self.advance(index)
         layers = [layer for block, _ in collected for layer in block.layers]
         threshold = self.threshold(layers, partial(self.visited_scores, collected))
-        for index, (block, stats) in enumerate(collected):
+        for index, (block, inputs) in enumerate(collected):
             with self.chain.residency.visit(block):
-                result = self.prune(index, stats, threshold)
-            yield result
+                stats = self.with_gradients(block, inputs)
+                if index < self.run.finished:
+                    for layer in block.layers:
+                        threshold.select(self.score(layer, stats[layer.name]))  # it counts ties as it goes
+                else:
+                    self.prune(index, stats, threshold)
+            yield
 
     @torch.no_grad()
     def calibrate(self, index: int) -> BlockStatistics:
-        """Run every batch through a dense block and return its layers' statistics."""
+        """Run every batch through a dense block and return its layers' input statistics."""
         block = self.chain.blocks[index]
         check_weights(block)
         recorder = InputRecorder(block, self.input_kinds)
@@ -138,30 +168,68 @@ class _Loop:
                 output = self.chain.run_block(index, batch.hidden, batch)
                 if self.run.propagate == "dense":
                     batch.hidden = output
-        collected = {}
-        for layer in block.layers:
-            inputs, shared = recorder.statistics(layer)
-            gradients = self.gradients.pop(layer.name, {})
-            for statistic in gradients.values():
-                statistic.to(self.chain.residency.device)
-            collected[layer.name] = LayerStatistics({**inputs, **gradients}, shared)
-        return collected
+        recorder.merge(self.group)
+        return {layer.name: LayerStatistics(*recorder.statistics(layer)) for layer in block.layers}
+
+    def with_gradients(self, block: Block, inputs: BlockStatistics) -> BlockStatistics:
+        """Return the statistics of a block with those of its gradients, read for as long as they are used."""
+        if not self.gradient_kinds:
+            return inputs
+        found = self.gradients.get(block, self.gradient_kinds, self.chain.residency.device)
+        return {name: stats.joined(found[name]) for name, stats in inputs.items()}
 
     @torch.no_grad()
-    def prune(self, index: int, stats: BlockStatistics, threshold: Threshold | None) -> BlockResult:
-        """Make and apply the masks of a block's layers."""
+    def prune(self, index: int, stats: BlockStatistics, threshold: Threshold | None) -> None:
+        """Make and apply the masks of a block's layers, each in the process that it falls to."""
         block = self.chain.blocks[index]
-        masks = {}
+        masks: dict[str, Tensor] = {}
+        noted: dict[str, Sequence[str]] = {}
+        # A threshold over several layers is applied in their order, and cheaply: by every process for itself.
+        owners = self.owners(block, stats) if threshold is None else dict.fromkeys(stats, self.group.rank)
+        error: PruneForgeError | None = None
         with self.run.timed("prune"):
-            for layer in block.layers:
-                pruned = self.prune_layer(layer, stats[layer.name], threshold)
-                self.check(layer, pruned)
-                weight = layer.weight if pruned.weight is None else pruned.weight
-                layer.write(weight, pruned.mask)
-                masks[layer.name] = pruned.mask.cpu()
-                self.run.warnings += [f"{layer.name}: {note}" for note in pruned.notes]
-        self.run.masks.update(masks)
-        return BlockResult(index, block, masks)
+            try:
+                for layer in block.layers:
+                    if owners[layer.name] == self.group.rank:
+                        masks[layer.name], noted[layer.name] = self.apply(layer, stats[layer.name], threshold)
+            except PruneForgeError as raised:
+                error = raised
+            noted = self.group.agree(error, noted)
+            if threshold is None:
+                masks = {layer.name: self.shared(layer, masks.get(layer.name), owners) for layer in block.layers}
+        notes = [f"{layer.name}: {note}" for layer in block.layers for note in noted[layer.name]]
+        self.run.warnings += notes
+        self.run.pruned.update({name: int(mask.numel() - mask.sum()) for name, mask in masks.items()})
+        with self.run.timed("write"):
+            self.block_pruned(BlockResult(index, block, masks, notes))
+
+    def owners(self, block: Block, stats: BlockStatistics) -> dict[str, int]:
+        """Return which process prunes each layer; those that share an input stay together, to share what is derived."""
+        together: dict[int, list[Layer]] = {}
+        for layer in block.layers:
+            together.setdefault(stats[layer.name].input_key, []).append(layer)
+        parts = list(together.values())
+        owners = self.group.spread([sum(la.parameter.numel() * la.shape[1] for la in part) for part in parts])
+        return {layer.name: owner for part, owner in zip(parts, owners, strict=True) for layer in part}
+
+    def apply(self, layer: Layer, stats: LayerStatistics, threshold: Threshold | None) -> tuple[Tensor, Sequence[str]]:
+        """Prune a layer in place and return its mask on the CPU, and the metric's notes."""
+        pruned = self.prune_layer(layer, stats, threshold)
+        self.check(layer, pruned)
+        layer.write(layer.weight if pruned.weight is None else pruned.weight, pruned.mask)
+        return pruned.mask.cpu(), pruned.notes
+
+    def shared(self, layer: Layer, mask: Tensor | None, owners: dict[str, int]) -> Tensor:
+        """Bring a layer that one process has pruned to all of them, and return its mask."""
+        if self.group.size > 1:
+            device, owner = layer.parameter.device, owners[layer.name]
+            empty = torch.empty(layer.shape, dtype=torch.uint8, device=device)
+            sent = empty if mask is None else mask.to(device).byte()
+            self.group.send(sent, owner)
+            self.group.send(layer.parameter.data, owner)
+            mask = sent.bool().cpu()
+        assert mask is not None
+        return mask
 
     def prune_layer(self, layer: Layer, stats: LayerStatistics, threshold: Threshold | None) -> Pruned:
         """Ask the metric for a layer's mask, or select it by a threshold over several layers."""
@@ -199,7 +267,7 @@ class _Loop:
     @torch.no_grad()
     def advance(self, index: int) -> None:
         """Make the next block's inputs of a block's outputs, for every batch."""
-        if index + 1 < len(self.chain.blocks):
+        if self.chain.continues(index):
             for batch in self.activations:
                 batch.hidden = self.chain.transition(index, batch.hidden, batch)
 
@@ -221,8 +289,9 @@ class _Loop:
 
     def visited_scores(self, collected: Iterable[tuple[Block, BlockStatistics]]) -> Iterator[Tensor]:
         """Yield the scores of every layer, in the order of the model, made anew and held one at a time."""
-        for block, stats in collected:
+        for block, inputs in collected:
             with self.chain.residency.visit(block):
+                stats = self.with_gradients(block, inputs)
                 for layer in block.layers:
                     yield self.score(layer, stats[layer.name])
 

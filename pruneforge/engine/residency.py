@@ -24,8 +24,14 @@ class Residency(Protocol):
     def stem_and_head(self) -> AbstractContextManager[None]:
         """Hold everything outside the blocks on `device` within the context."""
 
-    def visit(self, block: Block) -> AbstractContextManager[None]:
-        """Hold one block on `device` within the context; what changed in it is kept."""
+    def visit(self, block: Block, pruned: bool = False) -> AbstractContextManager[None]:
+        """Hold one block on `device` within the context.
+
+        Args:
+            block: The block.
+            pruned: Whether to bring in what an earlier process of the same run made of it; a residency whose
+                runs cannot be resumed is never asked to.
+        """
 
 
 class InMemory:
@@ -43,8 +49,8 @@ class InMemory:
             yield
 
     @contextmanager
-    def visit(self, block: Block) -> Iterator[None]:
-        """Hold one block on the device."""
+    def visit(self, block: Block, pruned: bool = False) -> Iterator[None]:
+        """Hold one block on the device; what changes in it is kept."""
         with self._moved(list(block.module.modules())):
             yield
 

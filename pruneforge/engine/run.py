@@ -29,9 +29,11 @@ class Run:
         blocks: The model's blocks in the order they run.
         seed: Seed of every random choice.
         excluded: Layers of the blocks that the user left out; they stay dense.
-        masks: For each finished layer, by full name, its mask [out, in] on the CPU; `True` keeps. The
-            engine owns them; nothing infers a mask from zeros.
+        finished: How many blocks, from the first, an earlier process of the same run has finished.
+        pruned: For each finished layer, by full name, how many of its weights are pruned. Its mask is in the
+            `BlockResult` of its block; the engine owns it, and nothing infers a mask from zeros.
         seconds: Time by stage.
+        activations: Most bytes of hidden states that waited at a time, by place (device, host, disk).
         warnings: What a user has to know, one line each.
     """
 
@@ -41,8 +43,10 @@ class Run:
     blocks: list[Block]
     seed: int = 0
     excluded: list[Layer] = field(default_factory=list)
-    masks: dict[str, Tensor] = field(default_factory=dict)
+    finished: int = 0
+    pruned: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    activations: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     @contextmanager
@@ -62,9 +66,11 @@ class BlockResult:
     Attributes:
         index: Position among the blocks, from 0.
         block: The block.
-        masks: Mask [out, in] of each of its layers, by full name.
+        masks: Mask [out, in] of each of its layers on the CPU, by full name; `True` keeps.
+        notes: What the metric noted of its layers, one line each.
     """
 
     index: int
     block: Block
     masks: dict[str, Tensor]
+    notes: list[str] = field(default_factory=list)

@@ -1,0 +1,128 @@
+"""What a run may take in memory, and what it needs besides hidden states."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pruneforge.adapter import Block
+from pruneforge.errors import PruneForgeError
+from pruneforge.layer import accumulation_dtype
+from pruneforge.metric import Metric
+
+SHARE_OF_FREE = 0.8
+"""How much of the memory that is free at the start a run takes for itself unless it is told."""
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Bytes that a run may take.
+
+    Attributes:
+        host: In host memory; `None` for most of what is free.
+        device: On the CUDA device; `None` for most of what is free.
+    """
+
+    host: int | None = None
+    device: int | None = None
+
+    @classmethod
+    def parse(cls, host: str | int | None, device: str | int | None) -> Budgets:
+        """Return the budgets of what a user wrote.
+
+        Raises:
+            PruneForgeError: One is no number of bytes.
+        """
+        return cls(_parse(host, "memory budget"), _parse(device, "device memory budget"))
+
+    def for_activations(
+        self, blocks: Sequence[Block], metric: Metric, module: nn.Module, device: torch.device
+    ) -> tuple[int, int]:
+        """Return what hidden states may take in host memory and on the device, in bytes.
+
+        That is what a budget leaves after weights, statistics and working memory. On the CPU the device's share is 0.
+
+        Raises:
+            PruneForgeError: A budget does not even hold those.
+        """
+        weights, working = fixed_bytes(blocks, metric, module)
+        resident = resident_bytes()
+        if device.type == "cpu":
+            host = resident + SHARE_OF_FREE * free_bytes() if self.host is None else self.host
+            return _left(host, resident + weights + working, "memory budget", self.host), 0
+        free, _ = torch.cuda.mem_get_info(device)
+        host = resident + SHARE_OF_FREE * free_bytes() if self.host is None else self.host
+        on_device = SHARE_OF_FREE * free if self.device is None else self.device
+        return (
+            _left(host, resident + weights, "memory budget", self.host),
+            _left(on_device, weights + working, "device memory budget", self.device),
+        )
+
+
+def fixed_bytes(blocks: Sequence[Block], metric: Metric, module: nn.Module) -> tuple[int, int]:
+    """Return about how many bytes weights take at a time, and statistics and working memory of a block.
+
+    Weights are two blocks (one is read while one computes), or a block, stem and head. Each layer is counted as if
+    it had an input of its own, and the work on the largest as four matrices of its size and of its statistics.
+    """
+    inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
+    outside = sum(_bytes(p) for p in module.parameters() if id(p) not in inside)
+    block = max(sum(_bytes(p) for p in block.module.parameters()) for block in blocks)
+    statistics, largest = 0, 0
+    for found in blocks:
+        sizes = []
+        for layer in found.layers:
+            dtype = accumulation_dtype(layer.parameter.dtype)
+            made = [kind(layer.shape, dtype, torch.device("meta")).total for kind in metric.requires]
+            sizes.append(sum(_bytes(total) for total in made))
+            matrix = layer.parameter.numel() * dtype.itemsize
+            largest = max(largest, 4 * max([matrix, *(_bytes(total) for total in made)]))
+        statistics = max(statistics, sum(sizes))
+    return block + max(block, outside), statistics + largest
+
+
+def resident_bytes() -> int:
+    """Return what the process takes in host memory now, or 0 where the system does not say."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+def free_bytes() -> int:
+    """Return how much host memory is free for this process: the machine's, or what its control group leaves."""
+    pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 1 << 18
+    free = pages * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        free = int(found[1]) * 1024 if found else free
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return max(0, free)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _left(budget: float, needed: int, what: str, given: int | None) -> int:
+    if budget < needed and given is not None:
+        raise PruneForgeError(f"the {what} of {given:,} bytes is too small; this run needs about {needed:,}")
+    return max(0, int(budget - needed))
+
+
+def _parse(value: str | int | None, what: str) -> int | None:
+    if value is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", str(value).lower())
+    if not found or not float(found[1]):
+        raise PruneForgeError(f"{what} {value!r} is no number of bytes; write it like 3GB or 512MiB")
+    return int(float(found[1]) * UNITS[found[2] or ""])

@@ -1,0 +1,212 @@
+"""Writing a checkpoint block by block: files of their final size, filled in place.
+
+While it is being written, a file is called `NAME.partial`. A rewritten weight file begins as its original, copied
+by the kernel, without the tensors that will change; those are written to their places as they are finished.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from pruneforge.checkpoint import masks
+from pruneforge.checkpoint.shards import Checkpoint, Stored, as_bytes, header, read_header, read_tensor
+from pruneforge.errors import PruneForgeError
+
+PARTIAL = ".partial"
+
+
+class UnfinishedError(PruneForgeError):
+    """A run that stopped on its way and can go on from there."""
+
+
+class Rewrite:
+    """A copy of a checkpoint in which some tensors change, and the masks beside it."""
+
+    def __init__(self, source: Checkpoint, folder: Path, layers: Mapping[str, tuple[str, tuple[int, int]]]) -> None:
+        """Describe the files; nothing is written yet.
+
+        Args:
+            source: What is copied.
+            folder: Where to.
+            layers: For each layer, the name of its tensor and its shape as a matrix.
+        """
+        self.source = source
+        self.folder = folder
+        self._layers = dict(layers)
+        self._changing = {tensor for tensor, _ in layers.values()}
+        self._head = masks.header({name: shape for name, (_, shape) in layers.items()})
+        self._places: dict[str, Stored] = {}
+
+    def bytes_needed(self) -> int:
+        """Return how many bytes the finished folder takes."""
+        weights = sum((self.source.folder / file).stat().st_size for file in self.source.files)
+        others = sum(path.stat().st_size for path in self.source.companions())
+        packed = sum(masks.packed_bytes(shape) for _, shape in self._layers.values())
+        return weights + others + packed + len(self._head)
+
+    def prepare(self) -> None:
+        """Lay out every file at its full size, with everything that does not change.
+
+        Raises:
+            UnfinishedError: The disk is full, or cannot be written.
+        """
+        with writing(self.folder):
+            free = shutil.disk_usage(self.folder).free
+            there = sum(path.stat().st_blocks * 512 for path in self.folder.glob(f"*{PARTIAL}"))
+            if self.bytes_needed() > free + there:
+                raise OSError(errno.ENOSPC, f"{self.bytes_needed():,} bytes are needed and {free + there:,} are free")
+            for file in self.source.files:
+                self._lay_out(file)
+            size = len(self._head) + sum(masks.packed_bytes(shape) for _, shape in self._layers.values())
+            with _open(self.folder / (masks.FILE + PARTIAL)) as target:
+                os.ftruncate(target, size)
+                os.pwrite(target, self._head, 0)
+                os.fsync(target)
+            sync_folder(self.folder)
+
+    def _lay_out(self, file: str) -> None:
+        tensors = [stored for stored in self.source.tensors.values() if stored.file == file]
+        changing = sorted((t for t in tensors if t.name in self._changing), key=lambda t: t.start)
+        size = (self.source.folder / file).stat().st_size
+        with open(self.source.folder / file, "rb", buffering=0) as original, _open(self._partial(file)) as target:
+            os.ftruncate(target, size)
+            start = 0
+            for stored in changing:
+                _copy(original.fileno(), target, start, stored.start)
+                start = stored.start + stored.size
+            _copy(original.fileno(), target, start, size)
+            os.fsync(target)
+
+    def write(self, tensors: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
+        """Write finished layers to disk for good.
+
+        Args:
+            tensors: The changed tensors, by name, in the dtype they are stored in.
+            kept: Masks [out, in], by layer name.
+
+        Raises:
+            UnfinishedError: The disk is full, or cannot be written.
+        """
+        with writing(self.folder):
+            touched: dict[Path, list[tuple[int, memoryview]]] = {}
+            for name, tensor in tensors.items():
+                stored = self.source.tensors[name]
+                place = touched.setdefault(self._partial(stored.file), [])
+                place.append((stored.start, as_bytes(tensor.cpu()).numpy().data))
+            partial = self.folder / (masks.FILE + PARTIAL)
+            if not self._places:
+                self._places = {stored.name: stored for stored in read_header(partial)}
+            packed = [(self._places[name].start, masks.pack(mask).data) for name, mask in kept.items()]
+            for path, parts in [*touched.items(), (partial, packed)]:
+                with _open(path) as target:
+                    for offset, data in parts:
+                        _write_all(target, data, offset)
+                    os.fsync(target)
+
+    def changes(self, name: str) -> bool:
+        """Return whether a tensor is among those that change."""
+        return name in self._changing
+
+    def read(self, name: str) -> Tensor:
+        """Return a changed tensor that was written before."""
+        stored = self.source.tensors[name]
+        return read_tensor(self._partial(stored.file), stored)
+
+    def finish(self) -> None:
+        """Give every file its name, and copy what stands beside the weights."""
+        with writing(self.folder):
+            for path in self.source.companions():
+                if path.name not in OWN:
+                    copy = self.folder / (path.name + PARTIAL)
+                    shutil.copyfile(path, copy)
+                    copy.replace(self.folder / path.name)
+            for file in [*self.source.files, masks.FILE]:
+                partial = self.folder / (file + PARTIAL)
+                if partial.exists():  # a run that was stopped right here has renamed some already
+                    partial.replace(self.folder / file)
+            sync_folder(self.folder)
+
+    def _partial(self, file: str) -> Path:
+        return self.folder / (file + PARTIAL)
+
+
+OWN = frozenset({masks.FILE, "pruneforge.json", "recipe.yaml", "journal.jsonl"})
+"""Files of an earlier pruning run, which are not copied from a model that is pruned once more."""
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn what the system says of a full or read-only disk into one line.
+
+    Raises:
+        UnfinishedError: Something could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UnfinishedError(
+            f"output folder {str(folder)!r} cannot be written: {error.strerror or error}; "
+            "what is finished stays there, go on with --resume"
+        ) from error
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _copy(source: int, target: int, start: int, stop: int) -> None:
+    while start < stop:
+        chunk = os.pread(source, min(stop - start, 1 << 24), start)
+        if not chunk:
+            raise OSError(errno.EIO, "the original became shorter while it was read")
+        _write_all(target, memoryview(chunk), start)
+        start += len(chunk)
+
+
+def _write_all(target: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(target, data[done : done + (1 << 30)], offset + done)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in a folder last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, whole or not at all, without a second copy of its tensors.
+
+    Raises:
+        UnfinishedError: The disk is full, or cannot be written.
+    """
+    head = header({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, metadata)
+    partial = path.with_name(path.name + PARTIAL)
+    with writing(path.parent):
+        try:
+            with _open(partial) as target:
+                _write_all(target, memoryview(head), 0)
+                offset = len(head)
+                for tensor in tensors.values():
+                    data = as_bytes(tensor.cpu().contiguous()).numpy().data
+                    _write_all(target, data, offset)
+                    offset += len(data)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)

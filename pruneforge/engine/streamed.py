@@ -1,0 +1,200 @@
+"""A model whose weights stay on disk; a visited part is read, and let go afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from pruneforge.adapter import Block
+from pruneforge.checkpoint.rewrite import Rewrite
+from pruneforge.checkpoint.shards import Checkpoint, Stored
+from pruneforge.errors import PruneForgeError
+
+Parts = list[tuple[nn.Parameter, Tensor]]
+
+
+class Streamed:
+    """Reads blocks from a checkpoint, the next one while one computes.
+
+    Attributes:
+        device: Where computation happens.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        blocks: Sequence[Block],
+        device: torch.device,
+        checkpoint: Checkpoint,
+        rewrite: Rewrite | None = None,
+    ) -> None:
+        """Take a model whose parameters are vacant (`vacate`).
+
+        Args:
+            module: The model, on the CPU.
+            blocks: Its blocks in the order they run.
+            device: Where to bring them.
+            checkpoint: Holds the dense weights.
+            rewrite: Holds the pruned weights of finished blocks.
+
+        Raises:
+            PruneForgeError: A tensor has another shape than the model's, or is not of a floating dtype.
+        """
+        self.device = device
+        self._checkpoint = checkpoint
+        self._rewrite = rewrite
+        self._stored = stored_parameters(module, checkpoint)
+        inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
+        self._outside = [parameter for parameter in module.parameters() if id(parameter) not in inside]
+        self._blocks = list(blocks)
+        self._position = {block.name: index for index, block in enumerate(blocks)}
+        self._buffers = {block.name: _buffers(block.module) for block in blocks}
+        self._outside_buffers = [
+            (part, name)
+            for part, name in _buffers(module)
+            if not any(part is other for found in self._buffers.values() for other, _ in found)
+        ]
+        self._reader = ThreadPoolExecutor(1, "pruneforge-reader")
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._last = -1
+        self._ahead: tuple[int, bool, Future[Parts]] | None = None
+        _load_buffers(module, checkpoint)
+
+    @contextmanager
+    def stem_and_head(self) -> Iterator[None]:
+        """Hold everything outside the blocks on the device."""
+        with self._present(self._read(self._outside, False), self._outside_buffers):
+            yield
+
+    @contextmanager
+    def visit(self, block: Block, pruned: bool = False) -> Iterator[None]:
+        """Hold one block on the device; `pruned`, as an earlier process left it."""
+        index = self._position[block.name]
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[:2] == (index, pruned):
+            parts = ahead[2].result()
+        else:
+            if ahead is not None:
+                ahead[2].cancel()
+            parts = self._read(self._parameters(index), pruned)
+        self._read_ahead(index, pruned)
+        with self._present(parts, self._buffers[block.name]):
+            del parts
+            yield
+
+    def close(self) -> None:
+        """End reading ahead."""
+        self._reader.shutdown(cancel_futures=True)
+
+    def _read_ahead(self, index: int, pruned: bool) -> None:
+        backwards = index < self._last or (index == self._last == len(self._blocks) - 1)
+        following = index - 1 if backwards else index + 1
+        self._last = index
+        if 0 <= following < len(self._blocks):
+            task = self._reader.submit(self._read, self._parameters(following), pruned)
+            self._ahead = (following, pruned, task)
+
+    def _parameters(self, index: int) -> list[nn.Parameter]:
+        return list(self._blocks[index].module.parameters())
+
+    def _read(self, parameters: Sequence[nn.Parameter], pruned: bool) -> Parts:
+        parts: Parts = []
+        for parameter in parameters:
+            stored = self._stored[id(parameter)]
+            if pruned and self._rewrite is not None and self._rewrite.changes(stored.name):
+                value = self._rewrite.read(stored.name)
+            else:
+                value = self._checkpoint.read(stored, pinned=self._side is not None)
+            if self._side is not None:
+                with torch.cuda.stream(self._side):
+                    value = value.to(self.device, non_blocking=True)
+                    value = value.to(parameter.dtype)
+            parts.append((parameter, value.to(parameter.dtype)))
+        if self._side is not None:
+            self._side.synchronize()
+        return parts
+
+    @contextmanager
+    def _present(self, parts: Parts, buffers: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
+        homes = []
+        for module, name in buffers:
+            value = module._buffers[name]
+            assert value is not None
+            homes.append((module, name, value))
+            module._buffers[name] = value.to(self.device)
+        present = [parameter for parameter, _ in parts]
+        for parameter, value in parts:
+            if self._side is not None:
+                value.record_stream(torch.cuda.current_stream(self.device))
+            parameter.data = value
+        parts.clear()
+        try:
+            yield
+        finally:
+            for parameter in present:
+                parameter.data = vacant(parameter.shape, parameter.dtype)
+            for module, name, value in homes:
+                module._buffers[name] = value
+
+
+def vacate(module: nn.Module) -> None:
+    """Replace a model's parameters by vacant ones on the CPU; ties stay ties."""
+    made: dict[int, nn.Parameter] = {}
+    before = list(module.parameters())  # held, so that no id is given twice
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                empty = nn.Parameter(vacant(parameter.shape, parameter.dtype), requires_grad=False)
+                part._parameters[name] = made.setdefault(id(parameter), empty)
+    del before
+
+
+def vacant(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a tensor of this shape that takes no memory and is NaN wherever it is read by mistake."""
+    return torch.full((), torch.nan, dtype=dtype).expand(*shape)
+
+
+def lacking(module: nn.Module, checkpoint: Checkpoint) -> list[str]:
+    """Return a name of each parameter that a checkpoint holds under none of its names."""
+    there: dict[int, bool] = {}
+    names: dict[int, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        there[id(parameter)] = there.get(id(parameter), False) or name in checkpoint.tensors
+        names.setdefault(id(parameter), name)
+    return [names[key] for key, found in there.items() if not found]
+
+
+def stored_parameters(module: nn.Module, checkpoint: Checkpoint) -> dict[int, Stored]:
+    """Return where each parameter's weights stand, by the parameter's id.
+
+    Raises:
+        PruneForgeError: A tensor has another shape than the parameter, or is not of a floating dtype.
+    """
+    found: dict[int, Stored] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        stored = checkpoint.tensors.get(name)
+        if stored is None:
+            continue
+        if stored.shape != tuple(parameter.shape):
+            raise PruneForgeError(
+                f"tensor {name!r} is {list(stored.shape)} in the weights and {list(parameter.shape)} by config.json"
+            )
+        if not stored.dtype.is_floating_point:
+            raise PruneForgeError(f"tensor {name!r} is {stored.dtype}, and weights must be floating-point numbers")
+        found.setdefault(id(parameter), stored)
+    return found
+
+
+def _buffers(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    return [(part, name) for part in module.modules() for name, value in part._buffers.items() if value is not None]
+
+
+def _load_buffers(module: nn.Module, checkpoint: Checkpoint) -> None:
+    for name, value in module.named_buffers():
+        stored = checkpoint.tensors.get(name)
+        if stored is not None and stored.shape == tuple(value.shape):
+            value.copy_(checkpoint.read(stored))

@@ -1,0 +1,82 @@
+"""From what a user asks for to what the engine runs: recipe, metric, pattern, layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from pydantic import ValidationError
+
+from pruneforge.adapter import Block
+from pruneforge.errors import PruneForgeError
+from pruneforge.layer import Layer
+from pruneforge.metric import Metric
+from pruneforge.patterns import NM, Pattern, parse_pattern
+from pruneforge.recipe import PruneRecipe
+from pruneforge.registry import Registry
+from pruneforge.statistics import InputStatistic
+
+
+def make_recipe(**values: Any) -> PruneRecipe:
+    """Return a recipe of these settings.
+
+    Raises:
+        PruneForgeError: Naming the setting that does not fit.
+    """
+    try:
+        return PruneRecipe(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise PruneForgeError(f"{first['loc'][0]}={first['input']!r}: {first['msg'].lower()}") from None
+
+
+def make_metric(metric: str | Metric, options: Mapping[str, Any] | None, registry: Registry) -> Metric:
+    """Return the metric of a name with its options, or one that is made already.
+
+    Raises:
+        PruneForgeError: There is none of that name, or the options are not its own.
+    """
+    if isinstance(metric, str):
+        return registry.create("metric", metric, options)
+    if options:
+        raise PruneForgeError("options go with a metric's name; give a Metric its options when you make it")
+    return metric
+
+
+def make_pattern(metric: Metric, sparsity: float | None, pattern: str | None, propagate: str) -> Pattern:
+    """Return the pattern asked for, with the metric's scope.
+
+    Raises:
+        PruneForgeError: Sparsity, pattern, scope and propagation contradict one another.
+    """
+    scope = metric.comparison_group()
+    asked = parse_pattern(sparsity, pattern, scope or "layer")
+    chosen = getattr(metric.options, "scope", None)
+    if isinstance(asked, NM) and chosen is not None:
+        raise PruneForgeError(f"scope={chosen} does not go with pattern {asked}, which compares within groups")
+    calibrated = any(issubclass(kind, InputStatistic) for kind in metric.requires)
+    if getattr(asked, "scope", None) == "model" and propagate == "pruned" and calibrated:
+        raise PruneForgeError(
+            "scope=model compares scores of all blocks, so none can be pruned before the last is calibrated; "
+            "add --propagate dense"
+        )
+    return asked
+
+
+def without(blocks: list[Block], exclude: Sequence[str]) -> tuple[list[Block], list[Layer]]:
+    """Return the blocks without the layers that `exclude` names with wildcards, and those layers.
+
+    Raises:
+        PruneForgeError: A name fits no layer, or none is left.
+    """
+    layers = [layer for block in blocks for layer in block.layers]
+    for glob in exclude:
+        if not any(fnmatchcase(layer.name, glob) for layer in layers):
+            raise PruneForgeError(f"exclude={glob!r} fits no layer; they are called like {layers[0].name!r}")
+    out = {layer.name for layer in layers if any(fnmatchcase(layer.name, glob) for glob in exclude)}
+    if len(out) == len(layers):
+        raise PruneForgeError(f"exclude={', '.join(exclude)} leaves no layer to prune")
+    kept = [replace(block, layers=tuple(la for la in block.layers if la.name not in out)) for block in blocks]
+    return kept, [layer for layer in layers if layer.name in out]

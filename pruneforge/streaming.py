@@ -1,0 +1,198 @@
+"""Pruning a checkpoint that never stands in memory whole, from its files to those of the output folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruneforge import report as reports
+from pruneforge.budget import Budgets
+from pruneforge.calibration import Calibration
+from pruneforge.checkpoint.journal import FILE as JOURNAL
+from pruneforge.checkpoint.journal import Journal
+from pruneforge.checkpoint.output import check_output
+from pruneforge.checkpoint.rewrite import PARTIAL, Rewrite, UnfinishedError
+from pruneforge.engine.activations import Store
+from pruneforge.engine.chain import Chain
+from pruneforge.engine.gradient_store import GradientFiles
+from pruneforge.engine.group import Group
+from pruneforge.engine.loop import prune_blocks
+from pruneforge.engine.run import BlockResult, Run
+from pruneforge.engine.streamed import Streamed, stored_parameters
+from pruneforge.errors import PruneForgeError
+from pruneforge.model import LoadedModel
+from pruneforge.progress import Progress
+from pruneforge.recipe import PruneRecipe
+
+DECIDING = ("pruneforge", "torch", "transformers", "timm")
+"""Packages of which another version may give other bytes."""
+
+
+class Output:
+    """The output folder of a streamed run: the rewritten checkpoint and the journal.
+
+    Attributes:
+        folder: The folder.
+        rewrite: The files in it.
+    """
+
+    def __init__(self, folder: Path, loaded: LoadedModel, run: Run) -> None:
+        """Describe the output of `run`; nothing is written yet."""
+        assert loaded.checkpoint is not None
+        self.folder = folder
+        stored = stored_parameters(loaded.module, loaded.checkpoint)
+        self._layers = {la.name: (stored[id(la.parameter)], la) for block in run.blocks for la in block.layers}
+        layers = {name: (tensor.name, layer.shape) for name, (tensor, layer) in self._layers.items()}
+        self.rewrite = Rewrite(loaded.checkpoint, folder, layers)
+        self._journal: Journal | None = None
+
+    @contextmanager
+    def opened(self, identity: dict[str, Any], resume: bool, group: Group) -> Iterator[list[dict[str, Any]]]:
+        """Hold the folder within the context and yield what the journal says of finished blocks, to every process.
+
+        What cannot be done leaves no trace, unless blocks were finished before it was found out.
+        """
+        if not group.first:
+            yield group.gather(None)[0] or []
+            return
+        new = not self.folder.exists()
+        if not (self.folder / JOURNAL).is_file():
+            check_output(self.folder)
+        journal = self._journal = Journal(self.folder, identity, resume)
+        finished = False
+        try:
+            if not journal.entries:
+                self.rewrite.prepare()
+                journal.append({"prepared": True})
+            entries = journal.entries[1:]
+            group.gather(entries)
+            yield entries
+            finished = True
+        except PruneForgeError as error:
+            if len(journal.entries) <= 1 and not journal.resumed and not isinstance(error, UnfinishedError):
+                for path in [*self.folder.glob(f"*{PARTIAL}"), self.folder / JOURNAL]:
+                    path.unlink(missing_ok=True)
+                if new:
+                    self.folder.rmdir()
+            raise
+        finally:
+            journal.close(finished)
+
+    def rounded(self, result: BlockResult) -> dict[str, Tensor]:
+        """Return a finished block's weights as they are stored, by tensor name; in the block they go on so rounded."""
+        tensors: dict[str, Tensor] = {}
+        for name in result.masks:
+            stored, layer = self._layers[name]
+            value = layer.parameter.data
+            tensors[stored.name] = value.to(stored.dtype)
+            if stored.dtype != value.dtype:
+                value.copy_(tensors[stored.name])
+        return tensors
+
+    def keep(self, tensors: dict[str, Tensor], result: BlockResult) -> None:
+        """Write a finished block for good."""
+        assert self._journal is not None
+        self.rewrite.write(tensors, result.masks)
+        pruned = {name: int(mask.numel() - mask.sum()) for name, mask in result.masks.items()}
+        self._journal.append({"block": result.index, "pruned": pruned, "notes": result.notes})
+
+
+def prune_streamed(
+    run: Run,
+    loaded: LoadedModel,
+    data: Calibration,
+    recipe: PruneRecipe,
+    folder: Path,
+    *,
+    device: torch.device,
+    resume: bool,
+    budgets: Budgets,
+    gradients: Path,
+    group: Group,
+    progress: Progress,
+    block_pruned: Callable[[BlockResult], object],
+    conclude: Callable[[str], object],
+) -> None:
+    """Prune block by block into `folder`.
+
+    Args:
+        run: What to do.
+        loaded: The model, its weights on disk.
+        data: The calibration data.
+        recipe: What was asked; with the fingerprints it decides whether a run can be resumed.
+        folder: The output folder.
+        device: Where to compute.
+        resume: Whether to go on with an unfinished run.
+        budgets: What the run may take in memory.
+        gradients: Where gradient statistics are kept for later runs.
+        group: The processes that share the work.
+        progress: Where to show how far along the run is.
+        block_pruned: Called with each block's result.
+        conclude: Called with the fingerprint of the dense model when the weights are complete; writes what comes
+            beside them.
+
+    Raises:
+        PruneForgeError: As `pruneforge.prune` says.
+    """
+    assert loaded.checkpoint is not None
+    fingerprint = loaded.checkpoint.fingerprint()
+    output = Output(folder, loaded, run)
+    with output.opened(run_identity(recipe, fingerprint, data, group), resume, group) as entries:
+        for entry in entries:
+            run.pruned.update(entry["pruned"])
+            run.warnings += entry["notes"]
+        run.finished = len(entries)
+        with run.timed("total"):
+            waiting = folder / f".activations-{group.rank}"
+            shutil.rmtree(waiting, ignore_errors=True)
+            host, on_device = budgets.for_activations(run.blocks, run.metric, loaded.module, device)
+            store = Store(device, on_device, host, waiting)
+            files = GradientFiles(gradients, gradient_identity(recipe, fingerprint, data, loaded))
+            residency = Streamed(loaded.module, run.blocks, device, loaded.checkpoint, output.rewrite)
+
+            def finished(result: BlockResult) -> None:
+                tensors = output.rounded(result)
+                if group.first:
+                    output.keep(tensors, result)
+                block_pruned(result)
+
+            try:
+                if run.finished < len(run.blocks):
+                    chain = Chain(loaded.module, loaded.adapter, run.blocks, residency, store)
+                    prune_blocks(run, chain, data.batches, progress, finished, files, group)
+            finally:
+                residency.close()
+                store.close()
+            run.activations = {name: home.peak for name, home in store.homes.items()}
+            if group.first:
+                output.rewrite.finish()
+        conclude(fingerprint)
+
+
+def run_identity(recipe: PruneRecipe, fingerprint: str, data: Calibration, group: Group) -> dict[str, Any]:
+    """Return what decides the bytes of a run's output."""
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "model": {"fingerprint": fingerprint},
+        "calibration data": {"fingerprint": data.description.get("fingerprint")},
+        "processes": group.size,
+        "version of": {name: version for name, version in reports.versions().items() if name in DECIDING},
+    }
+
+
+def gradient_identity(recipe: PruneRecipe, fingerprint: str, data: Calibration, loaded: LoadedModel) -> dict[str, Any]:
+    """Return what gradients of the dense model depend on: the model, the data, the loss."""
+    return {
+        "format": 1,
+        "model": fingerprint,
+        "dtype": str(next(loaded.module.parameters()).dtype),
+        "calibration data": data.description.get("fingerprint"),
+        "loss": data.description.get("loss"),
+        "adapter": {"name": loaded.adapter.name, "options": recipe.adapter_options},
+    }
