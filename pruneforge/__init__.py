@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pruneforge.comparing import compare as compare
     from pruneforge.demo import Demo as Demo
     from pruneforge.errors import PruneForgeError as PruneForgeError
+    from pruneforge.estimate import Estimate as Estimate
+    from pruneforge.estimate import estimate as estimate
     from pruneforge.evaluating import evaluate as evaluate
     from pruneforge.evaluator import Evaluator as Evaluator
     from pruneforge.hookspecs import hookimpl as hookimpl
@@ -45,6 +47,7 @@ _MODULES = {
     "comparing": ("Case", "compare"),
     "demo": ("Demo",),
     "errors": ("PruneForgeError",),
+    "estimate": ("Estimate", "estimate"),
     "evaluating": ("evaluate",),
     "evaluator": ("Evaluator",),
     "hookspecs": ("hookimpl",),

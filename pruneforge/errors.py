@@ -10,8 +10,12 @@ class PruneForgeError(Exception):
     """A problem that the user can mend.
 
     Its text is one line that names the thing and the way out. The command line prints that line and
-    exits with code 2; from Python it is raised before anything is written.
+    exits with code 2; from Python it is raised before anything is written, or what was written is removed again.
     """
+
+
+class UnfinishedError(PruneForgeError):
+    """What stopped a run that can go on from where it was, once that is mended."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> PruneForgeError:

@@ -70,14 +70,9 @@ class Job:
     plugins: Plugins
     progress: Progress
 
-    @property
-    def on_disk(self) -> bool:
-        """Whether weights are to stay on disk."""
-        return self.output is not None and not isinstance(self.model, nn.Module)
-
     def run(self) -> PruneResult:
         """Prune."""
-        if self.output is not None and not (self.on_disk and (self.output / JOURNAL).is_file()):
+        if self.output is not None and not (self.output / JOURNAL).is_file():
             report = self._finished() if self.resume else None
             if report is not None:
                 return PruneResult(report, self.output, dtype=self.recipe.dtype)
@@ -85,19 +80,24 @@ class Job:
         with joined(self.device) as group:
             progress = self.progress if group.first else Progress()
             peak = PeakMemory(self.device)
-            loaded, data, run = self.prepare(group, progress)
+            on_disk = self.output is not None and not isinstance(self.model, nn.Module)
+            loaded, data, run = self.prepare(group, progress, on_disk)
             self.plugins.hook.pruneforge_run_started(run=run)
-            with _exact_arithmetic(run.seed), in_evaluation_mode(loaded.module):
+            with exact_arithmetic(run.seed), in_evaluation_mode(loaded.module):
                 if loaded.checkpoint is None:
                     return self._in_memory(loaded, data, run, group, progress, peak)
                 return self._streamed(loaded, data, run, group, progress, peak)
 
-    def prepare(self, group: Group, progress: Progress) -> tuple[LoadedModel, Calibration, Run]:
-        """Return the model, the calibration data, and the run that is to be made."""
+    def prepare(self, group: Group, progress: Progress, on_disk: bool) -> tuple[LoadedModel, Calibration, Run]:
+        """Return the model, the calibration data, and the run that is to be made.
+
+        Args:
+            group: The processes that share the run.
+            progress: Where to show how far along reading is.
+            on_disk: Whether weights stay on disk, if they can.
+        """
         recipe, registry = self.recipe, self.plugins.registry
-        loaded = load_model(
-            self.model, recipe.dtype, self.processor, registry, recipe.adapter_options, on_disk=self.on_disk
-        )
+        loaded = load_model(self.model, recipe.dtype, self.processor, registry, recipe.adapter_options, on_disk)
         data = Calibration([], {})
         if self.metric.requires and self.calibration is not None:
             data = collect(
@@ -237,7 +237,7 @@ def make_job(
 
 
 @contextmanager
-def _exact_arithmetic(seed: int) -> Iterator[None]:
+def exact_arithmetic(seed: int) -> Iterator[None]:
     """Full float32 products, and random numbers of the run's own that leave the caller's alone."""
     precision = torch.get_float32_matmul_precision()
     convolution = torch.backends.cudnn.allow_tf32

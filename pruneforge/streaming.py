@@ -17,7 +17,7 @@ from pruneforge.calibration import Calibration
 from pruneforge.checkpoint.journal import FILE as JOURNAL
 from pruneforge.checkpoint.journal import Journal
 from pruneforge.checkpoint.output import check_output
-from pruneforge.checkpoint.rewrite import PARTIAL, Rewrite, UnfinishedError
+from pruneforge.checkpoint.rewrite import PARTIAL, Rewrite
 from pruneforge.engine.activations import Store
 from pruneforge.engine.chain import Chain
 from pruneforge.engine.gradient_store import GradientFiles
@@ -25,7 +25,7 @@ from pruneforge.engine.group import Group
 from pruneforge.engine.loop import prune_blocks
 from pruneforge.engine.run import BlockResult, Run
 from pruneforge.engine.streamed import Streamed, stored_parameters
-from pruneforge.errors import PruneForgeError
+from pruneforge.errors import PruneForgeError, UnfinishedError
 from pruneforge.model import LoadedModel
 from pruneforge.progress import Progress
 from pruneforge.recipe import PruneRecipe
@@ -56,7 +56,7 @@ class Output:
     def opened(self, identity: dict[str, Any], resume: bool, group: Group) -> Iterator[list[dict[str, Any]]]:
         """Hold the folder within the context and yield what the journal says of finished blocks, to every process.
 
-        What cannot be done leaves no trace, unless blocks were finished before it was found out.
+        A run that stops before a block is finished leaves no trace, and neither does one that would stop again.
         """
         if not group.first:
             yield group.gather(None)[0] or []
@@ -74,8 +74,9 @@ class Output:
             group.gather(entries)
             yield entries
             finished = True
-        except PruneForgeError as error:
-            if len(journal.entries) <= 1 and not journal.resumed and not isinstance(error, UnfinishedError):
+        except BaseException as error:
+            hopeless = isinstance(error, PruneForgeError) and not isinstance(error, UnfinishedError)
+            if hopeless or len(journal.entries) <= 1:
                 for path in [*self.folder.glob(f"*{PARTIAL}"), self.folder / JOURNAL]:
                     path.unlink(missing_ok=True)
                 if new:

@@ -25,6 +25,14 @@ def shared_data() -> Path:
     return DATA
 
 
+@pytest.fixture(autouse=True)
+def gradient_cache(tmp_path_factory, monkeypatch) -> Path:
+    """A place of its own for the gradient statistics of each test."""
+    folder = tmp_path_factory.mktemp("gradients")
+    monkeypatch.setenv("PRUNEFORGE_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture
 def checkpoint() -> Path:
     """The demo's checkpoint: a small trained model with its tokenizer."""

@@ -114,7 +114,7 @@ class _Fails:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("CUDA out of memory")])
-def test_a_run_that_fails_writes_nothing(checkpoint, tmp_path, error):
+def test_a_run_that_fails_can_go_on(checkpoint, tmp_path, error):
     observer = _Fails(error)
     plugins().register(observer)
     try:
@@ -122,18 +122,21 @@ def test_a_run_that_fails_writes_nothing(checkpoint, tmp_path, error):
             run(checkpoint, tmp_path / "out")
     finally:
         plugins().unregister(observer)
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(PruneForgeError, match="holds an unfinished run"):
+        run(checkpoint, tmp_path / "out")
+    result, whole = run(checkpoint, tmp_path / "out", resume=True), run(checkpoint, tmp_path / "whole")
+    assert all(torch.equal(result.masks[name], mask) for name, mask in whole.masks.items())
 
 
 def test_a_write_that_fails_leaves_nothing(checkpoint, tmp_path, monkeypatch):
-    from pruneforge import pruning
+    from pruneforge import job
 
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pruning, "save_masks", fail)
+    monkeypatch.setattr(job, "save_masks", fail)
     with pytest.raises(PruneForgeError, match=r"cannot be written.*No space left"):
-        run(checkpoint, tmp_path / "out")
+        pruneforge.prune(tiny_llama(), "magnitude", 0.5, output=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,13 +17,9 @@ from torch import Tensor
 
 from pruneforge.checkpoint import masks
 from pruneforge.checkpoint.shards import Checkpoint, Stored, as_bytes, header, read_header, read_tensor
-from pruneforge.errors import PruneForgeError
+from pruneforge.errors import UnfinishedError
 
 PARTIAL = ".partial"
-
-
-class UnfinishedError(PruneForgeError):
-    """A run that stopped on its way and can go on from there."""
 
 
 class Rewrite:

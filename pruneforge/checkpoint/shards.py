@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pruneforge.errors import PruneForgeError
+from pruneforge.errors import PruneForgeError, UnfinishedError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -104,7 +104,8 @@ class Checkpoint:
             pinned: Whether a CUDA device is to copy from that memory by itself.
 
         Raises:
-            PruneForgeError: The file cannot be read, or ends too early.
+            UnfinishedError: The file cannot be read.
+        PruneForgeError: The file ends too early.
         """
         return read_tensor(self.folder / stored.file, stored, pinned)
 
@@ -188,7 +189,9 @@ def read_tensor(path: Path, stored: Stored, pinned: bool = False) -> Tensor:
                     raise PruneForgeError(f"{str(path)!r} is truncated: it ends within tensor {stored.name!r}")
                 done += count
     except OSError as error:
-        raise PruneForgeError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+        raise UnfinishedError(
+            f"{str(path)!r} cannot be read: {error.strerror}; once it can, go on with --resume"
+        ) from error
     return tensor
 
 

@@ -8,11 +8,10 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from pruneforge.cli import compare, demo, doctor, evaluate, plugins, prune
+from pruneforge.cli import common, compare, demo, doctor, evaluate, plugins, prune
 from pruneforge.errors import PruneForgeError
 
 USER_ERROR = 2
-INTERRUPTED = 130
 
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer does not export what all of its usage errors are
@@ -32,7 +31,7 @@ class _Group(TyperGroup):
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
             print("pruneforge: interrupted; no output was written", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from None
+            raise typer.Exit(common.INTERRUPTED) from None
 
 
 app = typer.Typer(

@@ -57,6 +57,9 @@ Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Samples that go through together. (default: by length)")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+
 console = Console()
 
 

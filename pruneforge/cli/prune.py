@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +21,8 @@ pruneforge prune MODEL --metric NAME --pattern 2:4 --calibration text.txt --samp
 pruneforge prune MODEL --metric mine -p mine.py --option power=0.5 --calibration c4 --output pruned
 
 pruneforge prune MODEL --metric NAME --calibration c4 --output pruned --memory-budget 8GB
+
+pruneforge prune MODEL --metric NAME --calibration c4 --dry-run
 
 pruneforge prune MODEL --metric NAME --calibration c4 --output pruned --resume
 
@@ -38,7 +42,9 @@ class Propagate(str, Enum):
 def prune(
     model: Annotated[str, typer.Argument(help="Folder or hub id of the model.", metavar="MODEL")],
     metric: Annotated[str, typer.Option(help="Name of the metric; `pruneforge plugins` lists them.")],
-    output: Annotated[Path, typer.Option(help="Folder to write to; absent or empty.", metavar="DIR")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write to; absent or empty. Needed but for --dry-run.", metavar="DIR")
+    ] = None,
     sparsity: Annotated[
         float | None,
         typer.Option(help="Share of weights to prune, in [0, 1). (default: 0.5, or what the pattern says)"),
@@ -81,6 +87,10 @@ def prune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the unfinished run in the output folder, if there is one.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the run will take, from a short probe; write nothing.")
+    ] = False,
+    as_json: common.Json = False,
     memory_budget: Annotated[
         str | None,
         typer.Option(help="What the run may take in host memory, such as 3GB. (default: most of what is free)"),
@@ -100,35 +110,47 @@ def prune(
     source_options = common.assignments(source_option, "--source-option") | ({"strict": True} if strict else {})
     common.quieten()
     common.load_plugin_files(plugin)
+    settings: dict[str, Any] = {
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "samples": samples,
+        "seqlen": seqlen,
+        "batch_size": batch_size,
+        "options": options,
+        "source_options": source_options,
+        "adapter_options": common.assignments(adapter_option, "--adapter-option"),
+        "exclude": exclude or [],
+        "propagate": propagate.value,
+        "device": device,
+        "dtype": dtype,
+        "seed": seed,
+        "output": output,
+        "resume": resume,
+        "memory_budget": memory_budget,
+        "device_memory_budget": device_memory_budget,
+        "gradient_cache": gradient_cache,
+        "progress": True,
+    }
+    if dry_run:
+        _estimate(model, metric, calibration, settings, as_json)
+        return
+    if output is None:
+        raise typer.BadParameter("Missing option '--output'")
+    from pruneforge.checkpoint.journal import FILE as JOURNAL
     from pruneforge.pruning import prune as run
 
-    result = run(
-        model,
-        metric,
-        sparsity,
-        pattern,
-        calibration,
-        samples=samples,
-        seqlen=seqlen,
-        batch_size=batch_size,
-        options=options,
-        source_options=source_options,
-        adapter_options=common.assignments(adapter_option, "--adapter-option"),
-        exclude=exclude or (),
-        propagate=propagate.value,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        output=output,
-        resume=resume,
-        memory_budget=memory_budget,
-        device_memory_budget=device_memory_budget,
-        gradient_cache=gradient_cache,
-        progress=True,
-    )
-    report = result.report
+    try:
+        report = run(model, metric, calibration=calibration, **settings).report
+    except KeyboardInterrupt:
+        if not (output / JOURNAL).exists():
+            raise
+        print(f"pruneforge: interrupted; {output} holds what is finished, go on with --resume", file=sys.stderr)
+        raise typer.Exit(common.INTERRUPTED) from None
     if not report:
         return  # another process of the group speaks for all
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
     common.warn(report["warnings"])
     measured = report["measured"]
     print(
@@ -136,3 +158,27 @@ def prune(
         f"({report['sparsity']['reached']:.2%}) in {measured['seconds']['total']:.1f} s, "
         f"peak memory {common.mebibytes(measured['peak_memory']['host_bytes'])}; wrote {output}"
     )
+
+
+def _estimate(model: str, metric: str, calibration: str | None, settings: dict[str, Any], as_json: bool) -> None:
+    from rich.table import Table
+
+    from pruneforge.estimate import estimate
+
+    found = estimate(model, metric, calibration, **settings)
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2))
+        return
+    table = Table(title=f"{metric} on {model}", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("blocks", f"{found.blocks:,}")
+    table.add_row("layers to prune", f"{found.layers:,}")
+    table.add_row("weights to prune", f"{found.pruned:,} of {found.weights:,}")
+    table.add_row("peak host memory", common.mebibytes(found.host_bytes))
+    table.add_row("peak device memory", common.mebibytes(found.device_bytes) if found.device_bytes else "none")
+    table.add_row("disk", common.mebibytes(found.disk_bytes))
+    for stage, seconds in found.seconds.items():
+        table.add_row(f"time: {stage}", f"{seconds:,.1f} s")
+    table.add_row("time, but for writing", f"{sum(found.seconds.values()):,.1f} s")
+    common.console.print(table)

@@ -72,10 +72,10 @@ def gradient_statistics(
             }
             for number, batch in enumerate(activations):
                 hidden = inputs[index][number].get()
-                down, gradients = _block_gradients(chain, index, hidden, batch, upstream[number].get())
+                down, gradients = block_gradients(chain, index, hidden, batch, upstream[number].get())
                 upstream[number] = chain.store.keep(down)
                 if missing[index]:
-                    _update(block.layers, found, gradients, batch.batch.size, scale)
+                    update(block.layers, found, gradients, batch.batch.size, scale)
         inputs[index] = []
         if missing[index]:
             _merge(found, group, chain.residency.device)
@@ -84,13 +84,14 @@ def gradient_statistics(
     group.gather(None)  # nobody looks for what the first process still writes
 
 
-def _update(
+def update(
     layers: Sequence[Layer],
     found: Gradients,
     gradients: dict[str, list[tuple[Tensor, Tensor]]],
     samples: int,
     scale: float,
 ) -> None:
+    """Add one batch to the statistics `found` of `layers`; `gradients` is what `block_gradients` returned."""
     for layer in layers:
         for sample in range(samples):
             gradient = _sample_gradient(layer, gradients[layer.name], sample, samples)
@@ -158,7 +159,7 @@ def _head_gradients(
     return gradients
 
 
-def _block_gradients(
+def block_gradients(
     chain: Chain, index: int, hidden: Tensor, batch: Activations, upstream: Tensor
 ) -> tuple[Tensor, dict[str, list[tuple[Tensor, Tensor]]]]:
     """Return the gradient for the block before, and each layer's (input, output gradient) of every pass."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from pruneforge.errors import PruneForgeError
+from pruneforge.errors import PruneForgeError, UnfinishedError
 from pruneforge.statistics import Statistic
 
 T = TypeVar("T")
@@ -133,4 +133,4 @@ def _others() -> Iterator[None]:
         yield
     except (RuntimeError, dist.DistBackendError) as error:
         reason = " ".join(str(error).split())[-160:]
-        raise PruneForgeError(f"another process of the run ended or cannot be reached: {reason}") from error
+        raise UnfinishedError(f"another process of the run ended or cannot be reached: {reason}") from error

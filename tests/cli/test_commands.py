@@ -254,11 +254,11 @@ def test_damaged_weights_name_the_layer(checkpoint, tmp_path, metric):
     (damaged / "model.safetensors").write_bytes(b"\x00" * 100)
     done = run("prune", damaged, *PRUNE, "--output", tmp_path / "out")
     assert done.exit_code == 2
-    assert "cannot be loaded" in done.output
+    assert "cannot be read as safetensors" in done.output
     assert not (tmp_path / "out").exists()
 
 
-def test_interrupting_stops_cleanly(checkpoint, tmp_path):
+def test_an_interrupted_run_says_how_to_go_on(checkpoint, tmp_path):
     observer = tmp_path / "interrupt.py"
     observer.write_text(
         "import os, signal\nfrom pruneforge import hookimpl\n"
@@ -267,10 +267,42 @@ def test_interrupting_stops_cleanly(checkpoint, tmp_path):
         "@hookimpl\ndef pruneforge_block_pruned(result):\n"
         "    if result.index == 2: os.kill(os.getpid(), signal.SIGINT)\n"
     )
-    done = shell("prune", checkpoint, *PRUNE, "-p", observer, "--output", tmp_path / "out")
+    out = tmp_path / "out"
+    done = shell("prune", checkpoint, *PRUNE, "-p", observer, "--output", out)
     assert done.returncode == 130
-    assert done.stderr.strip() == "pruneforge: interrupted; no output was written"
-    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {"interrupt.py"}
+    assert done.stderr.strip() == f"pruneforge: interrupted; {out} holds what is finished, go on with --resume"
+    observer.write_text("")
+    done = shell("prune", checkpoint, *PRUNE, "-p", observer, "--output", out)
+    assert done.returncode == 2
+    assert "holds an unfinished run; go on with --resume" in done.stderr
+    done = shell("prune", checkpoint, *PRUNE, "-p", observer, "--output", out, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert pruneforge.load(out).report["sparsity"]["reached"] == 0.5
+
+
+@pytest.mark.parametrize("metric", ["magnitude", "sparsegpt", "gblm"])
+def test_a_dry_run_counts_and_measures_and_writes_nothing(checkpoint, tmp_path, metric):
+    prune = ("prune", checkpoint, *PRUNE, "--metric", metric)
+    done = run(*prune, "--dry-run", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.output)
+    assert run(*prune, "--output", tmp_path / "out").exit_code == 0
+    report = pruneforge.load(tmp_path / "out").report
+    assert found["blocks"] == 5
+    assert found["layers"] == len(report["layers"])
+    assert found["weights"] == report["sparsity"]["weights"]
+    assert abs(found["pruned"] - report["sparsity"]["pruned"]) <= 0.01 * found["weights"]
+    written = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    gradients = 4 * found["weights"] if metric == "gblm" else 0
+    assert found["disk_bytes"] == pytest.approx(written + gradients, rel=0.05)
+    assert found["host_bytes"] > 100e6
+    assert (metric == "gblm") == ("gradients" in found["seconds"])
+    table = run(*prune, "--dry-run")
+    assert "peak host memory" in table.output
+    assert "time, but for writing" in table.output
+    missing = run(*prune)
+    assert missing.exit_code == 2
+    assert "Missing option '--output'" in missing.output
 
 
 def test_an_image_model_is_pruned_evaluated_and_strict_about_its_images(tmp_path):

@@ -1,0 +1,213 @@
+"""Peak memory and time of streamed runs on a checkpoint of LLaMA-2-7B's shape, by metric and depth.
+
+    python benchmarks/streaming.py --folder DIR
+
+writes random bf16 weights (13.5 GB, shard by shard) to DIR, unless they are there, and prunes models of 4, 8, 16
+and 32 of their blocks with each metric, every run in a process of its own. Then a few blocks are pruned with more
+samples and longer ones. Peaks are what the kernel says of the process (`ru_maxrss`), imports included. Writes
+`benchmarks/results/streaming.json` after every run, and goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pruneforge.report import machine, versions
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "streaming.json"
+SHAPE: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}
+BLOCKS = 32
+DEPTHS = (4, 8, 16, 32)
+SAMPLES, TOKENS = 8, 128
+
+
+def write_checkpoint(folder: Path) -> None:
+    """Write a shard for each block, and one for stem and head; whole shards that are there are kept."""
+    from transformers import LlamaConfig
+
+    from pruneforge.checkpoint.rewrite import write_tensors
+
+    folder.mkdir(parents=True, exist_ok=True)
+    hidden, inner = SHAPE["hidden_size"], SHAPE["intermediate_size"]
+    attention = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
+    mlp = {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    norms = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {
+        "outside.safetensors": {
+            "model.embed_tokens.weight": (SHAPE["vocab_size"], hidden),
+            "model.norm.weight": (hidden,),
+            "lm_head.weight": (SHAPE["vocab_size"], hidden),
+        }
+    }
+    for index in range(BLOCKS):
+        parts = {**attention, **mlp, **norms}
+        names = {f"model.layers.{index}.{name}.weight": shape for name, shape in parts.items()}
+        shapes[f"block-{index:02d}.safetensors"] = names
+    generator = torch.Generator().manual_seed(0)
+    for file, tensors in shapes.items():
+        if not (folder / file).exists():
+            write_tensors(folder / file, {n: _random(s, generator) for n, s in tensors.items()}, {"format": "pt"})
+    LlamaConfig(**SHAPE, num_hidden_layers=BLOCKS).save_pretrained(folder)
+    index_of = {name: file for file, tensors in shapes.items() for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index_of}))
+
+
+def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    return (torch.randn(shape, generator=generator) * 0.02).bfloat16()
+
+
+def with_depth(folder: Path, depth: int, to: Path) -> Path:
+    """Make a model of the first `depth` blocks, of links to the shards."""
+    to.mkdir(parents=True)
+    listed = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    kept = {n: file for n, file in listed.items() if file == "outside.safetensors" or int(file[6:8]) < depth}
+    for file in set(kept.values()):
+        (to / file).symlink_to((folder / file).resolve())
+    (to / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": kept}))
+    config = json.loads((folder / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps({**config, "num_hidden_layers": depth}))
+    return to
+
+
+def child(arguments: argparse.Namespace) -> None:
+    """Prune once and print the report's measurements."""
+    import pruneforge
+
+    torch.manual_seed(0)
+    ids = torch.randint(SHAPE["vocab_size"], (arguments.samples, arguments.tokens))
+    batch = max(1, 2048 // arguments.tokens)
+    report = pruneforge.prune(
+        arguments.model,
+        arguments.metric,
+        0.5,
+        None,
+        None if arguments.metric == "magnitude" else ids.split(batch),
+        output=arguments.output,
+        gradient_cache=arguments.output.parent / "gradients",
+        device=arguments.device,
+    ).report
+    print(json.dumps({"measured": report["measured"], "reached": report["sparsity"]["reached"]}))
+
+
+def measure(folder: Path, metric: str, depth: int, samples: int, tokens: int, device: str) -> dict[str, Any]:
+    """Prune in a process of its own, and return what it took."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        model = with_depth(folder, depth, Path(scratch) / "model")
+        command = [sys.executable, __file__, "--child", "--folder", str(folder), "--model", str(model)]
+        command += ["--metric", metric, "--samples", str(samples), "--tokens", str(tokens), "--device", device]
+        command += ["--output", str(Path(scratch) / "output")]
+        with open(Path(scratch) / "printed", "w+") as printed:
+            process = subprocess.Popen(command, stdout=printed)
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            if process.returncode:
+                raise SystemExit(f"{metric} with {depth} blocks failed")
+            printed.seek(0)
+            found = json.loads(printed.read().splitlines()[-1])
+    seconds = found["measured"]["seconds"]
+    return {
+        "metric": metric,
+        "blocks": depth,
+        "samples": samples,
+        "tokens": tokens,
+        "device": device,
+        "peak_gb": round(usage.ru_maxrss * 1024 / 1e9, 3),
+        "device_peak_gb": round(found["measured"]["peak_memory"].get("device_bytes", 0) / 1e9, 3),
+        "seconds": seconds,
+        "reached": found["reached"],
+    }
+
+
+def linear_fit(x: list[float], y: list[float]) -> dict[str, float]:
+    """Return intercept, slope, and the largest residual as a share of the largest value."""
+    slope, intercept = np.polyfit(x, y, 1)
+    residual = max(abs(intercept + slope * a - b) for a, b in zip(x, y, strict=True))
+    return {"intercept": float(intercept), "slope": float(slope), "largest_residual_share": float(residual / max(y))}
+
+
+def fits(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return how time grows with depth, samples and tokens."""
+    found: dict[str, Any] = {}
+    for metric in dict.fromkeys(run["metric"] for run in runs):
+        mine = [run for run in runs if run["metric"] == metric]
+        usual = {"blocks": 2, "samples": SAMPLES, "tokens": TOKENS}
+        for axis in ("blocks", "samples", "tokens"):
+            others = {key: value for key, value in usual.items() if key != axis}
+            if axis == "blocks":
+                del others
+                others = {"samples": SAMPLES, "tokens": TOKENS}
+            rows = [run for run in mine if all(run[key] == value for key, value in others.items())]
+            if len({run[axis] for run in rows}) > 2:
+                fit = linear_fit([run[axis] for run in rows], [run["seconds"]["total"] for run in rows])
+                found[f"{metric}, seconds by {axis}"] = fit
+    return found
+
+
+def jobs(metrics: list[str], depths: list[int], sparsegpt_blocks: int) -> list[tuple[str, int, int, int]]:
+    """Return what to measure: metric, blocks, samples, tokens."""
+    found = [(metric, depth, SAMPLES, TOKENS) for depth in depths for metric in metrics if metric != "sparsegpt"]
+    if "sparsegpt" in metrics:
+        found.append(("sparsegpt", sparsegpt_blocks, SAMPLES, TOKENS))
+    if "wanda" in metrics:
+        found += [("wanda", 2, samples, TOKENS) for samples in (8, 16, 32, 64)]
+        found += [("wanda", 2, SAMPLES, tokens) for tokens in (256, 512, 1024)]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="holds the checkpoint, or will; 55 GB are needed")
+    parser.add_argument("--metrics", nargs="+", default=["magnitude", "wanda", "sparsegpt", "gblm"])
+    parser.add_argument("--depths", nargs="+", type=int, default=list(DEPTHS))
+    parser.add_argument("--sparsegpt-blocks", type=int, default=1, help="blocks that SparseGPT prunes")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    for name in ("--model", "--output"):
+        parser.add_argument(name, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--metric", help=argparse.SUPPRESS)
+    for name in ("--samples", "--tokens"):
+        parser.add_argument(name, type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments)
+        return
+    write_checkpoint(arguments.folder)
+    runs: list[dict[str, Any]] = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
+    done = {(run["metric"], run["blocks"], run["samples"], run["tokens"]) for run in runs}
+    for job in jobs(arguments.metrics, arguments.depths, arguments.sparsegpt_blocks):
+        if job in done:
+            continue
+        run = measure(arguments.folder, *job, arguments.device)
+        runs.append(run)
+        print(run, flush=True)
+        document = {"shape": SHAPE, "runs": runs, "fits": fits(runs), "machine": machine(), "versions": versions()}
+        RESULTS.write_text(json.dumps(document, indent=2) + "\n")
+    shutil.rmtree(arguments.folder / "scratch", ignore_errors=True)
+    print(json.dumps(fits(runs), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Runs that are killed, refused or share a folder; runs of several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CHECKPOINT, tiny_llama, tokens
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import pruneforge
+from pruneforge import PruneForgeError
+from pruneforge.checkpoint.journal import Journal
+from pruneforge.hookspecs import hookimpl
+from pruneforge.plugins import plugins
+
+KILLER = Path(__file__).parent / "killer.py"
+SETTINGS = ["--sparsity", "0.5", "--calibration", "python-docs", "--samples", "4", "--seqlen", "64", "-p", str(KILLER)]
+
+
+def command(output, metric, *more, processes=1, model=CHECKPOINT):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    runner = [sys.executable, *(torchrun if processes > 1 else []), "-m", "pruneforge"]
+    return [*runner, "prune", str(model), "--metric", metric, *SETTINGS, "--output", str(output), *more]
+
+
+def prune(output, metric, *more, kill_at=0, processes=1, model=CHECKPOINT, **environment):
+    environment = {**os.environ, "KILL_AT": str(kill_at), **environment}
+    arguments = command(output, metric, *more, processes=processes, model=model)
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True)
+
+
+def contents(folder):
+    """Every file of an output, the report without what was measured."""
+    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    report = json.loads(found["pruneforge.json"])
+    del report["measured"]
+    return {**found, "pruneforge.json": report}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    found = {}
+    for metric in ("sparsegpt", "gblm"):
+        done = prune(folder / metric, metric, "--gradient-cache", str(folder / "cache"))
+        assert done.returncode == 0, done.stderr
+        found[metric] = contents(folder / metric)
+    return found
+
+
+# Which call writes what: laying out the files, a block, the journal, a gradient file, the final names.
+@pytest.mark.parametrize(
+    ("metric", "instants"), [("sparsegpt", [2, 9]), ("sparsegpt", [14, 20, 27]), ("gblm", [11, 40]), ("gblm", [94, 99])]
+)
+def test_a_killed_run_resumes_to_the_same_bytes(metric, instants, unbroken, tmp_path):
+    output = tmp_path / "out"
+    for instant in instants:
+        killed = prune(output, metric, "--resume", kill_at=instant)
+        assert killed.returncode == -signal.SIGKILL, (instant, killed.stderr)
+        assert not (output / "pruneforge.json").exists() or (output / "journal.jsonl").exists()
+    done = prune(output, metric, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert contents(output) == unbroken[metric]
+    again = prune(output, metric, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert contents(output) == unbroken[metric]
+
+
+def saved(folder: Path, seed: int = 0) -> Path:
+    tiny_llama(torch.float32, seed).save_pretrained(folder, max_shard_size="100KB")
+    return folder
+
+
+def stop_after(block, monkeypatch):
+    """Make the journal fail, as a full disk would, once so many blocks are in it."""
+    append = Journal.append
+
+    def failing(self, entry):
+        if entry.get("block") == block:
+            raise KeyboardInterrupt
+        append(self, entry)
+
+    monkeypatch.setattr(Journal, "append", failing)
+
+
+def test_an_interrupted_run_goes_on_only_as_the_same_run(tmp_path, monkeypatch):
+    model, batches, output = saved(tmp_path / "model"), tokens().split(2), tmp_path / "out"
+    expected = pruneforge.prune(model, "wanda", 0.5, None, batches, output=tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        stop_after(2, patched)
+        with pytest.raises(KeyboardInterrupt):
+            pruneforge.prune(model, "wanda", 0.5, None, batches, output=output)
+    left = {path.name: path.read_bytes() for path in output.iterdir()}
+
+    def refused(said, metric="wanda", sparsity=0.5, data=batches, folder=model, resume=True, **more):
+        with pytest.raises(PruneForgeError) as error:
+            pruneforge.prune(folder, metric, sparsity, None, data, output=output, resume=resume, **more)
+        assert said in str(error.value)
+        assert {path.name: path.read_bytes() for path in output.iterdir()} == left
+
+    refused("holds an unfinished run; go on with --resume", resume=False)
+    refused("another one: recipe sparsity was 0.5 and is 0.6 now", sparsity=0.6)
+    refused('another one: recipe metric was "wanda" and is "magnitude" now', metric="magnitude")
+    refused("another one: recipe seed was 0 and is 1 now", seed=1)
+    refused("calibration data fingerprint was", data=tokens(seed=9).split(2))
+    journal = output / "journal.jsonl"
+    lines = journal.read_text()
+    file = model / "model-00003-of-00010.safetensors"
+    file = next(iter(sorted(model.glob("model-0000[3-9]*")))) if not file.exists() else file
+    tensors = load_file(file)
+    save_file({name: value + 1e-3 for name, value in tensors.items()}, file, {"format": "pt"})
+    refused("model fingerprint was")
+    save_file(tensors, file, {"format": "pt"})
+    for old, new, said in [
+        ('{"format": 1', '{"format": 0', "format was 0 and is 1 now"),
+        (f'"torch": "{torch.__version__.partition("+")[0]}', '"torch": "1.0', 'version of torch was "1.0'),
+    ]:
+        assert old in lines
+        journal.write_text(lines.replace(old, new))
+        left = {path.name: path.read_bytes() for path in output.iterdir()}
+        refused(said)
+    journal.write_text(lines[:40] + "\n" + lines)
+    left = {path.name: path.read_bytes() for path in output.iterdir()}
+    refused("line 1 of")
+    journal.write_text(lines + '{"block": 2, "pru')  # being written when the power went
+    result = pruneforge.prune(model, "wanda", 0.5, None, batches, output=output, resume=True)
+    assert contents(output) == contents(tmp_path / "whole")
+    assert all(torch.equal(result.masks[name], mask) for name, mask in expected.masks.items())
+
+
+def test_two_processes_do_not_write_to_one_folder(tmp_path):
+    model, output = saved(tmp_path / "model"), tmp_path / "out"
+    held = Journal(output, {"some": "run"}, resume=False)
+    with pytest.raises(PruneForgeError, match="another process is writing to output folder"):
+        pruneforge.prune(model, "magnitude", 0.5, output=output, resume=True)
+    held.close(finished=False)
+
+
+def test_a_full_disk_leaves_a_run_that_can_go_on(tmp_path):
+    model, output = saved(tmp_path / "model"), tmp_path / "out"
+    whole = pruneforge.prune(model, "magnitude", 0.5, output=tmp_path / "whole")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Fills:
+        """Lets no file grow beyond a size from one block on."""
+
+        def __init__(self, block):
+            self.block = block
+
+        @hookimpl
+        def pruneforge_block_pruned(self, result):
+            if result.index == self.block:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+
+    for block, left in ((None, False), (0, True)):
+        observer = Fills(block)
+        plugins().register(observer)
+        if block is None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            with pytest.raises(PruneForgeError, match="cannot be written: File too large"):
+                pruneforge.prune(model, "magnitude", 0.5, output=output)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            plugins().unregister(observer)
+        assert (output / "journal.jsonl").exists() == left
+    result = pruneforge.prune(model, "magnitude", 0.5, output=output, resume=True)
+    assert contents(output) == contents(tmp_path / "whole")
+    assert all(torch.equal(result.masks[name], mask) for name, mask in whole.masks.items())
+
+
+def test_what_cannot_be_done_leaves_no_trace(tmp_path):
+    model = saved(tmp_path / "model")
+    file = next(iter(sorted(model.glob("model-0000[3-9]*"))))
+    tensors = load_file(file)
+    save_file({name: value * torch.nan for name, value in tensors.items()}, file, {"format": "pt"})
+    with pytest.raises(PruneForgeError, match="non-finite weights"):
+        pruneforge.prune(model, "gblm", 0.5, None, [tokens()], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("processes", "dtype", "agreement"), [(2, "float64", 1), (4, "float64", 1), (2, "float32", 0.9999)]
+)
+def test_processes_share_a_run_and_make_its_masks(processes, dtype, agreement, tmp_path):
+    model = tmp_path / "model"  # rounding updated weights to a coarser dtype would make much of little
+    AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=dtype).save_pretrained(model)
+    AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(model)
+    for metric in ("gblm", "sparsegpt") if processes == 2 else ("gblm",):
+        # More tokens than the widest layer has inputs: a Hessian without full rank makes much of little, too.
+        alone = prune(tmp_path / metric, metric, "--samples", "16", model=model)
+        assert alone.returncode == 0, alone.stderr
+        output = tmp_path / f"{metric}-shared"
+        cache = str(tmp_path / "cache-shared")
+        more = ("--samples", "16", "--gradient-cache", cache)
+        shared = prune(output, metric, *more, processes=processes, model=model)
+        assert shared.returncode == 0, shared.stderr
+        assert shared.stdout.count("pruned ") == 1
+        masks = [pruneforge.load(folder).masks for folder in (tmp_path / metric, output)]
+        same = sum(int((masks[0][name] == masks[1][name]).sum()) for name in masks[0])
+        assert same / sum(mask.numel() for mask in masks[0].values()) >= agreement
+
+
+def test_a_process_that_dies_ends_the_run_which_can_go_on(tmp_path):
+    whole = prune(tmp_path / "whole", "wanda", processes=2)
+    assert whole.returncode == 0, whole.stderr
+    output = tmp_path / "out"
+    killed = prune(output, "wanda", kill_at=14, KILL_RANK="0", processes=2)
+    assert killed.returncode not in (0, None)
+    assert "SIGKILL" in killed.stderr or "exitcode" in killed.stderr
+    done = prune(output, "wanda", "--resume", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert contents(output) == contents(tmp_path / "whole")
+    refused = prune(output, "wanda", "--resume", "--batch-size", "64", processes=2)
+    assert refused.returncode != 0
+    assert "is not empty" in refused.stderr

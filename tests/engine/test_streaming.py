@@ -1,0 +1,280 @@
+"""Checkpoints streamed block by block: the same masks, untouched bytes, bounded residence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import tiny_llama, tokens
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
+
+import pruneforge
+from pruneforge import PruneForgeError
+from pruneforge.adapter import Adapter
+from pruneforge.checkpoint.shards import Checkpoint
+from pruneforge.engine.activations import Store
+from pruneforge.engine.chain import Chain
+from pruneforge.engine.loop import prune_blocks
+from pruneforge.engine.run import Run
+from pruneforge.engine.streamed import Streamed, vacate
+from pruneforge.patterns import Unstructured
+from pruneforge.plugins import plugins
+from pruneforge.progress import Progress
+
+METRICS = ["magnitude", "wanda", "sparsegpt", "gblm"]
+
+
+def saved(folder: Path, dtype=torch.float64, shards: bool = True, **changes) -> Path:
+    tiny_llama(dtype, **changes).save_pretrained(folder, max_shard_size="100KB" if shards else "1GB")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("propagate", ["pruned", "dense"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_streaming_gives_what_a_run_in_memory_gives(metric, propagate, tmp_path):
+    folder = saved(tmp_path / "model")
+    before = contents(folder)
+    batches = tokens().split(4)
+    expected = pruneforge.prune(folder, metric, 0.5, None, batches, propagate=propagate)
+    result = pruneforge.prune(folder, metric, 0.5, None, batches, propagate=propagate, output=tmp_path / "out")
+    assert contents(folder) == before
+    assert list(result.masks) == list(expected.masks)
+    for name, mask in expected.masks.items():
+        assert torch.equal(result.masks[name], mask), name
+    for ours, theirs in zip(result.model.parameters(), expected.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    for key in ("recipe", "sparsity", "layers", "warnings", "calibration"):
+        assert result.report[key] == expected.report[key]
+
+
+@pytest.mark.parametrize("scope", ["block", "model"])
+@pytest.mark.parametrize("metric", ["magnitude", "wanda", "gblm"])
+def test_wider_scopes_stream_too(metric, scope, tmp_path):
+    folder = saved(tmp_path / "model")
+    settings = {"options": {"scope": scope}, "propagate": "dense"}
+    expected = pruneforge.prune(folder, metric, 0.5, None, [tokens()], **settings)
+    result = pruneforge.prune(folder, metric, 0.5, None, [tokens()], output=tmp_path / "out", **settings)
+    assert all(torch.equal(result.masks[name], mask) for name, mask in expected.masks.items())
+
+
+@pytest.mark.parametrize("shards", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_files_keep_their_names_and_every_byte_that_is_not_pruned(dtype, tied, shards, tmp_path):
+    folder = saved(tmp_path / "model", dtype, shards, tie_word_embeddings=tied)
+    (folder / "notes.txt").write_text("kept")
+    (folder / "pytorch_model.bin").write_bytes(b"other weights")
+    pruneforge.prune(folder, "wanda", 0.5, "2:4", [tokens()], output=tmp_path / "out")
+    source, out = Checkpoint(folder), Checkpoint(tmp_path / "out")
+    assert (len(source.files) > 1) == shards
+    assert source.files == out.files
+    ours = {"masks.safetensors", "pruneforge.json", "recipe.yaml"}
+    assert set(contents(tmp_path / "out")) == (set(contents(folder)) - {"pytorch_model.bin"}) | ours
+    masks = pruneforge.load(tmp_path / "out").masks
+    for name, original in contents(folder).items():
+        if name.endswith(".safetensors"):
+            kept, written = bytearray(original), bytearray((tmp_path / "out" / name).read_bytes())
+            for stored in (s for s in source.tensors.values() if s.file == name):
+                if stored.name.removesuffix(".weight") in masks:
+                    for part in (kept, written):
+                        part[stored.start : stored.start + stored.size] = bytes(stored.size)
+            assert kept == written
+        elif name != "pytorch_model.bin":
+            assert (tmp_path / "out" / name).read_bytes() == original
+    for layer, mask in masks.items():
+        stored = source.tensors[f"{layer}.weight"]
+        assert torch.equal(out.read(stored), torch.where(mask, source.read(stored), 0))
+
+
+def test_an_image_model_of_timm_streams(tmp_path):
+    torch.manual_seed(0)
+    tiny = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    save_for_hf(timm.create_model("vit_tiny_patch16_224", **tiny), str(tmp_path / "model"), safe_serialization=True)
+    batches = [{"pixel_values": torch.randn(4, 3, 32, 32), "labels": torch.arange(4)}]
+    for metric in METRICS:
+        expected = pruneforge.prune(tmp_path / "model", metric, 0.5, None, batches)
+        result = pruneforge.prune(tmp_path / "model", metric, 0.5, None, batches, output=tmp_path / metric)
+        assert all(torch.equal(result.masks[name], mask) for name, mask in expected.masks.items())
+        loaded = timm.create_model(f"local-dir:{tmp_path / metric}", pretrained=True)
+        for ours, theirs in zip(loaded.parameters(), expected.model.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("scope", [None, "model"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_weights_are_there_only_while_their_block_is_visited(metric, scope, tmp_path):
+    if scope and metric == "sparsegpt":
+        pytest.skip("chooses its own comparison groups")
+    options = {"scope": scope} if scope else {}
+    folder = saved(tmp_path / "model")
+    expected = pruneforge.prune(folder, metric, 0.5, None, tokens().split(3), options=options, propagate="dense")
+    registry = plugins().registry
+    adapter: Adapter = registry.create("adapter", "llama")
+    module = adapter.skeleton(str(folder), None).module
+    vacate(module)
+    assert all(parameter.untyped_storage().nbytes() == 8 for parameter in module.parameters())
+    blocks = adapter.blocks(module)
+    chosen = registry.create("metric", metric, options)
+    run = Run(chosen, Unstructured(0.5, chosen.comparison_group() or "layer"), "dense", blocks)
+    residency = Streamed(module, blocks, torch.device("cpu"), Checkpoint(folder))
+    found = {}
+
+    def look(result):
+        for index, block in enumerate(blocks):
+            here = [parameter.untyped_storage().nbytes() > 8 for parameter in block.module.parameters()]
+            assert set(here) == {index == result.index}
+        found.update(result.masks)
+
+    # Everything waits on disk: no room is given in memory.
+    store = Store(torch.device("cpu"), 0, 0, tmp_path / "waiting")
+    chain = Chain(module, adapter, blocks, residency, store)
+    prune_blocks(run, chain, [adapter.batch(ids, module) for ids in tokens().split(3)], Progress(), look)
+    residency.close()
+    assert all(torch.isnan(parameter).all() for parameter in module.parameters())
+    assert all(torch.equal(found[name], mask) for name, mask in expected.masks.items())
+    assert store.homes["host"].peak == 0
+    assert (store.homes["disk"].peak > 0) == bool(chosen.requires)
+
+
+def test_hidden_states_go_to_the_first_place_that_has_room(tmp_path):
+    store = Store(torch.device("cpu"), 0, 100, tmp_path / "waiting")
+    values = [torch.randn(10), torch.randn(5, 2).bfloat16(), torch.randn(20, dtype=torch.float64), torch.randn(4)]
+    kept = [store.keep(value) for value in values]
+    assert [k.path is not None for k in kept] == [False, False, True, False]
+    assert all(torch.equal(k.get(), value) for k, value in zip(kept, values, strict=True))
+    assert store.homes["host"].used == 40 + 20 + 16
+    assert store.homes["disk"].used == 160
+    file = kept[2].path
+    assert file.exists()
+    del kept
+    assert not file.exists()
+    assert store.homes["host"].used == store.homes["disk"].used == 0
+
+
+def test_gradient_statistics_are_computed_once_for_a_model_and_its_data(tmp_path, gradient_cache):
+    folder, batches = saved(tmp_path / "model"), tokens().split(3)
+    pruneforge.prune(folder, "gblm", 0.5, None, batches, output=tmp_path / "first")
+    files = sorted(gradient_cache.rglob("*.safetensors"))
+    assert len(files) == 3 * 7
+    alone = pruneforge.prune(folder, "gblm", 0.6, None, batches)
+    again = pruneforge.prune(folder, "gblm", 0.6, None, batches, output=tmp_path / "second")
+    assert all(torch.equal(again.masks[name], mask) for name, mask in alone.masks.items())
+    assert sorted(gradient_cache.rglob("*.safetensors")) == files
+    # What stands there is what is used: without gradients GBLM is Wanda.
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        save_file({key: value * 0 for key, value in load_file(file).items()}, file, metadata)
+    wanda = pruneforge.prune(folder, "wanda", 0.5, "2:4", batches)
+    zeroed = pruneforge.prune(folder, "gblm", 0.5, "2:4", batches, output=tmp_path / "third")
+    assert all(torch.equal(zeroed.masks[name], mask) for name, mask in wanda.masks.items())
+    # Other data, another model or another statistic is another matter.
+    pruneforge.prune(folder, "gblm", 0.5, None, [tokens(seed=5)], output=tmp_path / "fourth")
+    assert len(list(gradient_cache.rglob("*.safetensors"))) == 2 * len(files)
+    pruneforge.prune(folder, "gblm", 0.5, None, batches, options={"norm": "l2"}, output=tmp_path / "fifth")
+    assert len(list(gradient_cache.rglob("*.safetensors"))) == 3 * len(files)
+    pruneforge.prune(saved(tmp_path / "b", seed=1), "gblm", 0.5, None, batches, output=tmp_path / "sixth")
+    assert len(list(gradient_cache.rglob("*.safetensors"))) == 4 * len(files)
+
+
+def test_updated_weights_go_on_as_they_are_stored(tmp_path):
+    folder = saved(tmp_path / "model", torch.bfloat16)
+    settings = {"dtype": "float64", "output": tmp_path / "out"}
+    result = pruneforge.prune(folder, "sparsegpt", 0.5, None, [tokens()], **settings)
+    # Calibrating the second block on what was written for the first, read back in float64, gives the same masks.
+    written = tmp_path / "mixed"
+    shutil.copytree(folder, written)
+    for name in Checkpoint(folder).files:
+        old, new = load_file(folder / name), load_file(tmp_path / "out" / name)
+        save_file({k: new[k] if ".layers.0." in k else old[k] for k in old}, written / name, {"format": "pt"})
+    settings = {"dtype": "float64", "output": tmp_path / "rest", "exclude": ["model.layers.0.*"]}
+    rest = pruneforge.prune(written, "sparsegpt", 0.5, None, [tokens()], **settings)
+    for name, mask in rest.masks.items():
+        assert torch.equal(mask, result.masks[name]), name
+    assert Checkpoint(tmp_path / "out").tensors == Checkpoint(folder).tensors
+
+
+def break_truncated(folder):
+    file = next(folder.glob("model-00002*"))
+    file.write_bytes(file.read_bytes()[:-100])
+    return "is truncated: tensor"
+
+
+def break_header(folder):
+    file = next(folder.glob("model-00002*"))
+    file.write_bytes(file.read_bytes()[:50])
+    return "is truncated: it ends within its header"
+
+
+def break_missing(folder):
+    next(folder.glob("model-00002*")).unlink()
+    return "names 'model-00002"
+
+
+def break_index(folder):
+    (folder / "model.safetensors.index.json").write_text("{")
+    return "is damaged"
+
+
+def break_shape(folder):
+    return rewrite_one(folder, lambda value: value[:-1].clone(), "by config.json")
+
+
+def break_dtype(folder):
+    return rewrite_one(folder, lambda value: value.to(torch.int8), "weights must be floating-point numbers")
+
+
+def rewrite_one(folder, change, said):
+    name = "model.layers.1.mlp.up_proj.weight"
+    file = folder / Checkpoint(folder).tensors[name].file
+    tensors = load_file(file)
+    save_file({**tensors, name: change(tensors[name])}, file, {"format": "pt"})
+    return said
+
+
+@pytest.mark.parametrize(
+    "damage", [break_truncated, break_header, break_missing, break_index, break_shape, break_dtype]
+)
+def test_damaged_checkpoints_are_named_and_leave_no_output(damage, tmp_path):
+    folder = saved(tmp_path / "model")
+    said = damage(folder)
+    with pytest.raises(PruneForgeError) as error:
+        pruneforge.prune(folder, "magnitude", 0.5, output=tmp_path / "out")
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_cannot_stream_is_held_in_memory_and_the_report_says_so(tmp_path):
+    folder = saved(tmp_path / "model", shards=False)
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {name.removeprefix("model."): value for name, value in tensors.items()}
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    result = pruneforge.prune(folder, "magnitude", 0.5, output=tmp_path / "out")
+    assert "the whole model was held in memory" in result.report["warnings"][0]
+
+
+def test_budgets_are_kept_or_refused(tmp_path):
+    folder, batches = saved(tmp_path / "model"), tokens().split(2)
+    expected = pruneforge.prune(folder, "wanda", 0.5, None, batches)
+    with pytest.raises(PruneForgeError, match="the memory budget of 1,000,000 bytes is too small; this run needs"):
+        pruneforge.prune(folder, "wanda", 0.5, None, batches, output=tmp_path / "small", memory_budget="1MB")
+    assert not (tmp_path / "small").exists()
+    with pytest.raises(PruneForgeError, match="memory budget 'much' is no number of bytes"):
+        pruneforge.prune(folder, "wanda", 0.5, None, batches, output=tmp_path / "small", memory_budget="much")
+    result = pruneforge.prune(folder, "wanda", 0.5, None, batches, output=tmp_path / "out", memory_budget="1TiB")
+    assert all(torch.equal(result.masks[name], mask) for name, mask in expected.masks.items())
+    assert result.report["measured"]["activations_peak"]["host"] > 0
+    assert json.loads((tmp_path / "out" / "pruneforge.json").read_text()) == result.report
