@@ -6,9 +6,14 @@ A mask is boolean, `True` keeps. Of equal scores, those with the lower index are
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from torch import Tensor
+
+CHUNK = 1 << 22
+"""Scores that a thread selects from at a time."""
 
 
 def prune_smallest(scores: Tensor, count: int) -> Tensor:
@@ -23,16 +28,37 @@ def prune_smallest(scores: Tensor, count: int) -> Tensor:
     """
     if count == 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
+    threshold = kth_smallest(scores, count)[:, None]
     keep = scores > threshold
     # Of the scores equal to the threshold, the last ones stay: those that the count leaves room for.
     room = (scores.shape[1] - count) - keep.sum(dim=1)
-    rows = room.nonzero().flatten()
-    if len(rows):
-        equal = scores[rows] == threshold[rows]
-        order = equal.cumsum(dim=1, dtype=torch.int32)
-        keep[rows] |= equal & (order > order[:, -1:] - room[rows, None])
+    if room.any():
+        rows, columns = (scores == threshold).nonzero(as_tuple=True)
+        ends = torch.bincount(rows, minlength=len(scores)).cumsum(0)
+        after = ends[rows] - 1 - torch.arange(len(rows), device=rows.device)  # how many of its row's come later
+        stays = after < room[rows]
+        keep[rows[stays], columns[stays]] = True
     return keep
+
+
+def kth_smallest(scores: Tensor, k: int) -> Tensor:
+    """Return the k-th smallest score [rows] of each row of `scores` [rows, columns], k from 1.
+
+    On the CPU by numpy's partition, in the processor's vector registers and on every thread that torch has: several
+    times as fast as torch's own selection, and without its indices.
+    """
+    if scores.device.type != "cpu":
+        return scores.kthvalue(k, dim=1).values
+    found = torch.empty(len(scores), dtype=scores.dtype)
+    step = max(1, CHUNK // max(1, scores.shape[1]))
+
+    def partition(start: int) -> None:
+        part = scores[start : start + step].numpy()
+        found[start : start + step] = torch.from_numpy(np.partition(part, k - 1, axis=1)[:, k - 1].copy())
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        list(threads.map(partition, range(0, len(scores), step)))
+    return found
 
 
 class Threshold:
