@@ -19,6 +19,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Return whether no value is infinite or NaN, in one pass and without a temporary."""
+    return not tensor.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
+
+
 @dataclass
 class Layer:
     """One prunable weight matrix of a block, used as `torch.nn.functional.linear` uses it.
@@ -50,9 +58,12 @@ class Layer:
         out_features, in_features = self.matrix().shape
         return out_features, in_features
 
-    def write(self, weight: Tensor, mask: Tensor) -> None:
-        """Store `weight` [out, in] where `mask` keeps and zero elsewhere, in the parameter's dtype."""
-        self.matrix().copy_(torch.where(mask, weight, torch.zeros((), device=weight.device)))
+    def write(self, mask: Tensor, weight: Tensor | None = None) -> None:
+        """Set to zero what `mask` [out, in] prunes, of the weight as it is or of an updated `weight` [out, in]."""
+        matrix = self.matrix()
+        if weight is not None:
+            matrix.copy_(weight)
+        matrix.view(_BITS[matrix.element_size()]).mul_(mask)  # as integers: exactly +0, and several times as fast
 
     def inputs(self, value: Tensor, samples: int) -> Tensor:
         """View what the weight was multiplied with [..., in] as [samples, tokens, in]."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -84,7 +85,7 @@ class Metric(options.Configurable):
                 f"metric {self.name!r} scored layer {layer.name!r} with shape {tuple(score.shape)}, "
                 f"its weight has {layer.shape}"
             )
-        if score.isnan().any():
+        if score.numel() and torch.aminmax(score).min.isnan():
             raise PruneForgeError(f"metric {self.name!r} scored layer {layer.name!r} with NaN")
         dtype = accumulation_dtype(score.dtype)
         return score.to(layer.parameter.device, dtype).contiguous()

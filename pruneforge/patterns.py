@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pruneforge.errors import PruneForgeError
-from pruneforge.selection import prune_smallest
+from pruneforge.selection import count_kept, prune_smallest
 
 Scope = Literal["row", "layer", "block", "model"]
 
@@ -55,7 +55,7 @@ class Unstructured:
     def fits(self, mask: Tensor) -> bool:
         """Return whether a mask [out, in] prunes exactly as many of each row or layer as it should."""
         rows = mask if self.scope == "row" else mask.reshape(1, -1)
-        return bool(((~rows).sum(dim=1) == pruned_count(rows.shape[1], self.sparsity)).all())
+        return bool((count_kept(rows) == rows.shape[1] - pruned_count(rows.shape[1], self.sparsity)).all())
 
     def __str__(self) -> str:
         return f"{float(self.sparsity):g}"
@@ -107,7 +107,7 @@ class NM:
 
     def fits(self, mask: Tensor) -> bool:
         """Return whether a mask [out, in] keeps exactly n of every group."""
-        return bool((mask.reshape(-1, self.m).sum(dim=1) == self.n).all())
+        return bool((count_kept(mask.reshape(-1, self.m)) == self.n).all())
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from copy import copy
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -73,19 +74,31 @@ class InputStatistic(Statistic):
 
 
 class GradientStatistic(Statistic):
-    """A sum over samples of each sample's own weight gradient, in the dense model."""
+    """A sum over samples of each sample's own weight gradient, in the dense model.
+
+    Attributes:
+        by_rows: Whether `add` treats each row of the gradient by itself, and may be given a few of them at a time.
+    """
+
+    by_rows: ClassVar[bool] = False
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
         self.total = torch.zeros(shape, dtype=dtype, device=device)
 
-    def update(self, gradient: Tensor) -> None:
-        """Add the gradient [out, in] of one sample's mean loss, in the dtype of the sums."""
-        self.add(gradient)
-        self.samples += 1
+    def part(self, rows: slice) -> GradientStatistic:
+        """Return the statistic of some rows, which adds to these sums; all rows are the statistic itself."""
+        if rows.stop - rows.start == len(self.total):
+            return self
+        part = copy(self)
+        part.total = self.total[rows]
+        return part
 
     @abstractmethod
     def add(self, gradient: Tensor) -> None:
-        """Add one sample's `gradient` [out, in] to `total`."""
+        """Add the gradient [out, in] of one sample's mean loss, in the dtype of the sums, to `total`.
+
+        The tensor is used again for the next sample, and must not be changed or kept.
+        """
 
 
 class ColumnSquares(InputStatistic):
@@ -121,6 +134,8 @@ class Gram(InputStatistic):
 class GradientMagnitude(GradientStatistic):
     """Sum over samples of the gradient's absolute value, `total` [out, in]."""
 
+    by_rows = True
+
     def add(self, gradient: Tensor) -> None:
         """Add the absolute values."""
         self.total += gradient.abs()
@@ -129,6 +144,8 @@ class GradientMagnitude(GradientStatistic):
 class GradientSquares(GradientStatistic):
     """Sum over samples of the gradient's square, `total` [out, in]."""
 
+    by_rows = True
+
     def add(self, gradient: Tensor) -> None:
         """Add the squares."""
         self.total.addcmul_(gradient, gradient)
@@ -136,6 +153,8 @@ class GradientSquares(GradientStatistic):
 
 class GradientSum(GradientStatistic):
     """Sum over samples of the gradient with its sign, `total` [out, in]."""
+
+    by_rows = True
 
     def add(self, gradient: Tensor) -> None:
         """Add the gradient as it is."""

@@ -100,7 +100,7 @@ class Output:
         """Write a finished block for good."""
         assert self._journal is not None
         self.rewrite.write(tensors, result.masks)
-        pruned = {name: int(mask.numel() - mask.sum()) for name, mask in result.masks.items()}
+        pruned = {name: mask.numel() - int(mask.count_nonzero()) for name, mask in result.masks.items()}
         self._journal.append({"block": result.index, "pruned": pruned, "notes": result.notes})
 
 

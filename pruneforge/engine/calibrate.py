@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pruneforge.adapter import Block
 from pruneforge.batch import Batch
 from pruneforge.engine.group import Group
 from pruneforge.errors import PruneForgeError
-from pruneforge.layer import Layer, WeightUses, accumulation_dtype
+from pruneforge.layer import Layer, WeightUses, accumulation_dtype, all_finite
 from pruneforge.statistics import InputStatistic, Statistic
 
 
@@ -93,7 +92,7 @@ class InputRecorder:
             raise PruneForgeError(f"no calibration batch reached layer {layer.name!r}")
         known = self._inputs[layer.name]
         for statistic in known.statistics.values():
-            if not torch.isfinite(statistic.total).all():
+            if not all_finite(statistic.total):
                 raise PruneForgeError(
                     f"non-finite activations reach layer {layer.name!r}; check the model's weights and the "
                     "calibration data, or run with --dtype float32"
@@ -104,7 +103,7 @@ class InputRecorder:
 def check_weights(block: Block) -> None:
     """Raise if a weight of a visited block is not finite, naming the layer."""
     for layer in block.layers:
-        if not torch.isfinite(layer.parameter).all():
+        if not all_finite(layer.parameter):
             raise PruneForgeError(f"layer {layer.name!r} has non-finite weights; the checkpoint is damaged")
 
 

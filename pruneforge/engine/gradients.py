@@ -9,7 +9,6 @@ is averaged over the batch.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -21,12 +20,15 @@ from pruneforge.engine.chain import Activations, Chain
 from pruneforge.engine.gradient_store import Gradients, GradientStore, Kind
 from pruneforge.engine.group import Group
 from pruneforge.errors import PruneForgeError
-from pruneforge.layer import Layer, WeightUses, accumulation_dtype
+from pruneforge.layer import Layer, WeightUses, accumulation_dtype, all_finite
 from pruneforge.progress import Progress
 from pruneforge.statistics import ColumnSquares
 
 LOSS_SCALE = {torch.float16: 2.0**12}
 """Keeps small gradients of half-precision models from vanishing; a power of two, taken out again exactly."""
+
+CACHED = {"cpu": 1 << 19, "cuda": 1 << 26}
+"""Values of a sample's gradient that are made at a time, by kind of device."""
 
 
 def gradient_statistics(
@@ -91,21 +93,47 @@ def update(
     samples: int,
     scale: float,
 ) -> None:
-    """Add one batch to the statistics `found` of `layers`; `gradients` is what `block_gradients` returned."""
+    """Add one batch to statistics.
+
+    A sample's gradient is made a few rows at a time where the statistics allow it, and added up while it is still in
+    the processor's cache: whole, it would go to memory and back for every sample.
+
+    Args:
+        layers: The layers.
+        found: Their statistics, by name.
+        gradients: What `block_gradients` returned.
+        samples: How many samples the batch has.
+        scale: What the loss was multiplied by.
+    """
     for layer in layers:
-        for sample in range(samples):
-            gradient = _sample_gradient(layer, gradients[layer.name], sample, samples)
-            if scale != 1:
-                gradient /= scale
-            for statistic in found[layer.name].values():
-                statistic.update(gradient)
+        passes = gradients[layer.name]
+        if not passes:
+            raise PruneForgeError(f"no calibration batch reached layer {layer.name!r}")
+        dtype = accumulation_dtype(layer.parameter.dtype)
+        pairs = [(layer.outputs(dy, samples).to(dtype) / scale, layer.inputs(x, samples).to(dtype)) for x, dy in passes]
+        statistics = list(found[layer.name].values())
+        out_features, in_features = layer.shape
+        together = CACHED[layer.parameter.device.type] // in_features
+        step = max(1, min(out_features, together)) if all(s.by_rows for s in statistics) else out_features
+        buffer = torch.empty(step, in_features, dtype=dtype, device=layer.parameter.device)
+        for start in range(0, out_features, step):
+            rows = slice(start, min(start + step, out_features))
+            parts = [statistic.part(rows) for statistic in statistics]
+            gradient = buffer[: rows.stop - rows.start]
+            for sample in range(samples):
+                for number, (dy, x) in enumerate(pairs):
+                    torch.addmm(gradient, dy[sample, :, rows].T, x[sample], beta=min(number, 1), out=gradient)
+                for part in parts:
+                    part.add(gradient)
+        for statistic in statistics:
+            statistic.samples += samples
 
 
 def _merge(found: Gradients, group: Group, device: torch.device) -> None:
     for name, statistics in found.items():
         for statistic in statistics.values():
             group.merge(statistic, device)
-            if not torch.isfinite(statistic.total).all():
+            if not all_finite(statistic.total):
                 raise PruneForgeError(f"non-finite gradients reach layer {name!r}; run with --dtype float32")
 
 
@@ -122,7 +150,7 @@ def _forward_sweep(
             check_weights(block)
             for before, batch in zip(inputs[-1], activations, strict=True):
                 after = chain.run_block(index, before.get(), batch)
-                if not torch.isfinite(after).all():
+                if not all_finite(after):
                     _name_the_layer(chain, index, before.get(), batch)
                 outputs.append(chain.store.keep(after))
         if chain.continues(index):
@@ -172,21 +200,7 @@ def block_gradients(
             output = chain.run_block(index, hidden, batch)
         output = chain.transition(index, output, batch)
     downstream, *gradients = torch.autograd.grad(output, [hidden, *(y for _, _, y in passes)], upstream)
-    by_layer: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    by_layer: dict[str, list[tuple[Tensor, Tensor]]] = {layer.name: [] for layer in layers}
     for (name, x, _), gradient in zip(passes, gradients, strict=True):
         by_layer[name].append((x, gradient))
     return downstream, by_layer
-
-
-def _sample_gradient(layer: Layer, passes: list[tuple[Tensor, Tensor]], sample: int, samples: int) -> Tensor:
-    """Return the gradient [out, in] of one sample's loss with respect to the layer's weight."""
-    dtype = accumulation_dtype(layer.parameter.dtype)
-    total: Tensor | None = None
-    for x, gradient in passes:
-        inputs = layer.inputs(x, samples)[sample].to(dtype)
-        outputs = layer.outputs(gradient, samples)[sample].to(dtype)
-        product = outputs.T @ inputs
-        total = product if total is None else total + product
-    if total is None:
-        raise PruneForgeError(f"no calibration batch reached layer {layer.name!r}")
-    return total

@@ -22,7 +22,7 @@ from pruneforge.engine.gradients import gradient_statistics
 from pruneforge.engine.group import Group
 from pruneforge.engine.run import BlockResult, Run
 from pruneforge.errors import PruneForgeError
-from pruneforge.layer import Layer
+from pruneforge.layer import Layer, all_finite
 from pruneforge.metric import Pruned
 from pruneforge.patterns import Unstructured, pruned_count
 from pruneforge.progress import Progress
@@ -199,7 +199,7 @@ class _Loop:
                 masks = {layer.name: self.shared(layer, masks.get(layer.name), owners) for layer in block.layers}
         notes = [f"{layer.name}: {note}" for layer in block.layers for note in noted[layer.name]]
         self.run.warnings += notes
-        self.run.pruned.update({name: int(mask.numel() - mask.sum()) for name, mask in masks.items()})
+        self.run.pruned.update({name: mask.numel() - int(mask.count_nonzero()) for name, mask in masks.items()})
         with self.run.timed("write"):
             self.block_pruned(BlockResult(index, block, masks, notes))
 
@@ -216,7 +216,7 @@ class _Loop:
         """Prune a layer in place and return its mask on the CPU, and the metric's notes."""
         pruned = self.prune_layer(layer, stats, threshold)
         self.check(layer, pruned)
-        layer.write(layer.weight if pruned.weight is None else pruned.weight, pruned.mask)
+        layer.write(pruned.mask, pruned.weight)
         return pruned.mask.cpu(), pruned.notes
 
     def shared(self, layer: Layer, mask: Tensor | None, owners: dict[str, int]) -> Tensor:
@@ -254,7 +254,7 @@ class _Loop:
             raise PruneForgeError(
                 f"metric {run.metric.name!r} made a mask for layer {layer.name!r} that does not fit {run.pattern}"
             )
-        if pruned.weight is not None and not torch.isfinite(pruned.weight).all():
+        if pruned.weight is not None and not all_finite(pruned.weight):
             raise PruneForgeError(f"metric {run.metric.name!r} made non-finite weights in layer {layer.name!r}")
 
     @torch.no_grad()

@@ -74,26 +74,29 @@ class Streamed:
     def visit(self, block: Block, pruned: bool = False) -> Iterator[None]:
         """Hold one block on the device; `pruned`, as an earlier process left it."""
         index = self._position[block.name]
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[:2] == (index, pruned):
-            parts = ahead[2].result()
-        else:
-            if ahead is not None:
-                ahead[2].cancel()
-            parts = self._read(self._parameters(index), pruned)
+        parts = self._take(index, pruned)
         self._read_ahead(index, pruned)
         with self._present(parts, self._buffers[block.name]):
-            del parts
             yield
 
     def close(self) -> None:
         """End reading ahead."""
         self._reader.shutdown(cancel_futures=True)
 
+    def _take(self, index: int, pruned: bool) -> Parts:
+        """Return a block that was read ahead, or read it now."""
+        if self._ahead is None or self._ahead[:2] != (index, pruned):
+            return self._read(self._parameters(index), pruned)
+        reading, self._ahead = self._ahead[2], None
+        return reading.result()
+
     def _read_ahead(self, index: int, pruned: bool) -> None:
         backwards = index < self._last or (index == self._last == len(self._blocks) - 1)
         following = index - 1 if backwards else index + 1
         self._last = index
+        if self._ahead is not None and self._ahead[:2] == (following, pruned):
+            return
+        self._ahead = None  # a wrong guess is let go before the next is read
         if 0 <= following < len(self._blocks):
             task = self._reader.submit(self._read, self._parameters(following), pruned)
             self._ahead = (following, pruned, task)
