@@ -9,7 +9,11 @@ from pydantic import Field
 from torch import Tensor
 
 from pruneforge import Gram, Layer, LayerStatistics, Metric, Options, Pruned, PruneForgeError
+from pruneforge.layer import all_finite
 from pruneforge.patterns import NM, Pattern
+
+SUB_BLOCK = 32
+"""Columns whose errors are gathered before they go to the rest of the block."""
 
 HIGHEST_DAMPING = 1.0
 """Times the mean of the Hessian's diagonal; past it, the factorisation is given up."""
@@ -45,9 +49,10 @@ class SparseGPT(Metric):
         size = self._block_size(pattern)
         for start in range(0, weight.shape[1], size):
             columns = slice(start, min(start + size, weight.shape[1]))
-            block, block_factor = weight[:, columns], factor[columns, columns]
-            errors, mask[:, columns] = _prune_columns(block, block_factor, pattern)
-            weight[:, columns.stop :] -= errors @ factor[columns, columns.stop :]
+            block = weight[:, columns].T.contiguous()  # a column in one piece
+            errors, kept = prune_columns(block, factor[columns, columns], pattern)
+            weight[:, columns], mask[:, columns] = block.T, kept.T
+            weight[:, columns.stop :].addmm_(errors.T, factor[columns, columns.stop :], alpha=-1)
         return Pruned(mask, weight, notes)
 
     def _block_size(self, pattern: Pattern) -> int:
@@ -57,15 +62,16 @@ class SparseGPT(Metric):
 
     def _factor(self, gram: Gram, name: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
         """Return U [in, in], which columns are dead [in], and what had to be done to get there."""
-        hessian = gram.per_sample() * self.HESSIAN_SCALE
-        dead = hessian.diagonal() == 0
-        hessian.diagonal()[dead] = 1
-        mean = hessian.diagonal().mean()
+        diagonal = gram.per_sample().diagonal() * self.HESSIAN_SCALE
+        dead = diagonal == 0
+        mean = torch.where(dead, 1, diagonal).mean()
         damping = self.options.damping
         while damping <= max(HIGHEST_DAMPING, self.options.damping):
-            damped = hessian.clone()
-            damped.diagonal().add_(damping * mean)
-            factor = inverse_factor(damped)
+            # A matrix of the size of the Gram matrix takes memory: no more of them at a time than needed.
+            hessian = gram.per_sample().mul_(self.HESSIAN_SCALE)
+            hessian.diagonal()[dead] = 1
+            hessian.diagonal().add_(damping * mean)
+            factor = inverse_factor(hessian)
             if factor is not None:
                 raised = damping > self.options.damping
                 return (
@@ -83,42 +89,55 @@ class SparseGPT(Metric):
 def inverse_factor(matrix: Tensor) -> Tensor | None:
     """Return the upper triangular U with matrix^-1 = U^T U [n, n], or `None` if it is not positive definite.
 
-    With J the reversal of rows and columns and J A J = L L^T, the upper triangular R = J L J gives
-    A = R R^T, so U = R^-1: one factorisation and one triangular solve.
+    With J the reversal of rows and columns and J A J = L L^T, A = (J L J) (J L J)^T, so U = (J L J)^-1 = J L^-1 J:
+    one factorisation and one triangular solve.
+
+    Args:
+        matrix: A [n, n]; it is overwritten.
     """
     lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
     if failed.item():
         return None
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-    return factor if torch.isfinite(factor).all() else None
+    identity = matrix.zero_()
+    identity.diagonal().fill_(1)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    del lower
+    factor = inverse.flip(0, 1)
+    return factor if all_finite(factor) else None
 
 
-def _prune_columns(weight: Tensor, factor: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """Prune one block of columns in place.
+def prune_columns(weight: Tensor, factor: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """Prune one block of columns in place, given transposed so that a column stands in one piece.
+
+    A column's error goes to the next few columns at once, and to those behind them with the errors of its whole
+    sub-block, as one matrix product.
 
     Args:
-        weight: [out, columns], replaced by what stays, compensated.
+        weight: [columns, out], replaced by what stays, compensated.
         factor: U of these columns [columns, columns].
         pattern: Selects the mask.
 
     Returns:
-        The errors [out, columns] for the columns to the right, and the mask [out, columns].
+        The errors [columns, out] for the columns to the right, and the mask [columns, out].
     """
     diagonal = factor.diagonal()
-    errors = torch.zeros_like(weight)
-    mask = torch.ones_like(weight, dtype=torch.bool)
-    group = weight.shape[1]
+    errors = torch.empty_like(weight)
+    mask = torch.empty_like(weight, dtype=torch.bool)
+    group, width = len(weight), SUB_BLOCK
     if isinstance(pattern, NM):
         group = pattern.m
+        width = max(group, width - width % group)
     else:
         pattern = pattern.within("layer")
-    for j in range(weight.shape[1]):
-        if j % group == 0:
-            chosen = slice(j, j + group)
-            mask[:, chosen] = pattern.select(weight[:, chosen].square() / diagonal[chosen].square())
-        kept = torch.where(mask[:, j], weight[:, j], 0)
-        errors[:, j] = (weight[:, j] - kept) / diagonal[j]
-        weight[:, j + 1 :] -= torch.outer(errors[:, j], factor[j, j + 1 :])
-        weight[:, j] = kept
+    for start in range(0, len(weight), width):
+        stop = min(start + width, len(weight))
+        for j in range(start, stop):
+            if j % group == 0:
+                chosen = slice(j, j + group)
+                scores = (weight[chosen] / diagonal[chosen, None]).square_()
+                mask[chosen] = pattern.select(scores.T.contiguous()).T
+            torch.mul(weight[j], ~mask[j], out=errors[j]).div_(diagonal[j])
+            weight[j].mul_(mask[j])
+            weight[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j], alpha=-1)
+        weight[stop:].addmm_(factor[start:stop, stop:].T, errors[start:stop], alpha=-1)
     return errors, mask
