@@ -40,14 +40,16 @@ def pruneforge_run_started(run: Run) -> None:
 def pruneforge_block_pruned(run: Run, result: BlockResult) -> None:
     """Observe that a block has its masks, before the next block is calibrated.
 
-    `result` holds the block's name and position, and the mask of each of its layers.
-    Called once a block, in the order of the model. Return nothing, and treat the masks as read only.
+    `result` holds the block's name and position, the mask of each of its layers, and the metric's notes; the block's
+    weights are there while this is called. Called once a block, in the order of the model, but not for blocks that
+    an earlier process of a resumed run has finished; in each process of several. Return nothing, and treat masks and
+    weights as read only.
     """
 
 
 @hookspec
 def pruneforge_run_finished(run: Run, report: dict[str, Any]) -> None:
-    """Observe that a run is over and its report is complete, before the output is written.
+    """Observe that a run is over and its report is complete, before it is written.
 
     `report` is what `pruneforge.json` will hold. Return nothing.
     """

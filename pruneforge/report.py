@@ -83,6 +83,7 @@ def make_report(
             "seconds": {stage: round(seconds, 3) for stage, seconds in run.seconds.items()},
             "peak_memory": dict(peak_memory),
             "activations_peak": run.activations,
+            "gradient_cache": run.gradient_cache,
             "machine": machine(),
         },
     }

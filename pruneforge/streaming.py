@@ -170,6 +170,7 @@ def prune_streamed(
             finally:
                 residency.close()
                 store.close()
+            run.gradient_cache = {"reused": files.reused, "added_bytes": files.written}
             run.activations = {name: home.peak for name, home in store.homes.items()}
             if group.first:
                 output.rewrite.finish()

@@ -118,15 +118,16 @@ class Rewrite:
     def finish(self) -> None:
         """Give every file its name, and copy what stands beside the weights."""
         with writing(self.folder):
-            for path in self.source.companions():
-                if path.name not in OWN:
-                    copy = self.folder / (path.name + PARTIAL)
-                    shutil.copyfile(path, copy)
-                    copy.replace(self.folder / path.name)
             for file in [*self.source.files, masks.FILE]:
                 partial = self.folder / (file + PARTIAL)
                 if partial.exists():  # a run that was stopped right here has renamed some already
                     partial.replace(self.folder / file)
+            # The configuration comes last: without it nothing takes the folder for a model.
+            for path in sorted(self.source.companions(), key=lambda path: path.name == "config.json"):
+                if path.name not in OWN:
+                    copy = self.folder / (path.name + PARTIAL)
+                    shutil.copyfile(path, copy)
+                    copy.replace(self.folder / path.name)
             sync_folder(self.folder)
 
     def _partial(self, file: str) -> Path:
@@ -193,7 +194,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         UnfinishedError: The disk is full, or cannot be written.
     """
     head = header({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, metadata)
-    partial = path.with_name(path.name + PARTIAL)
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")  # two runs may share a cache
     with writing(path.parent):
         try:
             with _open(partial) as target:
@@ -203,6 +204,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
                     data = as_bytes(tensor.cpu().contiguous()).numpy().data
                     _write_all(target, data, offset)
                     offset += len(data)
+                os.fsync(target)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)

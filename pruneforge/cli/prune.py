@@ -137,6 +137,7 @@ def prune(
     if output is None:
         raise typer.BadParameter("Missing option '--output'")
     from pruneforge.checkpoint.journal import FILE as JOURNAL
+    from pruneforge.engine.gradient_store import cache_folder
     from pruneforge.pruning import prune as run
 
     try:
@@ -158,6 +159,10 @@ def prune(
         f"({report['sparsity']['reached']:.2%}) in {measured['seconds']['total']:.1f} s, "
         f"peak memory {common.mebibytes(measured['peak_memory']['host_bytes'])}; wrote {output}"
     )
+    added = measured["gradient_cache"].get("added_bytes", 0)
+    if added:
+        where = gradient_cache or cache_folder()
+        print(f"kept gradient statistics for later runs, {common.mebibytes(added)} below {where}")
 
 
 def _estimate(model: str, metric: str, calibration: str | None, settings: dict[str, Any], as_json: bool) -> None:

@@ -71,6 +71,7 @@ class GradientFiles:
     Attributes:
         folder: The folder.
         reused: How many statistics an earlier run had left there.
+        written: How many bytes this run has added.
     """
 
     def __init__(self, root: Path, identity: Mapping[str, Any]) -> None:
@@ -84,6 +85,7 @@ class GradientFiles:
         self.folder = root / hashlib.sha256(text.encode()).hexdigest()[:32]
         self._identity = text
         self.reused = 0
+        self.written = 0
 
     def missing(self, block: Block, kinds: Sequence[Kind]) -> list[Kind]:
         """Return the kinds that are not there for every layer of the block."""
@@ -102,6 +104,7 @@ class GradientFiles:
                 tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
                 others = {key: value for key, value in state.items() if key not in tensors}
                 write_tensors(self._path(name, kind), tensors, {"state": json.dumps(others)})
+                self.written += sum(tensor.nbytes for tensor in tensors.values())
 
     def get(self, block: Block, kinds: Sequence[Kind], device: torch.device) -> Gradients:
         """Read the statistics of a block."""

@@ -34,6 +34,7 @@ class Run:
             `BlockResult` of its block; the engine owns it, and nothing infers a mask from zeros.
         seconds: Time by stage.
         activations: Most bytes of hidden states that waited at a time, by place (device, host, disk).
+        gradient_cache: How many gradient statistics were found there, and how many bytes were added.
         warnings: What a user has to know, one line each.
     """
 
@@ -47,6 +48,7 @@ class Run:
     pruned: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     activations: dict[str, int] = field(default_factory=dict)
+    gradient_cache: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     @contextmanager

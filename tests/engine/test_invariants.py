@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import pruneforge
 from pruneforge import ColumnSquares, Gram, Layer, LayerStatistics
+from pruneforge.engine import gradients
 from pruneforge.patterns import NM, Unstructured, pruned_count
 
 CALIBRATED = ["wanda", "sparsegpt", "gblm"]
@@ -56,6 +57,13 @@ def test_padding_is_ignored(metric, side):
 def test_gblm_with_alpha_zero_is_wanda(pattern):
     batches = tokens().split(2)
     assert_same(masks("gblm", batches, pattern=pattern, options={"alpha": 0}), masks("wanda", batches, pattern=pattern))
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_gradients_made_a_few_rows_at_a_time_add_up_alike(norm, monkeypatch):
+    expected = masks("gblm", tokens().split(2), options={"norm": norm})
+    monkeypatch.setitem(gradients.CACHED, "cpu", 1000)  # 15 or 6 rows of tiny layers
+    assert_same(masks("gblm", tokens().split(2), options={"norm": norm}), expected)
 
 
 @pytest.mark.parametrize("metric", METRICS)

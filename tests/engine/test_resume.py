@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import pruneforge
 from pruneforge import PruneForgeError
 from pruneforge.checkpoint.journal import Journal
+from pruneforge.checkpoint.shards import Checkpoint
 from pruneforge.hookspecs import hookimpl
 from pruneforge.plugins import plugins
 
@@ -173,6 +174,30 @@ def test_a_full_disk_leaves_a_run_that_can_go_on(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             plugins().unregister(observer)
         assert (output / "journal.jsonl").exists() == left
+    result = pruneforge.prune(model, "magnitude", 0.5, output=output, resume=True)
+    assert contents(output) == contents(tmp_path / "whole")
+    assert all(torch.equal(result.masks[name], mask) for name, mask in whole.masks.items())
+
+
+def test_a_read_error_leaves_a_run_that_can_go_on(tmp_path):
+    model, output = saved(tmp_path / "model"), tmp_path / "out"
+    whole = pruneforge.prune(model, "magnitude", 0.5, output=tmp_path / "whole")
+    last = model / Checkpoint(model).tensors["model.layers.2.mlp.down_proj.weight"].file
+
+    class Unplugs:
+        @hookimpl
+        def pruneforge_block_pruned(self, result):
+            if result.index == 0:
+                last.rename(tmp_path / "away")
+
+    observer = Unplugs()
+    plugins().register(observer)
+    try:
+        with pytest.raises(PruneForgeError, match="cannot be read: No such file or directory; once it can, go on with"):
+            pruneforge.prune(model, "magnitude", 0.5, output=output)
+    finally:
+        plugins().unregister(observer)
+    (tmp_path / "away").rename(last)
     result = pruneforge.prune(model, "magnitude", 0.5, output=output, resume=True)
     assert contents(output) == contents(tmp_path / "whole")
     assert all(torch.equal(result.masks[name], mask) for name, mask in whole.masks.items())

@@ -166,10 +166,12 @@ def test_gradient_statistics_are_computed_once_for_a_model_and_its_data(tmp_path
     pruneforge.prune(folder, "gblm", 0.5, None, batches, output=tmp_path / "first")
     files = sorted(gradient_cache.rglob("*.safetensors"))
     assert len(files) == 3 * 7
+    assert not list(gradient_cache.rglob("*.partial"))
     alone = pruneforge.prune(folder, "gblm", 0.6, None, batches)
     again = pruneforge.prune(folder, "gblm", 0.6, None, batches, output=tmp_path / "second")
     assert all(torch.equal(again.masks[name], mask) for name, mask in alone.masks.items())
     assert sorted(gradient_cache.rglob("*.safetensors")) == files
+    assert again.report["measured"]["gradient_cache"] == {"reused": 21, "added_bytes": 0}
     # What stands there is what is used: without gradients GBLM is Wanda.
     for file in files:
         with safe_open(file, "pt") as opened:
