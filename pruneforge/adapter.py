@@ -75,7 +75,7 @@ class Adapter(Configurable, ABC):
         """
 
     def skeleton(self, reference: str, dtype: torch.dtype | None) -> Skeleton | None:
-        """Return the model without its weights, or `None` if they do not stand in safetensors files.
+        """Return the model without its weights, or `None` if it cannot be had so or has no safetensors files.
 
         With it a checkpoint is pruned block by block and never held whole.
 

@@ -27,8 +27,8 @@ class Budgets:
     """Bytes that a run may take.
 
     Attributes:
-        host: In host memory; `None` for most of what is free.
-        device: On the CUDA device; `None` for most of what is free.
+        host: In host memory, by all processes on a machine; `None` for most of what is free.
+        device: On the CUDA device of each process; `None` for most of what is free.
     """
 
     host: int | None = None
@@ -55,11 +55,11 @@ class Budgets:
         """
         weights, working = fixed_bytes(blocks, metric, module)
         resident = resident_bytes()
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of the run that share this machine's memory
+        host = resident + SHARE_OF_FREE * free_bytes() / here if self.host is None else self.host / here
         if device.type == "cpu":
-            host = resident + SHARE_OF_FREE * free_bytes() if self.host is None else self.host
             return _left(host, resident + weights + working, "memory budget", self.host), 0
         free, _ = torch.cuda.mem_get_info(device)
-        host = resident + SHARE_OF_FREE * free_bytes() if self.host is None else self.host
         on_device = SHARE_OF_FREE * free if self.device is None else self.device
         return (
             _left(host, resident + weights, "memory budget", self.host),

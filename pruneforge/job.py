@@ -72,15 +72,12 @@ class Job:
 
     def run(self) -> PruneResult:
         """Prune."""
-        if self.output is not None and not (self.output / JOURNAL).is_file():
-            report = self._finished() if self.resume else None
-            if report is not None:
-                return PruneResult(report, self.output, dtype=self.recipe.dtype)
-            check_output(self.output)
+        on_disk = self.output is not None and not isinstance(self.model, nn.Module)
+        if self.output is not None and not (on_disk and self.resume):
+            self._check_new(self.output)
         with joined(self.device) as group:
             progress = self.progress if group.first else Progress()
             peak = PeakMemory(self.device)
-            on_disk = self.output is not None and not isinstance(self.model, nn.Module)
             loaded, data, run = self.prepare(group, progress, on_disk)
             self.plugins.hook.pruneforge_run_started(run=run)
             with exact_arithmetic(run.seed), in_evaluation_mode(loaded.module):
@@ -117,15 +114,19 @@ class Job:
         run.warnings += [*([loaded.note] if loaded.note else []), *data.warnings]
         return loaded, data, run
 
-    def _finished(self) -> dict[str, Any] | None:
-        """Return the report in the output folder if it is of this very recipe."""
-        assert self.output is not None
-        report = reports.load_report(self.output)
-        return report if report is not None and report["recipe"] == self.recipe.model_dump(mode="json") else None
+    def _check_new(self, output: Path) -> None:
+        if not isinstance(self.model, nn.Module) and (output / JOURNAL).is_file():
+            return  # the journal says what the folder holds, once it is locked
+        check_output(output)
 
     def _in_memory(
         self, loaded: LoadedModel, data: Calibration, run: Run, group: Group, progress: Progress, peak: PeakMemory
     ) -> PruneResult:
+        if self.output is not None:
+            if self.resume or self.budgets != Budgets():
+                why = loaded.note or "it was given from Python"
+                raise PruneForgeError(f"the model cannot be streamed, so there is no resume and no budget: {why}")
+            check_output(self.output)
         fingerprint = reports.fingerprint(loaded.module)
         masks: dict[str, Tensor] = {}
 
@@ -137,7 +138,7 @@ class Job:
             residency = InMemory(loaded.module, run.blocks, self.device)
             chain = Chain(loaded.module, loaded.adapter, run.blocks, residency)
             prune_blocks(run, chain, data.batches, progress, block_pruned, group=group)
-        report = self._report(loaded, data, run, fingerprint, peak)
+        report = self._report(loaded, data, run, fingerprint, peak, {})
         if self.output is not None and group.first:
             with new_folder(self.output) as folder:
                 loaded.adapter.save(loaded.module, loaded.processor, folder)
@@ -152,13 +153,13 @@ class Job:
         assert self.output is not None
         report: dict[str, Any] = {}
 
-        def conclude(fingerprint: str) -> None:
+        def conclude(fingerprint: str, identity: dict[str, Any]) -> None:
             if self.output is not None and group.first:
-                report.update(self._report(loaded, data, run, fingerprint, peak))
+                report.update(self._report(loaded, data, run, fingerprint, peak, identity))
                 save_recipe(self.recipe, self.output)
                 reports.save_report(report, self.output)
 
-        prune_streamed(
+        pruned = prune_streamed(
             run,
             loaded,
             data,
@@ -173,12 +174,22 @@ class Job:
             block_pruned=lambda result: self.plugins.hook.pruneforge_block_pruned(run=run, result=result),
             conclude=conclude,
         )
+        if not pruned and group.first:
+            report.update(reports.load_report(self.output) or {})
         return PruneResult(report, self.output, dtype=self.recipe.dtype)
 
     def _report(
-        self, loaded: LoadedModel, data: Calibration, run: Run, fingerprint: str, peak: PeakMemory
+        self,
+        loaded: LoadedModel,
+        data: Calibration,
+        run: Run,
+        fingerprint: str,
+        peak: PeakMemory,
+        identity: dict[str, Any],
     ) -> dict[str, Any]:
-        report = reports.make_report(self.recipe, loaded, fingerprint, data.description or None, run, peak.read())
+        report = reports.make_report(
+            self.recipe, loaded, fingerprint, data.description or None, run, peak.read(), identity
+        )
         self.plugins.hook.pruneforge_run_finished(run=run, report=report)
         return report
 

@@ -27,6 +27,13 @@ def all_finite(tensor: Tensor) -> bool:
     return not tensor.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
 
 
+def zeroed(weight: Tensor, mask: Tensor) -> Tensor:
+    """Set to zero, in place, what `mask` prunes, and return the weight; both [out, in], or of as many values."""
+    bits = weight.view(_BITS[weight.element_size()])  # as integers: exactly +0, and several times as fast
+    bits.mul_(mask.view(weight.shape))
+    return weight
+
+
 @dataclass
 class Layer:
     """One prunable weight matrix of a block, used as `torch.nn.functional.linear` uses it.
@@ -63,7 +70,7 @@ class Layer:
         matrix = self.matrix()
         if weight is not None:
             matrix.copy_(weight)
-        matrix.view(_BITS[matrix.element_size()]).mul_(mask)  # as integers: exactly +0, and several times as fast
+        zeroed(matrix, mask)
 
     def inputs(self, value: Tensor, samples: int) -> Tensor:
         """View what the weight was multiplied with [..., in] as [samples, tokens, in]."""

@@ -103,7 +103,7 @@ def _load(adapter: Adapter, reference: str, dtype: torch.dtype | None, processor
     note = None
     if on_disk:
         skeleton = adapter.skeleton(reference, dtype)
-        note = f"{reference!r} has no safetensors files, so the whole model was held in memory"
+        note = f"adapter {adapter.name!r} cannot stream it, so the whole model was held in memory"
         if skeleton is not None:
             checkpoint = Checkpoint(skeleton.folder)
             missing = lacking(skeleton.module, checkpoint)

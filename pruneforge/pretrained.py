@@ -94,18 +94,32 @@ def local_safetensors(reference: str) -> Path | None:
     folder = Path(reference)
     if folder.is_dir():
         return folder if any((folder / name).is_file() for name in (SINGLE, INDEX)) else None
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    files = set(HfApi().list_repo_files(reference))
-    if INDEX in files:
-        listed = json.loads(Path(hf_hub_download(reference, INDEX)).read_text(encoding="utf-8"))["weight_map"]
-        weights = [INDEX, *sorted(set(listed.values()))]
-    elif SINGLE in files:
-        weights = [SINGLE]
-    else:
-        return None
     others = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md"]
-    return Path(snapshot_download(reference, allow_patterns=[*weights, *others], ignore_patterns=["*/*"]))
+    try:
+        weights = _weight_files(reference)
+        if weights is None:
+            return None
+        return Path(snapshot_download(reference, allow_patterns=[*weights, *others], ignore_patterns=["*/*"]))
+    except Exception as error:  # hub, network and cache each raise their own
+        raise PruneForgeError(f"model {reference!r} cannot be downloaded: {first_line(error)}") from error
+
+
+def _weight_files(reference: str) -> list[str] | None:
+    """Return the names of a hub model's safetensors files, from the cache where there is no network."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    for name in (SINGLE, INDEX):
+        try:
+            found = Path(hf_hub_download(reference, name))
+        except EntryNotFoundError:
+            continue
+        if name == SINGLE:
+            return [SINGLE]
+        return [INDEX, *sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))]
+    return None
 
 
 def save_pretrained(module: Any, processor: Any, folder: Path) -> None:

@@ -37,6 +37,7 @@ def make_report(
     calibration: Mapping[str, Any] | None,
     run: Run,
     peak_memory: Mapping[str, Any],
+    identity: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the report of a finished run, of types that JSON holds.
 
@@ -47,6 +48,7 @@ def make_report(
         calibration: Description of the calibration data, or `None` if there were none.
         run: The finished run.
         peak_memory: What `PeakMemory.read` returned.
+        identity: What decides the bytes of a streamed run, which a resumed one must share.
     """
     shapes = {layer.name: layer.shape for block in run.blocks for layer in block.layers}
     layers = {
@@ -77,6 +79,7 @@ def make_report(
         "excluded": [layer.name for layer in run.excluded],
         "warnings": run.warnings,
         "evaluation": [],
+        "identity": dict(identity),
         "versions": versions(),
         "measured": {
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),

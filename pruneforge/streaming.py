@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,9 @@ from pruneforge import report as reports
 from pruneforge.budget import Budgets
 from pruneforge.calibration import Calibration
 from pruneforge.checkpoint.journal import FILE as JOURNAL
-from pruneforge.checkpoint.journal import Journal
+from pruneforge.checkpoint.journal import Journal, difference
 from pruneforge.checkpoint.output import check_output
-from pruneforge.checkpoint.rewrite import PARTIAL, Rewrite
+from pruneforge.checkpoint.rewrite import PARTIAL, Rewrite, sync, writing
 from pruneforge.engine.activations import Store
 from pruneforge.engine.chain import Chain
 from pruneforge.engine.gradient_store import GradientFiles
@@ -26,12 +28,16 @@ from pruneforge.engine.loop import prune_blocks
 from pruneforge.engine.run import BlockResult, Run
 from pruneforge.engine.streamed import Streamed, stored_parameters
 from pruneforge.errors import PruneForgeError, UnfinishedError
+from pruneforge.layer import all_finite, zeroed
 from pruneforge.model import LoadedModel
 from pruneforge.progress import Progress
 from pruneforge.recipe import PruneRecipe
 
 DECIDING = ("pruneforge", "torch", "transformers", "timm")
 """Packages of which another version may give other bytes."""
+
+WAITING = ".activations-"
+"""Folder, in the output, of hidden states that find no room in memory; a process each."""
 
 
 class Output:
@@ -50,6 +56,7 @@ class Output:
         self._layers = {la.name: (stored[id(la.parameter)], la) for block in run.blocks for la in block.layers}
         layers = {name: (tensor.name, layer.shape) for name, (tensor, layer) in self._layers.items()}
         self.rewrite = Rewrite(loaded.checkpoint, folder, layers)
+        self._checkpoint = loaded.checkpoint
         self._journal: Journal | None = None
 
     @contextmanager
@@ -65,7 +72,6 @@ class Output:
         if not (self.folder / JOURNAL).is_file():
             check_output(self.folder)
         journal = self._journal = Journal(self.folder, identity, resume)
-        finished = False
         try:
             if not journal.entries:
                 self.rewrite.prepare()
@@ -73,27 +79,46 @@ class Output:
             entries = journal.entries[1:]
             group.gather(entries)
             yield entries
-            finished = True
         except BaseException as error:
+            journal.close()
             hopeless = isinstance(error, PruneForgeError) and not isinstance(error, UnfinishedError)
-            if hopeless or len(journal.entries) <= 1:
-                for path in [*self.folder.glob(f"*{PARTIAL}"), self.folder / JOURNAL]:
-                    path.unlink(missing_ok=True)
-                if new:
-                    self.folder.rmdir()
+            if len(journal.entries) <= 1 or (hopeless and not journal.resumed):
+                self._remove(folder_too=new)
             raise
-        finally:
-            journal.close(finished)
+        (self.folder / JOURNAL).unlink()  # while it is still locked
+        journal.close()
 
-    def rounded(self, result: BlockResult) -> dict[str, Tensor]:
-        """Return a finished block's weights as they are stored, by tensor name; in the block they go on so rounded."""
+    def _remove(self, folder_too: bool) -> None:
+        for path in [*self.folder.glob(f"*{PARTIAL}"), self.folder / JOURNAL]:
+            path.unlink(missing_ok=True)
+        for path in self.folder.glob(f"{WAITING}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        if folder_too:
+            with suppress(OSError):  # somebody has put something else into it meanwhile
+                self.folder.rmdir()
+
+    def stored(self, result: BlockResult) -> dict[str, Tensor]:
+        """Return a finished block's weights as they will be stored, by tensor name.
+
+        Weights that the metric did not change are those of the checkpoint, whatever dtype was computed in. Those it
+        did change go on in the block as they are rounded for the checkpoint.
+
+        Raises:
+            PruneForgeError: A changed weight is too large for the checkpoint's dtype.
+        """
         tensors: dict[str, Tensor] = {}
-        for name in result.masks:
+        for name, mask in result.masks.items():
             stored, layer = self._layers[name]
             value = layer.parameter.data
-            tensors[stored.name] = value.to(stored.dtype)
-            if stored.dtype != value.dtype:
+            if stored.dtype == value.dtype:
+                tensors[stored.name] = value
+            elif name in result.updated:
+                tensors[stored.name] = value.to(stored.dtype)
+                if not all_finite(tensors[stored.name]):
+                    raise PruneForgeError(f"an updated weight of layer {name!r} is too large for {stored.dtype}")
                 value.copy_(tensors[stored.name])
+            else:
+                tensors[stored.name] = zeroed(self._checkpoint.read(stored), mask)
         return tensors
 
     def keep(self, tensors: dict[str, Tensor], result: BlockResult) -> None:
@@ -118,9 +143,9 @@ def prune_streamed(
     group: Group,
     progress: Progress,
     block_pruned: Callable[[BlockResult], object],
-    conclude: Callable[[str], object],
-) -> None:
-    """Prune block by block into `folder`.
+    conclude: Callable[[str, dict[str, Any]], object],
+) -> bool:
+    """Prune block by block into `folder`; return whether there was anything to do.
 
     Args:
         run: What to do.
@@ -135,30 +160,34 @@ def prune_streamed(
         group: The processes that share the work.
         progress: Where to show how far along the run is.
         block_pruned: Called with each block's result.
-        conclude: Called with the fingerprint of the dense model when the weights are complete; writes what comes
-            beside them.
+        conclude: Called with the fingerprint of the dense model, and all that decides the bytes, when the weights
+            are complete; writes what comes beside them.
 
     Raises:
         PruneForgeError: As `pruneforge.prune` says.
     """
     assert loaded.checkpoint is not None
-    fingerprint = loaded.checkpoint.fingerprint()
-    output = Output(folder, loaded, run)
-    with output.opened(run_identity(recipe, fingerprint, data, group), resume, group) as entries:
+    with run.timed("total"), run.timed("fingerprint"):
+        fingerprint = group.gather(loaded.checkpoint.fingerprint() if group.first else "")[0]
+        output = Output(folder, loaded, run)
+    host, on_device = budgets.for_activations(run.blocks, run.metric, loaded.module, device)
+    identity = run_identity(recipe, fingerprint, data, group, device)
+    if resume and _is_finished(folder, identity):
+        return False
+    with output.opened(identity, resume, group) as entries:
         for entry in entries:
             run.pruned.update(entry["pruned"])
             run.warnings += entry["notes"]
         run.finished = len(entries)
         with run.timed("total"):
-            waiting = folder / f".activations-{group.rank}"
+            waiting = folder / f"{WAITING}{group.rank}"
             shutil.rmtree(waiting, ignore_errors=True)
-            host, on_device = budgets.for_activations(run.blocks, run.metric, loaded.module, device)
             store = Store(device, on_device, host, waiting)
-            files = GradientFiles(gradients, gradient_identity(recipe, fingerprint, data, loaded))
+            files = GradientFiles(gradients, gradient_identity(recipe, fingerprint, data, loaded, device))
             residency = Streamed(loaded.module, run.blocks, device, loaded.checkpoint, output.rewrite)
 
             def finished(result: BlockResult) -> None:
-                tensors = output.rounded(result)
+                tensors = output.stored(result)
                 if group.first:
                     output.keep(tensors, result)
                 block_pruned(result)
@@ -174,21 +203,47 @@ def prune_streamed(
             run.activations = {name: home.peak for name, home in store.homes.items()}
             if group.first:
                 output.rewrite.finish()
-        conclude(fingerprint)
+        with writing(folder):
+            conclude(fingerprint, identity)
+            if group.first:
+                sync(folder)
+        group.gather(None)  # nobody looks at the output before it is complete
+    return True
 
 
-def run_identity(recipe: PruneRecipe, fingerprint: str, data: Calibration, group: Group) -> dict[str, Any]:
+def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
+    """Return whether `folder` holds this very run, finished.
+
+    Raises:
+        PruneForgeError: It holds another one.
+    """
+    report = None if (folder / JOURNAL).is_file() else reports.load_report(folder)
+    if report is None:
+        return False
+    other = difference(report.get("identity", {}), json.loads(json.dumps(identity)))
+    if other:
+        raise PruneForgeError(f"the finished run in {str(folder)!r} is another one: {other}; name another folder")
+    return True
+
+
+def run_identity(
+    recipe: PruneRecipe, fingerprint: str, data: Calibration, group: Group, device: torch.device
+) -> dict[str, Any]:
     """Return what decides the bytes of a run's output."""
     return {
         "recipe": recipe.model_dump(mode="json"),
+        "plugin file": {path: _hash(Path(path)) for path in recipe.plugins},
         "model": {"fingerprint": fingerprint},
         "calibration data": {"fingerprint": data.description.get("fingerprint")},
         "processes": group.size,
-        "version of": {name: version for name, version in reports.versions().items() if name in DECIDING},
+        "device": device.type,
+        "version of": _versions(),
     }
 
 
-def gradient_identity(recipe: PruneRecipe, fingerprint: str, data: Calibration, loaded: LoadedModel) -> dict[str, Any]:
+def gradient_identity(
+    recipe: PruneRecipe, fingerprint: str, data: Calibration, loaded: LoadedModel, device: torch.device
+) -> dict[str, Any]:
     """Return what gradients of the dense model depend on: the model, the data, the loss."""
     return {
         "format": 1,
@@ -197,4 +252,14 @@ def gradient_identity(recipe: PruneRecipe, fingerprint: str, data: Calibration, 
         "calibration data": data.description.get("fingerprint"),
         "loss": data.description.get("loss"),
         "adapter": {"name": loaded.adapter.name, "options": recipe.adapter_options},
+        "device": device.type,
+        "version of": _versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    return {name: version for name, version in reports.versions().items() if name in DECIDING}
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -76,6 +76,15 @@ class Timm(ImageClassifier):
             return None
         with init_empty_weights(include_buffers=False):
             model = _create(reference, pretrained=False)
+        part: Any
+        for part in model.modules():
+            vacant = [name for name, value in part._buffers.items() if value is not None and value.is_meta]
+            if vacant and hasattr(part, "init_non_persistent_buffers"):  # timm's own way to fill them in afterwards
+                for name in vacant:
+                    part._buffers[name] = torch.empty_like(part._buffers[name], device="cpu")
+                part.init_non_persistent_buffers()
+        if any(value.is_meta for value in model.buffers()):
+            return None
         model = model.eval() if dtype is None else model.eval().to(dtype)
         return Skeleton(model, self.processor(model), folder)
 

@@ -7,6 +7,7 @@ stopped, and does not count.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pruneforge.checkpoint.rewrite import sync_folder, writing
+from pruneforge.checkpoint.rewrite import sync, writing
 from pruneforge.errors import PruneForgeError
 
 FILE = "journal.jsonl"
@@ -44,37 +45,31 @@ class Journal:
         """
         self.folder = folder
         self.entries: list[dict[str, Any]] = []
-        path = folder / FILE
-        there = path.is_file()
-        if there and not resume:
-            raise PruneForgeError(
-                f"output folder {str(folder)!r} holds an unfinished run; go on with --resume, or empty the folder"
-            )
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+b")  # noqa: SIM115 - open for as long as the run lasts
+            self._file = _locked(folder / FILE)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise PruneForgeError(f"another process is writing to output folder {str(folder)!r}") from None
-        wanted = json.loads(json.dumps({"format": FORMAT, **run}))
-        lines = self._complete_lines()
-        self.resumed = bool(lines)
-        if not lines:
-            self.append(wanted)
-            sync_folder(folder)
-        else:
-            difference = _difference(lines[0], wanted)
-            if difference:
-                self._file.close()
-                raise PruneForgeError(f"the unfinished run in {str(folder)!r} is another one: {difference}")
+            lines = self._complete_lines()
+            self.resumed = bool(lines)
+            if lines and not resume:
+                raise PruneForgeError(
+                    f"output folder {str(folder)!r} holds an unfinished run; go on with --resume, or empty the folder"
+                )
+            wanted = json.loads(json.dumps({"format": FORMAT, **run}))
+            if not lines:
+                self.append(wanted)
+                sync(folder)
+            other = difference(lines[0], wanted) if lines else ""
+            if other:
+                raise PruneForgeError(f"the unfinished run in {str(folder)!r} is another one: {other}")
+        except PruneForgeError:
+            self.close()
+            raise
         self.entries = lines[1:]
 
     def _complete_lines(self) -> list[dict[str, Any]]:
         """Return the lines that were written whole, and cut off what follows them."""
-        self._file.seek(0)
-        text = self._file.read()
+        text = os.pread(self._file, os.fstat(self._file).st_size, 0)
         whole = text[: text.rfind(b"\n") + 1]
         lines = []
         for number, line in enumerate(whole.splitlines(), 1):
@@ -85,7 +80,7 @@ class Journal:
                     f"line {number} of {str(self.folder / FILE)!r} is damaged; empty the folder and begin anew"
                 ) from error
         if whole != text:
-            os.ftruncate(self._file.fileno(), len(whole))
+            os.ftruncate(self._file, len(whole))
         return lines
 
     def append(self, entry: Mapping[str, Any]) -> None:
@@ -94,25 +89,45 @@ class Journal:
         Raises:
             UnfinishedError: The disk is full, or cannot be written.
         """
+        line = json.dumps(entry).encode() + b"\n"
         with writing(self.folder):
-            self._file.write(json.dumps(entry).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            if os.write(self._file, line) < len(line):  # what there is of the line is cut off by the next reader
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._file)
         self.entries.append(dict(entry))
 
-    def close(self, finished: bool) -> None:
-        """Close the journal; remove it if the run is finished."""
-        if finished:
-            (self.folder / FILE).unlink()
-        self._file.close()
+    def close(self) -> None:
+        """Close the journal, and let other processes have it."""
+        os.close(self._file)
 
 
-def _difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:
+def _locked(path: Path) -> int:
+    """Open the journal for this process alone.
+
+    Raises:
+        PruneForgeError: Another process has it open.
+    """
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            raise PruneForgeError(f"another process is writing to output folder {str(path.parent)!r}") from None
+        except OSError:
+            os.close(file)
+            raise
+        if path.exists() and os.fstat(file).st_ino == path.stat().st_ino:
+            return file
+        os.close(file)  # its owner finished, and removed it, just before it was locked
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:
     """Return the first thing in which two runs differ, or nothing."""
     for key in [*before, *(key for key in now if key not in before)]:
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found = _difference(old, new, f"{prefix}{key} ")
+            found = difference(old, new, f"{prefix}{key} ")
             if found:
                 return found
         elif old != new:

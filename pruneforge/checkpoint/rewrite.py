@@ -1,7 +1,7 @@
 """Writing a checkpoint block by block: files of their final size, filled in place.
 
-While it is being written, a file is called `NAME.partial`. A rewritten weight file begins as its original, copied
-by the kernel, without the tensors that will change; those are written to their places as they are finished.
+While it is being written, a file is called `NAME.partial`. A rewritten weight file begins as its original
+without the tensors that will change; those are written to their places as they are finished.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Rewrite:
                 os.ftruncate(target, size)
                 os.pwrite(target, self._head, 0)
                 os.fsync(target)
-            sync_folder(self.folder)
+            sync(self.folder)
 
     def _lay_out(self, file: str) -> None:
         tensors = [stored for stored in self.source.tensors.values() if stored.file == file]
@@ -128,7 +128,7 @@ class Rewrite:
                     copy = self.folder / (path.name + PARTIAL)
                     shutil.copyfile(path, copy)
                     copy.replace(self.folder / path.name)
-            sync_folder(self.folder)
+            sync(self.folder)
 
     def _partial(self, file: str) -> Path:
         return self.folder / (file + PARTIAL)
@@ -150,7 +150,7 @@ def writing(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UnfinishedError(
             f"output folder {str(folder)!r} cannot be written: {error.strerror or error}; "
-            "what is finished stays there, go on with --resume"
+            "once it can, go on with --resume"
         ) from error
 
 
@@ -178,9 +178,16 @@ def _write_all(target: int, data: memoryview, offset: int) -> None:
         done += os.pwrite(target, data[done : done + (1 << 30)], offset + done)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make new names in a folder last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(folder: Path) -> None:
+    """Make the small files of a folder, and their names, last through a power cut."""
+    for path in folder.iterdir():
+        if path.is_file() and path.stat().st_size < 1 << 24:
+            _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

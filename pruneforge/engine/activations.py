@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pruneforge.checkpoint.rewrite import writing
 from pruneforge.checkpoint.shards import as_bytes
+from pruneforge.errors import UnfinishedError
 
 
 @dataclass
@@ -124,7 +125,12 @@ class Kept:
         if self._tensor is not None:
             return self._tensor.to(self.store.device)
         assert self.path is not None
-        data = torch.from_numpy(np.fromfile(self.path, np.uint8))
+        try:
+            data = torch.from_numpy(np.fromfile(self.path, np.uint8))
+        except OSError as error:
+            raise UnfinishedError(
+                f"{str(self.path)!r} cannot be read: {error.strerror}; go on with --resume"
+            ) from error
         return data.view(self.dtype).view(self.shape).to(self.store.device)
 
 

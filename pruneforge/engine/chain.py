@@ -185,15 +185,21 @@ class Chain:
         output = self.blocks[index].module(hidden, *call.args, **call.kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
-    def continues(self, index: int) -> bool:
-        """Return whether the model has code of its own between block `index` and the next."""
-        return index in self._transitions
+    @contextmanager
+    def between(self, index: int) -> Iterator[bool]:
+        """Hold what the model has between block `index` and the next, and yield whether it has anything there."""
+        if index in self._transitions:
+            with self.residency.stem_and_head():
+                yield True
+        else:
+            yield False
 
     def transition(self, index: int, hidden: Tensor, activations: Activations) -> Tensor:
         """Return the next block's input for the output `hidden` of block `index`, differentiable.
 
         They are the same unless the model has code between its blocks (a stage's downsampling, say). That code
-        is run in place: by the model's forward pass, with `hidden` standing in for what the block returns.
+        is run in place: by the model's forward pass, with `hidden` standing in for what the block returns. Call it,
+        and the backward pass through it, within `between(index)`.
         """
         if index not in self._transitions:
             return hidden
@@ -205,7 +211,7 @@ class Chain:
                 raise _StopForward
             return self._as_output(hidden if position == index else passed)
 
-        with self.residency.stem_and_head(), self._stand_ins(stand_in), suppress(_StopForward):
+        with self._stand_ins(stand_in), suppress(_StopForward):
             self.adapter.forward(self.module, activations.batch)
         return found[0]
 

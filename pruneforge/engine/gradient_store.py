@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +17,7 @@ from torch import Tensor
 from pruneforge.adapter import Block
 from pruneforge.checkpoint.rewrite import write_tensors, writing
 from pruneforge.checkpoint.shards import read_header, read_tensor
-from pruneforge.errors import PruneForgeError
+from pruneforge.errors import PruneForgeError, UnfinishedError
 from pruneforge.layer import accumulation_dtype
 from pruneforge.statistics import GradientStatistic
 
@@ -27,7 +29,13 @@ HOST = torch.device("cpu")
 
 
 class GradientStore(Protocol):
-    """Keeps the statistics of each block from the sweep that makes them to the block's own turn."""
+    """Keeps the statistics of each block from the sweep that makes them to the block's own turn.
+
+    Attributes:
+        shared: Whether all processes of a run look into the same one.
+    """
+
+    shared: bool
 
     def missing(self, block: Block, kinds: Sequence[Kind]) -> list[Kind]:
         """Return the kinds that are not there for every layer of the block."""
@@ -41,6 +49,8 @@ class GradientStore(Protocol):
 
 class InMemoryGradients:
     """Holds statistics in host memory."""
+
+    shared = False
 
     def __init__(self) -> None:
         self._found: Gradients = {}
@@ -73,6 +83,8 @@ class GradientFiles:
         reused: How many statistics an earlier run had left there.
         written: How many bytes this run has added.
     """
+
+    shared = True
 
     def __init__(self, root: Path, identity: Mapping[str, Any]) -> None:
         """Find or name the folder.
@@ -120,7 +132,9 @@ class GradientFiles:
                 described = json.loads(file.read(int.from_bytes(file.read(8), "little")))
             state = json.loads(described["__metadata__"]["state"])
         except (OSError, ValueError, KeyError) as error:
-            raise PruneForgeError(f"gradient statistics {str(path)!r} cannot be read; delete that folder") from error
+            raise UnfinishedError(
+                f"gradient statistics {str(path)!r} cannot be read; delete that folder, and go on with --resume"
+            ) from error
         tensors = {stored.name: read_tensor(path, stored) for stored in read_header(path)}
         statistic = kind((0, 0), torch.float32, HOST)
         statistic.load_state_dict({**state, **tensors})
@@ -130,14 +144,22 @@ class GradientFiles:
         return statistic
 
     def _path(self, name: str, kind: Kind) -> Path:
-        return self.folder / f"{name}.{kind.__module__}.{kind.__qualname__}.safetensors"
+        return self.folder / f"{name}.{kind.__qualname__}-{_source(kind)}.safetensors"
+
+
+@cache
+def _source(kind: Kind) -> str:
+    """Return a hash of the file that defines a statistic, so that another or changed one is not taken for it."""
+    file = inspect.getsourcefile(kind)
+    text = Path(file).read_bytes() if file else b""
+    return hashlib.sha256(kind.__module__.encode() + text).hexdigest()[:12]
 
 
 def cache_folder() -> Path:
     """Return where gradient statistics are kept by default: `$PRUNEFORGE_CACHE`, or the user's cache."""
     root = os.environ.get("PRUNEFORGE_CACHE")
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() if root else Path(cache).expanduser() / "pruneforge" / "gradients"
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(root).expanduser() if root else Path(home).expanduser() / "pruneforge" / "gradients"
 
 
 def _on(statistic: GradientStatistic, shape: tuple[int, int], device: torch.device) -> GradientStatistic:

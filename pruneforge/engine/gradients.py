@@ -78,11 +78,13 @@ def gradient_statistics(
                 upstream[number] = chain.store.keep(down)
                 if missing[index]:
                     update(block.layers, found, gradients, batch.batch.size, scale)
+                del hidden, down, gradients  # not held through the next batch's passes
         inputs[index] = []
         if missing[index]:
             _merge(found, group, chain.residency.device)
-            if group.first:
+            if group.first or not store.shared:
                 store.put(block, found)
+            del found
     group.gather(None)  # nobody looks for what the first process still writes
 
 
@@ -153,11 +155,12 @@ def _forward_sweep(
                 if not all_finite(after):
                     _name_the_layer(chain, index, before.get(), batch)
                 outputs.append(chain.store.keep(after))
-        if chain.continues(index):
-            outputs = [
-                chain.store.keep(chain.transition(index, output.get(), batch))
-                for output, batch in zip(outputs, activations, strict=True)
-            ]
+        with chain.between(index) as continues:
+            if continues:
+                outputs = [
+                    chain.store.keep(chain.transition(index, output.get(), batch))
+                    for output, batch in zip(outputs, activations, strict=True)
+                ]
         inputs.append(outputs)
     return inputs[:-1], inputs[-1]
 
@@ -195,11 +198,12 @@ def block_gradients(
     hidden = hidden.detach().requires_grad_()
     passes: list[tuple[str, Tensor, Tensor]] = []
     uses = WeightUses(layers, lambda layer, x, y: passes.append((layer.name, x.detach(), y)))
-    with torch.enable_grad():
-        with uses:
-            output = chain.run_block(index, hidden, batch)
-        output = chain.transition(index, output, batch)
-    downstream, *gradients = torch.autograd.grad(output, [hidden, *(y for _, _, y in passes)], upstream)
+    with chain.between(index):
+        with torch.enable_grad():
+            with uses:
+                output = chain.run_block(index, hidden, batch)
+            output = chain.transition(index, output, batch)
+        downstream, *gradients = torch.autograd.grad(output, [hidden, *(y for _, _, y in passes)], upstream)
     by_layer: dict[str, list[tuple[Tensor, Tensor]]] = {layer.name: [] for layer in layers}
     for (name, x, _), gradient in zip(passes, gradients, strict=True):
         by_layer[name].append((x, gradient))

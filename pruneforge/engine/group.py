@@ -115,6 +115,8 @@ def joined(device: torch.device) -> Iterator[Group]:
     if size == 1:
         yield Group()
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # objects are exchanged through the current device
     started = not dist.is_initialized()
     if started:
         with _others():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,6 +86,13 @@ def _check(run: Run, chain: Chain) -> None:
                 f"metric {run.metric.name!r} requires {kind.__name__}, which is neither an InputStatistic nor a "
                 "GradientStatistic, so nothing would feed it"
             )
+
+
+class _Noted(NamedTuple):
+    """What a process tells the others of a layer that it pruned."""
+
+    notes: Sequence[str]
+    updated: bool
 
 
 class _Loop:
@@ -183,7 +191,7 @@ class _Loop:
         """Make and apply the masks of a block's layers, each in the process that it falls to."""
         block = self.chain.blocks[index]
         masks: dict[str, Tensor] = {}
-        noted: dict[str, Sequence[str]] = {}
+        noted: dict[str, _Noted] = {}
         # A threshold over several layers is applied in their order, and cheaply: by every process for itself.
         owners = self.owners(block, stats) if threshold is None else dict.fromkeys(stats, self.group.rank)
         error: PruneForgeError | None = None
@@ -197,11 +205,12 @@ class _Loop:
             noted = self.group.agree(error, noted)
             if threshold is None:
                 masks = {layer.name: self.shared(layer, masks.get(layer.name), owners) for layer in block.layers}
-        notes = [f"{layer.name}: {note}" for layer in block.layers for note in noted[layer.name]]
+        notes = [f"{layer.name}: {note}" for layer in block.layers for note in noted[layer.name].notes]
+        updated = frozenset(name for name, found in noted.items() if found.updated)
         self.run.warnings += notes
         self.run.pruned.update({name: mask.numel() - int(mask.count_nonzero()) for name, mask in masks.items()})
         with self.run.timed("write"):
-            self.block_pruned(BlockResult(index, block, masks, notes))
+            self.block_pruned(BlockResult(index, block, masks, notes, updated))
 
     def owners(self, block: Block, stats: BlockStatistics) -> dict[str, int]:
         """Return which process prunes each layer; those that share an input stay together, to share what is derived."""
@@ -212,12 +221,12 @@ class _Loop:
         owners = self.group.spread([sum(la.parameter.numel() * la.shape[1] for la in part) for part in parts])
         return {layer.name: owner for part, owner in zip(parts, owners, strict=True) for layer in part}
 
-    def apply(self, layer: Layer, stats: LayerStatistics, threshold: Threshold | None) -> tuple[Tensor, Sequence[str]]:
-        """Prune a layer in place and return its mask on the CPU, and the metric's notes."""
+    def apply(self, layer: Layer, stats: LayerStatistics, threshold: Threshold | None) -> tuple[Tensor, _Noted]:
+        """Prune a layer in place and return its mask on the CPU, and what is to be said of it."""
         pruned = self.prune_layer(layer, stats, threshold)
         self.check(layer, pruned)
         layer.write(pruned.mask, pruned.weight)
-        return pruned.mask.cpu(), pruned.notes
+        return pruned.mask.cpu(), _Noted(pruned.notes, pruned.weight is not None)
 
     def shared(self, layer: Layer, mask: Tensor | None, owners: dict[str, int]) -> Tensor:
         """Bring a layer that one process has pruned to all of them, and return its mask."""
@@ -267,8 +276,8 @@ class _Loop:
     @torch.no_grad()
     def advance(self, index: int) -> None:
         """Make the next block's inputs of a block's outputs, for every batch."""
-        if self.chain.continues(index):
-            for batch in self.activations:
+        with self.chain.between(index) as continues:
+            for batch in self.activations if continues else ():
                 batch.hidden = self.chain.transition(index, batch.hidden, batch)
 
     @torch.no_grad()

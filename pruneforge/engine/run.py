@@ -70,9 +70,11 @@ class BlockResult:
         block: The block.
         masks: Mask [out, in] of each of its layers on the CPU, by full name; `True` keeps.
         notes: What the metric noted of its layers, one line each.
+        updated: Names of the layers whose kept weights the metric changed too.
     """
 
     index: int
     block: Block
     masks: dict[str, Tensor]
     notes: list[str] = field(default_factory=list)
+    updated: frozenset[str] = frozenset()

@@ -61,14 +61,19 @@ class Streamed:
         self._reader = ThreadPoolExecutor(1, "pruneforge-reader")
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._last = -1
+        self._outside_held = 0
         self._ahead: tuple[int, bool, Future[Parts]] | None = None
         _load_buffers(module, checkpoint)
 
     @contextmanager
     def stem_and_head(self) -> Iterator[None]:
         """Hold everything outside the blocks on the device."""
-        with self._present(self._read(self._outside, False), self._outside_buffers):
-            yield
+        self._outside_held += 1
+        try:
+            with self._present(self._read(self._outside, False), self._outside_buffers):
+                yield
+        finally:
+            self._outside_held -= 1
 
     @contextmanager
     def visit(self, block: Block, pruned: bool = False) -> Iterator[None]:
@@ -94,6 +99,8 @@ class Streamed:
         backwards = index < self._last or (index == self._last == len(self._blocks) - 1)
         following = index - 1 if backwards else index + 1
         self._last = index
+        if self._outside_held:
+            return  # there is no room for three
         if self._ahead is not None and self._ahead[:2] == (following, pruned):
             return
         self._ahead = None  # a wrong guess is let go before the next is read

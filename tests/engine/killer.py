@@ -1,7 +1,8 @@
 """A plugin that ends its own process at a chosen call, as `kill -9` would.
 
 `KILL_AT` counts the calls that write to the output; at that one the process is gone, before or after it, or with
-half of its bytes written, by turns. `KILL_RANK` restricts it to one process of several.
+half of its bytes written, by turns. A negative number is a block, counted from 1. `KILL_RANK` restricts it to one
+process of several.
 """
 
 import os
@@ -12,11 +13,24 @@ from pruneforge import hookimpl
 _calls = 0
 
 
+def chosen():
+    """The call, if it is this process's."""
+    rank = os.environ.get("RANK", "0")
+    return int(os.environ.get("KILL_AT", "0")) if os.environ.get("KILL_RANK", rank) == rank else 0
+
+
+@hookimpl
+def pruneforge_block_pruned(result):
+    """End the process in a block."""
+    if chosen() == -1 - result.index:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 @hookimpl
 def pruneforge_run_started(run):
     """Begin to count."""
-    at = int(os.environ.get("KILL_AT", "0"))
-    if not at or os.environ.get("KILL_RANK", os.environ.get("RANK", "0")) != os.environ.get("RANK", "0"):
+    at = chosen()
+    if at <= 0:
         return
 
     def counted(call):

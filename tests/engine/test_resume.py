@@ -143,7 +143,7 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path):
     held = Journal(output, {"some": "run"}, resume=False)
     with pytest.raises(PruneForgeError, match="another process is writing to output folder"):
         pruneforge.prune(model, "magnitude", 0.5, output=output, resume=True)
-    held.close(finished=False)
+    held.close()
 
 
 def test_a_full_disk_leaves_a_run_that_can_go_on(tmp_path):
@@ -239,12 +239,57 @@ def test_a_process_that_dies_ends_the_run_which_can_go_on(tmp_path):
     whole = prune(tmp_path / "whole", "wanda", processes=2)
     assert whole.returncode == 0, whole.stderr
     output = tmp_path / "out"
-    killed = prune(output, "wanda", kill_at=14, KILL_RANK="0", processes=2)
-    assert killed.returncode not in (0, None)
-    assert "SIGKILL" in killed.stderr or "exitcode" in killed.stderr
+    for rank, at in (("0", 14), ("1", -2)):  # the second process writes nothing, and dies in a block instead
+        killed = prune(output, "wanda", "--resume", kill_at=at, KILL_RANK=rank, processes=2)
+        assert killed.returncode != 0
+        assert "SIGKILL" in killed.stderr
+        assert (output / "journal.jsonl").exists()
     done = prune(output, "wanda", "--resume", processes=2)
     assert done.returncode == 0, done.stderr
     assert contents(output) == contents(tmp_path / "whole")
     refused = prune(output, "wanda", "--resume", "--batch-size", "64", processes=2)
     assert refused.returncode != 0
-    assert "is not empty" in refused.stderr
+    assert "is another one: recipe batch_size was null and is 64 now" in refused.stderr
+
+
+@pytest.mark.parametrize("metric", ["wanda", "gblm"])
+@pytest.mark.parametrize(("scope", "propagate"), [(None, "dense"), ("block", "pruned"), ("model", "dense")])
+def test_every_way_through_the_blocks_resumes(metric, scope, propagate, tmp_path, monkeypatch):
+    model, batches = saved(tmp_path / "model"), tokens().split(2)
+    settings = {"options": {"scope": scope} if scope else {}, "propagate": propagate}
+    pruneforge.prune(model, metric, 0.5, None, batches, output=tmp_path / "whole", **settings)
+    with monkeypatch.context() as patched:
+        stop_after(1, patched)
+        with pytest.raises(KeyboardInterrupt):
+            pruneforge.prune(model, metric, 0.5, None, batches, output=tmp_path / "out", **settings)
+    pruneforge.prune(model, metric, 0.5, None, batches, output=tmp_path / "out", resume=True, **settings)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_budget_that_is_too_small_costs_no_finished_block(tmp_path, monkeypatch):
+    model, output = saved(tmp_path / "model"), tmp_path / "out"
+    with monkeypatch.context() as patched:
+        stop_after(2, patched)
+        with pytest.raises(KeyboardInterrupt):
+            pruneforge.prune(model, "wanda", 0.5, None, [tokens()], output=output)
+    left = {path.name: path.read_bytes() for path in output.iterdir()}
+    with pytest.raises(PruneForgeError, match="memory budget of 1,000 bytes is too small"):
+        pruneforge.prune(model, "wanda", 0.5, None, [tokens()], output=output, resume=True, memory_budget=1000)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == left
+
+
+def test_a_finished_run_is_left_alone_and_another_is_refused(tmp_path):
+    model, output = saved(tmp_path / "model"), tmp_path / "out"
+    first = pruneforge.prune(model, "wanda", 0.5, None, [tokens()], output=output, resume=True)
+    left = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in output.iterdir()}
+    again = pruneforge.prune(model, "wanda", 0.5, None, [tokens()], output=output, resume=True)
+    assert again.report == first.report
+    with pytest.raises(PruneForgeError, match=r"finished run in .* is another one: calibration data fingerprint was"):
+        pruneforge.prune(model, "wanda", 0.5, None, [tokens(seed=3)], output=output, resume=True)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    with pytest.raises(PruneForgeError, match=r"finished run in .* is another one: model fingerprint was"):
+        pruneforge.prune(model, "wanda", 0.5, None, [tokens()], output=output, resume=True)
+    assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in output.iterdir()} == left
+    with pytest.raises(PruneForgeError, match="cannot be streamed, so there is no resume and no budget"):
+        pruneforge.prune(tiny_llama(), "magnitude", 0.5, output=tmp_path / "b", resume=True)

@@ -110,6 +110,37 @@ def test_an_image_model_of_timm_streams(tmp_path):
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_model_with_code_between_its_blocks_streams(metric, tmp_path):
+    torch.manual_seed(0)
+    tiny = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (1, 2), "num_heads": (2, 4)}
+    module = timm.create_model("swin_tiny_patch4_window7_224", **tiny, num_classes=5)
+    save_for_hf(module, str(tmp_path / "model"), safe_serialization=True)
+    batches = [{"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.arange(2)} for _ in range(2)]
+    expected = pruneforge.prune(tmp_path / "model", metric, 0.5, None, batches)
+    result = pruneforge.prune(tmp_path / "model", metric, 0.5, None, batches, output=tmp_path / "out")
+    assert all(torch.equal(result.masks[name], mask) for name, mask in expected.masks.items())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_that_a_metric_leaves_alone_keep_their_precision(dtype, tmp_path):
+    folder = saved(tmp_path / "model", torch.float32)
+    result = pruneforge.prune(folder, "wanda", 0.5, None, [tokens()], dtype=dtype, output=tmp_path / "out")
+    source, out = Checkpoint(folder), Checkpoint(tmp_path / "out")
+    for layer, mask in result.masks.items():
+        stored = source.tensors[f"{layer}.weight"]
+        assert torch.equal(out.read(stored), torch.where(mask, source.read(stored), 0))
+
+
+def test_a_single_file_goes_before_an_index_as_in_the_libraries(tmp_path):
+    folder = saved(tmp_path / "model", torch.float32)
+    tiny_llama(torch.float32, seed=1).save_pretrained(tmp_path / "single")
+    shutil.copy(tmp_path / "single" / "model.safetensors", folder)
+    expected = pruneforge.prune(folder, "magnitude", 0.5)
+    result = pruneforge.prune(folder, "magnitude", 0.5, output=tmp_path / "out")
+    assert all(torch.equal(result.masks[name], mask) for name, mask in expected.masks.items())
+
+
 @pytest.mark.parametrize("scope", [None, "model"])
 @pytest.mark.parametrize("metric", METRICS)
 def test_weights_are_there_only_while_their_block_is_visited(metric, scope, tmp_path):
