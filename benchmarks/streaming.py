@@ -5,7 +5,7 @@
 writes random bf16 weights (13.5 GB, shard by shard) to DIR, unless they are there, and prunes models of 4, 8, 16
 and 32 of their blocks with each metric, every run in a process of its own. Then a few blocks are pruned with more
 samples and longer ones. Peaks are what the kernel says of the process (`ru_maxrss`), imports included. Writes
-`benchmarks/results/streaming.json` after every run, and goes on where it was stopped.
+`benchmarks/results/streaming.json` after every run, goes on where it was stopped, and writes `docs/streaming.md`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -153,12 +152,9 @@ def fits(runs: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for metric in dict.fromkeys(run["metric"] for run in runs):
         mine = [run for run in runs if run["metric"] == metric]
-        usual = {"blocks": 2, "samples": SAMPLES, "tokens": TOKENS}
         for axis in ("blocks", "samples", "tokens"):
-            others = {key: value for key, value in usual.items() if key != axis}
-            if axis == "blocks":
-                del others
-                others = {"samples": SAMPLES, "tokens": TOKENS}
+            others = {"blocks": 2, "samples": SAMPLES, "tokens": TOKENS}
+            del others[axis]
             rows = [run for run in mine if all(run[key] == value for key, value in others.items())]
             if len({run[axis] for run in rows}) > 2:
                 fit = linear_fit([run[axis] for run in rows], [run["seconds"]["total"] for run in rows])
@@ -175,6 +171,41 @@ def jobs(metrics: list[str], depths: list[int], sparsegpt_blocks: int) -> list[t
         found += [("wanda", 2, samples, TOKENS) for samples in (8, 16, 32, 64)]
         found += [("wanda", 2, SAMPLES, tokens) for tokens in (256, 512, 1024)]
     return found
+
+
+def page(document: dict[str, Any]) -> str:
+    """Return the results as a page of the documentation."""
+    usual = [run for run in document["runs"] if (run["samples"], run["tokens"]) == (SAMPLES, TOKENS)]
+    lines = [
+        "# Streaming a checkpoint of 7B shape",
+        "",
+        "Made by `python benchmarks/streaming.py --folder DIR`; the numbers are in",
+        "[`benchmarks/results/streaming.json`](../benchmarks/results/streaming.json). Random bf16 weights of",
+        f"LLaMA-2-7B's shape, {SAMPLES} samples of {TOKENS} tokens, 50 %. Peak is the process's own peak of resident",
+        "memory, Python and its libraries included (0.8 GB).",
+        "",
+        "| metric | blocks | peak, GB | seconds | of which gradients | calibrate and propagate | prune | write |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for run in sorted(usual, key=lambda run: (run["metric"], run["blocks"])):
+        seconds = run["seconds"]
+        passes = seconds.get("calibrate", 0) + seconds.get("propagate", 0)
+        cells = [seconds["total"], seconds.get("gradients", 0), passes, seconds["prune"], seconds["write"]]
+        times = " | ".join(f"{value:.1f}" for value in cells)
+        lines.append(f"| `{run['metric']}` | {run['blocks']} | {run['peak_gb']:.2f} | {times} |")
+    lines += ["", "Time against one size at a time, as a straight line:", ""]
+    lines += ["| what | seconds for none | seconds for each more | largest residual |", "|---|---:|---:|---:|"]
+    for what, fit in document["fits"].items():
+        residual = f"{fit['largest_residual_share']:.1%}"
+        lines.append(f"| {what} | {fit['intercept']:.1f} | {fit['slope']:.3g} | {residual} |")
+    system, packages = document["machine"], document["versions"]
+    lines += [
+        "",
+        f"Machine: {system['processor']}, {system['cores']} cores, {system['threads']} threads, "
+        f"{', '.join(system['accelerators']) or 'no accelerator'}; torch {packages['torch']}.",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -205,8 +236,7 @@ def main() -> None:
         print(run, flush=True)
         document = {"shape": SHAPE, "runs": runs, "fits": fits(runs), "machine": machine(), "versions": versions()}
         RESULTS.write_text(json.dumps(document, indent=2) + "\n")
-    shutil.rmtree(arguments.folder / "scratch", ignore_errors=True)
-    print(json.dumps(fits(runs), indent=2))
+    (ROOT / "docs" / "streaming.md").write_text(page(json.loads(RESULTS.read_text())))
 
 
 if __name__ == "__main__":

@@ -80,22 +80,23 @@ class Output:
             group.gather(entries)
             yield entries
         except BaseException as error:
-            journal.close()
             hopeless = isinstance(error, PruneForgeError) and not isinstance(error, UnfinishedError)
-            if len(journal.entries) <= 1 or (hopeless and not journal.resumed):
-                self._remove(folder_too=new)
+            remove = len(journal.entries) <= 1 or (hopeless and not journal.resumed)
+            if remove:
+                self._remove()
+            journal.close()
+            if remove and new:
+                with suppress(OSError):  # somebody has put something else into it meanwhile
+                    self.folder.rmdir()
             raise
         (self.folder / JOURNAL).unlink()  # while it is still locked
         journal.close()
 
-    def _remove(self, folder_too: bool) -> None:
+    def _remove(self) -> None:
         for path in [*self.folder.glob(f"*{PARTIAL}"), self.folder / JOURNAL]:
             path.unlink(missing_ok=True)
         for path in self.folder.glob(f"{WAITING}*"):
             shutil.rmtree(path, ignore_errors=True)
-        if folder_too:
-            with suppress(OSError):  # somebody has put something else into it meanwhile
-                self.folder.rmdir()
 
     def stored(self, result: BlockResult) -> dict[str, Tensor]:
         """Return a finished block's weights as they will be stored, by tensor name.
