@@ -3,7 +3,7 @@
     python benchmarks/resume.py
 
 Prunes the embedded language model; each run is a process of its own that is killed after a random share of the time
-an unbroken run takes, and resumed by another. Writes `benchmarks/results/resume.json`.
+that an unbroken run takes from its journal's first line to its end, and resumed by another. Writes `benchmarks/results/resume.json`.
 """
 
 from __future__ import annotations
@@ -40,6 +40,12 @@ def prune(metric: str, folder: Path, resume: bool) -> None:
     )
 
 
+def begun(process: Any, folder: Path) -> None:
+    """Wait until a run has begun its journal, or is over."""
+    while process.is_alive() and not (folder / "out" / "journal.jsonl").exists():
+        time.sleep(0.002)
+
+
 def contents(folder: Path) -> dict[str, Any]:
     """Return every file of an output, the report without what was measured."""
     found: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -62,9 +68,10 @@ def main() -> None:
         for metric in METRICS:
             for attempt in range(2):  # the first one warms caches up
                 folder = Path(scratch) / f"{metric}-{attempt}"
-                start = time.perf_counter()
                 process = processes.Process(target=prune, args=(metric, folder, False))
                 process.start()
+                begun(process, folder)
+                start = time.perf_counter()
                 process.join()
                 assert process.exitcode == 0
                 seconds[metric] = time.perf_counter() - start
@@ -75,6 +82,7 @@ def main() -> None:
             after = chance.uniform(0, seconds[metric])
             process = processes.Process(target=prune, args=(metric, folder, False))
             process.start()
+            begun(process, folder)
             process.join(after)
             process.kill()
             process.join()

@@ -265,16 +265,24 @@ def test_an_interrupted_run_says_how_to_go_on(checkpoint, tmp_path):
         "@hookimpl\ndef pruneforge_register(registry): pass\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it\n"
         "@hookimpl\ndef pruneforge_block_pruned(result):\n"
-        "    if result.index == 2: os.kill(os.getpid(), signal.SIGINT)\n"
+        f"    if result.index == 2 and os.path.exists({str(tmp_path / 'armed')!r}):\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
     )
+    (tmp_path / "armed").touch()
     out = tmp_path / "out"
     done = shell("prune", checkpoint, *PRUNE, "-p", observer, "--output", out)
     assert done.returncode == 130
     assert done.stderr.strip() == f"pruneforge: interrupted; {out} holds what is finished, go on with --resume"
-    observer.write_text("")
+    (tmp_path / "armed").unlink()
     done = shell("prune", checkpoint, *PRUNE, "-p", observer, "--output", out)
     assert done.returncode == 2
     assert "holds an unfinished run; go on with --resume" in done.stderr
+    source = observer.read_text()
+    observer.write_text(source + "# another metric, perhaps")
+    done = shell("prune", checkpoint, *PRUNE, "-p", observer, "--output", out, "--resume")
+    assert done.returncode == 2
+    assert "is another one: plugin file" in done.stderr
+    observer.write_text(source)
     done = shell("prune", checkpoint, *PRUNE, "-p", observer, "--output", out, "--resume")
     assert done.returncode == 0, done.stderr
     assert pruneforge.load(out).report["sparsity"]["reached"] == 0.5
