@@ -3,7 +3,8 @@
     python benchmarks/resume.py
 
 Prunes the embedded language model; each run is a process of its own that is killed after a random share of the time
-that an unbroken run takes from its journal's first line to its end, and resumed by another. Writes `benchmarks/results/resume.json`.
+that an unbroken run takes from its journal's first line to its end, and resumed by another. Writes
+`benchmarks/results/resume.json`.
 """
 
 from __future__ import annotations
