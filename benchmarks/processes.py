@@ -66,6 +66,7 @@ def seconds(model: Path, metric: str, output: Path, processes: int) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--metrics", nargs="+", default=list(METRICS))
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -76,7 +77,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "model"
         write_model(model)
-        for metric in METRICS:
+        for metric in arguments.metrics:
             runs: dict[int, list[dict[str, float]]] = {1: [], 2: []}
             for number in range(arguments.rounds):
                 for processes in runs:
@@ -90,9 +91,10 @@ def main() -> None:
             }
             one, two = (found["total"] for found in median.values())
             results[metric] = {**median, "ratio": round(one / two, 3)}
+            results[metric]["rounds"] = arguments.rounds
             print(metric, json.dumps(results[metric]), flush=True)
-    document = {"results": results, "machine": machine(), "versions": versions()}
-    (ROOT / "benchmarks" / "results" / "processes.json").write_text(json.dumps(document, indent=2) + "\n")
+            document = {"results": results, "machine": machine(), "versions": versions()}
+            (ROOT / "benchmarks" / "results" / "processes.json").write_text(json.dumps(document, indent=2) + "\n")
 
 
 if __name__ == "__main__":
