@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pruneforge.options import Options as Options
     from pruneforge.pruning import load as load
     from pruneforge.pruning import prune as prune
+    from pruneforge.pruning import prune_each as prune_each
     from pruneforge.result import PruneResult as PruneResult
     from pruneforge.source import Source as Source
     from pruneforge.statistics import ColumnSquares as ColumnSquares
@@ -55,7 +56,7 @@ _MODULES = {
     "layer": ("Layer",),
     "metric": ("Metric", "Pruned"),
     "options": ("Options",),
-    "pruning": ("load", "prune"),
+    "pruning": ("load", "prune", "prune_each"),
     "result": ("PruneResult",),
     "source": ("Source",),
     "statistics": (

@@ -14,7 +14,9 @@ from torch import nn
 from pruneforge.adapter import Block
 from pruneforge.errors import PruneForgeError
 from pruneforge.layer import accumulation_dtype
+from pruneforge.memory import resident_bytes
 from pruneforge.metric import Metric
+from pruneforge.statistics import empty_statistics
 
 SHARE_OF_FREE = 0.8
 """How much of the memory that is free at the start a run takes for itself unless it is told."""
@@ -74,25 +76,21 @@ def fixed_bytes(blocks: Sequence[Block], metric: Metric, module: nn.Module) -> t
     it had an input of its own, and the work on the largest as four matrices of its size and of its statistics.
     """
     inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
-    outside = sum(_bytes(p) for p in module.parameters() if id(p) not in inside)
-    block = max(sum(_bytes(p) for p in block.module.parameters()) for block in blocks)
+    outside = sum(p.nbytes for p in module.parameters() if id(p) not in inside)
+    block = max(sum(p.nbytes for p in block.module.parameters()) for block in blocks)
     statistics, largest = 0, 0
     for found in blocks:
         sizes = []
         for layer in found.layers:
-            dtype = accumulation_dtype(layer.parameter.dtype)
-            made = [kind(layer.shape, dtype, torch.device("meta")).total for kind in metric.requires]
-            sizes.append(sum(_bytes(total) for total in made))
-            matrix = layer.parameter.numel() * dtype.itemsize
-            largest = max(largest, 4 * max([matrix, *(_bytes(total) for total in made)]))
+            made = [
+                statistic.total.nbytes
+                for statistic in empty_statistics(layer, metric.requires, torch.device("meta")).values()
+            ]
+            sizes.append(sum(made))
+            matrix = layer.parameter.numel() * accumulation_dtype(layer.parameter.dtype).itemsize
+            largest = max(largest, 4 * max([matrix, *made]))
         statistics = max(statistics, sum(sizes))
     return block + max(block, outside), statistics + largest
-
-
-def resident_bytes() -> int:
-    """Return what the process takes in host memory now, or 0 where the system does not say."""
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
 def free_bytes() -> int:
@@ -107,10 +105,6 @@ def free_bytes() -> int:
     if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
         free = min(free, int(limit.read_text()) - int(used.read_text()))
     return max(0, free)
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _left(budget: float, needed: int, what: str, given: int | None) -> int:

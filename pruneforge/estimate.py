@@ -19,15 +19,15 @@ from pruneforge.engine.gradients import block_gradients, update
 from pruneforge.engine.group import Group
 from pruneforge.engine.residency import InMemory, Residency
 from pruneforge.engine.run import Run
-from pruneforge.engine.streamed import Streamed, stored_parameters
+from pruneforge.engine.streamed import Streamed, stored_layers
 from pruneforge.job import Job, exact_arithmetic, make_job
-from pruneforge.layer import accumulation_dtype
 from pruneforge.memory import PeakMemory
 from pruneforge.metric import Metric
 from pruneforge.model import LoadedModel, in_evaluation_mode
-from pruneforge.statistics import GradientStatistic, InputStatistic, LayerStatistics, Statistic
+from pruneforge.statistics import GradientStatistic, InputStatistic, LayerStatistics, Statistic, empty_statistics
 
 T = TypeVar("T")
+META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def estimate(
     """
     job = make_job(model, metric, calibration, **settings)
     peak = PeakMemory(job.device)
-    loaded, data, run = job.prepare(Group(), job.progress, on_disk=not isinstance(model, nn.Module))
+    loaded, data, (run,) = job.prepare(Group(), job.progress, on_disk=not isinstance(model, nn.Module))
     with exact_arithmetic(run.seed), in_evaluation_mode(loaded.module), torch.no_grad():
         seconds, waiting = _probe(job, loaded, data, run)
     measured = peak.read()
@@ -89,16 +89,11 @@ def estimate(
     layers = [layer for block in run.blocks for layer in block.layers]
     weights = sum(layer.parameter.numel() for layer in layers)
     gradients = [kind for kind in run.metric.requires if issubclass(kind, GradientStatistic)]
-    statistics = sum(
-        kind(la.shape, accumulation_dtype(la.parameter.dtype), torch.device("meta")).total.nbytes
-        for kind in gradients
-        for la in layers
-    )
+    statistics = sum(made.total.nbytes for la in layers for made in empty_statistics(la, gradients, META).values())
     disk = waiting - waits_on_device - waits_on_host
     if loaded.checkpoint is not None:
-        stored = stored_parameters(loaded.module, loaded.checkpoint)
-        rewritten = {la.name: (stored[id(la.parameter)].name, la.shape) for la in layers}
-        disk += statistics + Rewrite(loaded.checkpoint, Path(), rewritten).bytes_needed()
+        stored = stored_layers(loaded.module, run.blocks, loaded.checkpoint)
+        disk += statistics + Rewrite(loaded.checkpoint, Path(), stored).bytes_needed()
     return Estimate(
         blocks=len(run.blocks),
         layers=len(layers),
@@ -131,8 +126,7 @@ def _probe(job: Job, loaded: LoadedModel, data: Calibration, run: Run) -> tuple[
         recorder = InputRecorder(block, [k for k in run.metric.requires if issubclass(k, InputStatistic)])
 
         def calibrate() -> torch.Tensor:
-            with recorder.recording():
-                recorder.start(captured[0].batch)
+            with recorder.recording(captured[0].batch):
                 return chain.run_block(0, captured[0].hidden, captured[0])
 
         gradients: dict[str, dict[Any, Any]] = {layer.name: {} for layer in block.layers}
@@ -145,13 +139,13 @@ def _probe(job: Job, loaded: LoadedModel, data: Calibration, run: Run) -> tuple[
             if kinds:
                 taken = _probe_gradients(chain, captured[0], output, kinds, gradients)
                 seconds["gradients"] = (plain + taken) * batches * blocks + 2 * reading * blocks
-        with run.timed("prune"):
+        with run.profile.stage("prune"):
             for layer in block.layers:
                 found: tuple[dict[type[Statistic], Statistic], dict[Any, Any]] = recorder.statistics(layer)
                 stats = LayerStatistics(*found).joined(gradients[layer.name])
                 torch.manual_seed(run.seed)
                 run.metric.prune_layer(layer, stats, run.pattern)
-        seconds["prune"] = run.seconds["prune"] * blocks
+        seconds["prune"] = run.profile.seconds()["prune"] * blocks
     seconds["read"] = reading * blocks
     if isinstance(residency, Streamed):
         residency.close()
@@ -165,8 +159,7 @@ def _probe_gradients(
     """Fill `found` from one batch with a made-up gradient of the block's output, and return the seconds it took."""
     layers = chain.blocks[0].layers
     for layer in layers:
-        dtype, device = accumulation_dtype(layer.parameter.dtype), layer.parameter.device
-        found[layer.name] = {kind: kind(layer.shape, dtype, device) for kind in kinds}
+        found[layer.name] = empty_statistics(layer, kinds)
 
     def run() -> None:
         _, passes = block_gradients(chain, 0, activations.hidden, activations, torch.full_like(output, 1e-3))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,68 +28,97 @@ from pruneforge.memory import PeakMemory
 from pruneforge.metric import Metric
 from pruneforge.model import LoadedModel, in_evaluation_mode, load_model, parse_device, parse_dtype
 from pruneforge.patterns import Pattern
-from pruneforge.plan import make_metric, make_pattern, make_recipe, without
+from pruneforge.plan import make_metric, make_pattern, make_recipe, sees_activations, without
 from pruneforge.plugins import Plugins, plugins
+from pruneforge.profile import FILE as PROFILE
+from pruneforge.profile import Profile
 from pruneforge.progress import BarProgress, Progress
 from pruneforge.recipe import PruneRecipe, save_recipe
 from pruneforge.result import PruneResult
-from pruneforge.streaming import prune_streamed
+from pruneforge.streaming import Output, prune_streamed, run_identity
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the patterns that a job prunes to.
+
+    Attributes:
+        recipe: The settings that give this one alone.
+        pattern: The pattern, with its scope.
+        output: The output folder.
+    """
+
+    recipe: PruneRecipe
+    pattern: Pattern
+    output: Path | None
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that was asked of a run, checked as far as it can be without the model.
+    """Everything that was asked for, checked as far as it can be without the model.
 
     Attributes:
-        recipe: The settings.
+        variants: What to prune to; recipes differ in sparsity and pattern alone.
         model: A folder, a hub id, or a model in memory.
         metric: The metric, with its options.
-        pattern: The pattern, with its scope.
         calibration: Calibration data.
         processor: Tokenizer or image transform of a model in memory.
         device: Where to compute.
         budgets: What the run may take in memory.
-        gradients: Where gradient statistics are kept for later runs.
-        output: The output folder.
+        gradients: Where gradient statistics are kept for later runs, if that was said.
         resume: Whether to go on with an unfinished run.
+        profile: Whether to look at the memory all the while, and leave a trace in the output.
         plugins: The plugins.
         progress: Where to show how far along the run is.
     """
 
-    recipe: PruneRecipe
+    variants: tuple[Variant, ...]
     model: str | Path | nn.Module
     metric: Metric
-    pattern: Pattern
     calibration: Data | None
     processor: Any
     device: torch.device
     budgets: Budgets
-    gradients: Path
-    output: Path | None
+    gradients: Path | None
     resume: bool
+    profile: bool
     plugins: Plugins
     progress: Progress
 
-    def run(self) -> PruneResult:
-        """Prune."""
-        on_disk = self.output is not None and not isinstance(self.model, nn.Module)
-        if self.output is not None and not (on_disk and self.resume):
-            self._check_new(self.output)
+    @property
+    def recipe(self) -> PruneRecipe:
+        """The settings; sparsity and pattern are those of the first variant."""
+        return self.variants[0].recipe
+
+    def run(self) -> list[PruneResult]:
+        """Prune, and return a result for each variant."""
+        on_disk = self.variants[0].output is not None and not isinstance(self.model, nn.Module)
+        if not on_disk:
+            self._refuse_what_streams("that takes a folder or hub id and an output")
+        for variant in self.variants:
+            # The journal says what an unfinished run's folder holds, once it is locked.
+            if variant.output is not None and not (on_disk and (self.resume or (variant.output / JOURNAL).is_file())):
+                check_output(variant.output)
         with joined(self.device) as group:
             progress = self.progress if group.first else Progress()
             peak = PeakMemory(self.device)
-            loaded, data, run = self.prepare(group, progress, on_disk)
-            self.plugins.hook.pruneforge_run_started(run=run)
-            with exact_arithmetic(run.seed), in_evaluation_mode(loaded.module):
+            loaded, data, runs = self.prepare(group, progress, on_disk)
+            for run in runs:
+                self.plugins.hook.pruneforge_run_started(run=run)
+            with (
+                exact_arithmetic(runs[0].seed),
+                in_evaluation_mode(loaded.module),
+                runs[0].profile.watching(),
+            ):
                 if loaded.checkpoint is None:
-                    return self._in_memory(loaded, data, run, group, progress, peak)
-                return self._streamed(loaded, data, run, group, progress, peak)
+                    return [self._in_memory(loaded, data, runs[0], group, progress, peak)]
+                return self._streamed(loaded, data, runs, group, progress, peak)
 
-    def prepare(self, group: Group, progress: Progress, on_disk: bool) -> tuple[LoadedModel, Calibration, Run]:
-        """Return the model, the calibration data, and the run that is to be made.
+    def prepare(self, group: Group, progress: Progress, on_disk: bool) -> tuple[LoadedModel, Calibration, list[Run]]:
+        """Return the model, the calibration data, and a run for each variant.
 
         Args:
-            group: The processes that share the run.
+            group: The processes that share the work.
             progress: Where to show how far along reading is.
             on_disk: Whether weights stay on disk, if they can.
         """
@@ -110,76 +139,104 @@ class Job:
                 processes=group.size,
             )
         blocks, excluded = without(loaded.adapter.blocks(loaded.module), recipe.exclude)
-        run = Run(self.metric, self.pattern, recipe.propagate, blocks, recipe.seed, excluded)
-        run.warnings += [*([loaded.note] if loaded.note else []), *data.warnings]
-        return loaded, data, run
+        profile = Profile(self.device, self.profile)
+        warnings = [*([loaded.note] if loaded.note else []), *data.warnings]
+        runs = [
+            Run(self.metric, variant.pattern, recipe.propagate, blocks, recipe.seed, excluded, list(warnings), profile)
+            for variant in self.variants
+        ]
+        return loaded, data, runs
 
-    def _check_new(self, output: Path) -> None:
-        if not isinstance(self.model, nn.Module) and (output / JOURNAL).is_file():
-            return  # the journal says what the folder holds, once it is locked
-        check_output(output)
+    def _refuse_what_streams(self, why: str) -> None:
+        """Raise if something was asked for that only a streamed run does."""
+        asked = {
+            "resume": self.resume,
+            "memory budget": self.budgets != Budgets(),
+            "gradient cache": self.gradients is not None,
+            "more than one pattern": len(self.variants) > 1,
+        }
+        for what, is_asked in asked.items():
+            if is_asked:
+                raise PruneForgeError(f"{what} goes with a model that is streamed from its folder, and {why}")
 
     def _in_memory(
         self, loaded: LoadedModel, data: Calibration, run: Run, group: Group, progress: Progress, peak: PeakMemory
     ) -> PruneResult:
-        if self.output is not None:
-            if self.resume or self.budgets != Budgets():
-                why = loaded.note or "it was given from Python"
-                raise PruneForgeError(f"the model cannot be streamed, so there is no resume and no budget: {why}")
-            check_output(self.output)
+        self._refuse_what_streams(loaded.note or "this one is not")
+        variant = self.variants[0]
         fingerprint = reports.fingerprint(loaded.module)
         masks: dict[str, Tensor] = {}
 
-        def block_pruned(result: BlockResult) -> None:
+        def block_pruned(run: Run, result: BlockResult) -> None:
             masks.update(result.masks)
             self.plugins.hook.pruneforge_block_pruned(run=run, result=result)
 
-        with run.timed("total"):
+        with run.profile.stage("total"):
             residency = InMemory(loaded.module, run.blocks, self.device)
             chain = Chain(loaded.module, loaded.adapter, run.blocks, residency)
-            prune_blocks(run, chain, data.batches, progress, block_pruned, group=group)
-        report = self._report(loaded, data, run, fingerprint, peak, {})
-        if self.output is not None and group.first:
-            with new_folder(self.output) as folder:
+            prune_blocks([run], chain, data.batches, progress, block_pruned, group=group)
+        report = self._report(variant, loaded, data, run, fingerprint, peak, {})
+        if variant.output is not None and group.first:
+            with new_folder(variant.output) as folder:
                 loaded.adapter.save(loaded.module, loaded.processor, folder)
                 save_masks(masks, folder)
-                save_recipe(self.recipe, folder)
-                reports.save_report(report, folder)
-        return PruneResult(report, loaded=loaded, masks=masks)
+                self._describe(variant, run, report, folder)
+        return PruneResult(report, loaded=loaded, masks=masks, profile=run.profile)
 
     def _streamed(
-        self, loaded: LoadedModel, data: Calibration, run: Run, group: Group, progress: Progress, peak: PeakMemory
-    ) -> PruneResult:
-        assert self.output is not None
-        report: dict[str, Any] = {}
+        self,
+        loaded: LoadedModel,
+        data: Calibration,
+        runs: list[Run],
+        group: Group,
+        progress: Progress,
+        peak: PeakMemory,
+    ) -> list[PruneResult]:
+        assert loaded.checkpoint is not None
+        profile = runs[0].profile
+        with profile.stage("total"), profile.stage("fingerprint"):
+            fingerprint = group.gather(loaded.checkpoint.fingerprint() if group.first else "")[0]
+        outputs: list[Output] = []
+        for variant, run in zip(self.variants, runs, strict=True):
+            assert variant.output is not None
+            identity = run_identity(variant.recipe, fingerprint, data, group, self.device)
+            outputs.append(Output(variant.output, loaded, run, variant.recipe, identity))
+        reports_of: dict[Path, dict[str, Any]] = {}
 
-        def conclude(fingerprint: str, identity: dict[str, Any]) -> None:
-            if self.output is not None and group.first:
-                report.update(self._report(loaded, data, run, fingerprint, peak, identity))
-                save_recipe(self.recipe, self.output)
-                reports.save_report(report, self.output)
+        def conclude(output: Output) -> None:
+            if group.first:
+                variant = self.variants[outputs.index(output)]
+                report = self._report(variant, loaded, data, output.run, fingerprint, peak, output.identity)
+                reports_of[output.folder] = report
+                self._describe(variant, output.run, report, output.folder)
 
-        pruned = prune_streamed(
-            run,
-            loaded,
-            data,
-            self.recipe,
-            self.output,
-            device=self.device,
-            resume=self.resume,
-            budgets=self.budgets,
-            gradients=self.gradients,
-            group=group,
-            progress=progress,
-            block_pruned=lambda result: self.plugins.hook.pruneforge_block_pruned(run=run, result=result),
-            conclude=conclude,
-        )
-        if not pruned and group.first:
-            report.update(reports.load_report(self.output) or {})
-        return PruneResult(report, self.output, dtype=self.recipe.dtype)
+        unfinished = [output for output in outputs if not (self.resume and output.is_finished())]
+        if unfinished:
+            prune_streamed(
+                unfinished,
+                loaded,
+                data,
+                fingerprint,
+                device=self.device,
+                resume=self.resume,
+                budgets=self.budgets,
+                gradients=self.gradients or cache_folder(),
+                group=group,
+                progress=progress,
+                block_pruned=lambda run, result: self.plugins.hook.pruneforge_block_pruned(run=run, result=result),
+                conclude=conclude,
+            )
+        for output in outputs if group.first else ():
+            if output not in unfinished:
+                reports_of[output.folder] = reports.load_report(output.folder) or {}
+        return [
+            PruneResult(reports_of.get(output.folder, {}), output.folder, dtype=self.recipe.dtype, profile=profile)
+            for output in outputs
+        ]
 
     def _report(
         self,
+        variant: Variant,
         loaded: LoadedModel,
         data: Calibration,
         run: Run,
@@ -188,10 +245,18 @@ class Job:
         identity: dict[str, Any],
     ) -> dict[str, Any]:
         report = reports.make_report(
-            self.recipe, loaded, fingerprint, data.description or None, run, peak.read(), identity
+            variant.recipe, loaded, fingerprint, data.description or None, run, peak.read(), identity
         )
+        report["measured"]["patterns_at_once"] = len(self.variants)
         self.plugins.hook.pruneforge_run_finished(run=run, report=report)
         return report
+
+    def _describe(self, variant: Variant, run: Run, report: dict[str, Any], folder: Path) -> None:
+        """Write what stands beside the weights."""
+        save_recipe(variant.recipe, folder)
+        reports.save_report(report, folder)
+        if self.profile:
+            run.profile.save(folder / PROFILE)
 
 
 def make_job(
@@ -199,17 +264,19 @@ def make_job(
     metric: str | Metric,
     calibration: Data | None = None,
     *,
+    patterns: Sequence[float | str] | None = None,
     options: Mapping[str, Any] | None = None,
     output: str | Path | None = None,
     resume: bool = False,
     memory_budget: str | int | None = None,
     device_memory_budget: str | int | None = None,
     gradient_cache: str | Path | None = None,
+    profile: bool = False,
     progress: bool | Progress = False,
     processor: Any = None,
     **settings: Any,
 ) -> Job:
-    """Return a job; its arguments are those of `pruneforge.prune`.
+    """Return a job; its arguments are those of `pruneforge.prune`, or with `patterns` of `pruneforge.prune_each`.
 
     Raises:
         PruneForgeError: Something asked for does not exist or does not fit, as far as that shows without the model.
@@ -224,27 +291,54 @@ def make_job(
         **settings,
     )
     chosen = make_metric(metric, options, found.registry)
-    pattern = make_pattern(chosen, recipe.sparsity, recipe.pattern, recipe.propagate)
+    folder = Path(output) if output is not None else None
+    if patterns is None:
+        pattern = make_pattern(chosen, recipe.sparsity, recipe.pattern, recipe.propagate)
+        variants: tuple[Variant, ...] = (Variant(recipe, pattern, folder),)
+    else:
+        variants = _variants(recipe, chosen, patterns, folder)
     if chosen.requires and calibration is None:
         raise PruneForgeError(f"metric {chosen.name!r} needs calibration data; pass --calibration SOURCE or PATH")
     if isinstance(calibration, str | Path):
         create_source(calibration, recipe.source_options, found.registry)  # before a large model is loaded
     device, _ = parse_device(recipe.device), parse_dtype(recipe.dtype)
     return Job(
-        recipe=recipe,
+        variants=variants,
         model=model,
         metric=chosen,
-        pattern=pattern,
         calibration=calibration,
         processor=processor,
         device=device,
         budgets=Budgets.parse(memory_budget, device_memory_budget),
-        gradients=Path(gradient_cache) if gradient_cache else cache_folder(),
-        output=Path(output) if output is not None else None,
+        gradients=Path(gradient_cache) if gradient_cache else None,
         resume=resume,
+        profile=profile,
         plugins=found,
         progress=(BarProgress() if progress else Progress()) if isinstance(progress, bool) else progress,
     )
+
+
+def _variants(
+    recipe: PruneRecipe, metric: Metric, patterns: Sequence[float | str], folder: Path | None
+) -> tuple[Variant, ...]:
+    """Return a variant for each pattern, with a folder of its own below `folder`."""
+    if len(patterns) > 1 and recipe.propagate == "pruned" and sees_activations(metric):
+        raise PruneForgeError(
+            "with pruned propagation each pattern changes what the next block sees, so several share nothing; "
+            "add --propagate dense, or make a run for each"
+        )
+    made: dict[str, Variant] = {}
+    for asked in patterns:
+        sparsity, text = (None, asked) if isinstance(asked, str) else (asked, None)
+        pattern = make_pattern(metric, sparsity, text, recipe.propagate)
+        name = str(pattern).replace(":", "of")
+        if name in made:
+            raise PruneForgeError(f"pattern {pattern} is asked for twice")
+        own = make_recipe(**{**recipe.model_dump(), "sparsity": sparsity, "pattern": text})
+        made[name] = Variant(own, pattern, folder / name if folder else None)
+    if not made:
+        raise PruneForgeError("no pattern is asked for; name at least one, such as 0.5 or 2:4")
+    return tuple(made.values())
 
 
 @contextmanager

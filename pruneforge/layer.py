@@ -130,17 +130,27 @@ class WeightUses(TorchFunctionMode):
 
     _PRODUCTS = frozenset({F.linear, F.conv2d, torch.conv2d})
 
-    def __init__(self, layers: Sequence[Layer], report: Callable[[Layer, Tensor, Tensor], None]) -> None:
-        """Report to `report(layer, input, output)`."""
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        before: Callable[[Layer, Tensor], None] | None = None,
+        after: Callable[[Layer, Tensor, Tensor], None] | None = None,
+    ) -> None:
+        """Report to `before(layer, input)` and `after(layer, input, output)`."""
         super().__init__()
         self._layers = {id(layer.parameter): layer for layer in layers}
-        self._report = report
+        self._before = before
+        self._after = after
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func in self._PRODUCTS:
-            weight = args[1] if len(args) > 1 else (kwargs or {})["weight"]
-            layer = self._layers.get(id(weight))
-            if layer is not None:
-                self._report(layer, args[0] if args else (kwargs or {})["input"], output)
+        kwargs = kwargs or {}
+        if func not in self._PRODUCTS:
+            return func(*args, **kwargs)
+        layer = self._layers.get(id(args[1] if len(args) > 1 else kwargs["weight"]))
+        value = args[0] if args else kwargs["input"]
+        if layer is not None and self._before:
+            self._before(layer, value)
+        output = func(*args, **kwargs)
+        if layer is not None and self._after:
+            self._after(layer, value, output)
         return output

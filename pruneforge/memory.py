@@ -1,7 +1,8 @@
-"""Peak memory of a stretch of work."""
+"""What a process holds in memory, and the most it held."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,12 @@ class PeakMemory:
         if self._device.type == "cuda":
             found["device_bytes"] = torch.cuda.max_memory_allocated(self._device)
         return found
+
+
+def resident_bytes() -> int:
+    """Return what the process takes in host memory now, or 0 where the system does not say."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
 def _reset_peak() -> bool:

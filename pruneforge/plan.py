@@ -56,13 +56,17 @@ def make_pattern(metric: Metric, sparsity: float | None, pattern: str | None, pr
     chosen = getattr(metric.options, "scope", None)
     if isinstance(asked, NM) and chosen is not None:
         raise PruneForgeError(f"scope={chosen} does not go with pattern {asked}, which compares within groups")
-    calibrated = any(issubclass(kind, InputStatistic) for kind in metric.requires)
-    if getattr(asked, "scope", None) == "model" and propagate == "pruned" and calibrated:
+    if getattr(asked, "scope", None) == "model" and propagate == "pruned" and sees_activations(metric):
         raise PruneForgeError(
             "scope=model compares scores of all blocks, so none can be pruned before the last is calibrated; "
             "add --propagate dense"
         )
     return asked
+
+
+def sees_activations(metric: Metric) -> bool:
+    """Return whether a metric's scores depend on how earlier blocks were pruned."""
+    return any(issubclass(kind, InputStatistic) for kind in metric.requires)
 
 
 def without(blocks: list[Block], exclude: Sequence[str]) -> tuple[list[Block], list[Layer]]:

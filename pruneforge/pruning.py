@@ -43,6 +43,7 @@ def prune(
     memory_budget: str | int | None = None,
     device_memory_budget: str | int | None = None,
     gradient_cache: str | Path | None = None,
+    profile: bool = False,
     progress: bool | Progress = False,
     processor: Any = None,
 ) -> PruneResult:
@@ -80,6 +81,8 @@ def prune(
         device_memory_budget: The same for a CUDA device; what does not fit waits in host memory.
         gradient_cache: Folder in which gradient statistics are kept for later runs on the same model and data; by
             default `$PRUNEFORGE_CACHE`, or the user's cache folder.
+        profile: Whether to look at the memory all the while. The report then says what each stage took of time and
+            memory for each block, and the output holds a trace that https://ui.perfetto.dev opens.
         progress: `True` for bars on a terminal.
         processor: Tokenizer or image transform of a model in memory.
 
@@ -101,6 +104,7 @@ def prune(
         memory_budget=memory_budget,
         device_memory_budget=device_memory_budget,
         gradient_cache=gradient_cache,
+        profile=profile,
         progress=progress,
         processor=processor,
         sparsity=sparsity,
@@ -115,7 +119,43 @@ def prune(
         device=device,
         dtype=dtype,
         seed=seed,
-    ).run()
+    ).run()[0]
+
+
+def prune_each(
+    model: str | Path,
+    metric: str | Metric,
+    patterns: Sequence[float | str],
+    calibration: Data | None = None,
+    *,
+    output: str | Path,
+    propagate: Literal["pruned", "dense"] = "dense",
+    **settings: Any,
+) -> dict[str, PruneResult]:
+    """Prune a model to several patterns in one pass over the calibration data.
+
+    Forward passes, statistics and what a metric derives from them are shared; each pattern's output is the one that
+    `prune` gives with `propagate="dense"`, byte for byte but for the times in the report.
+
+    Args:
+        model: A folder or hub id.
+        metric: As for `prune`.
+        patterns: Sparsities, such as 0.5, and "N:M".
+        calibration: As for `prune`.
+        output: Each pattern's folder stands below it, named "0.5" or "2of4".
+        propagate: "dense"; metrics that see no activations need not say.
+        settings: Every other argument of `prune`, by name.
+
+    Returns:
+        A result for each pattern, by the name of its folder.
+
+    Raises:
+        PruneForgeError: As `prune` does; besides, a pattern comes twice, there is none, or the model cannot be
+            streamed.
+    """
+    job = make_job(model, metric, calibration, patterns=patterns, output=output, propagate=propagate, **settings)
+    names = [variant.output.name for variant in job.variants if variant.output is not None]
+    return dict(zip(names, job.run(), strict=True))
 
 
 def load(folder: str | Path, *, device: str = "auto", dtype: str = "auto") -> PruneResult:

@@ -83,10 +83,11 @@ def make_report(
         "versions": versions(),
         "measured": {
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "seconds": {stage: round(seconds, 3) for stage, seconds in run.seconds.items()},
+            "seconds": {stage: round(seconds, 3) for stage, seconds in run.profile.seconds().items()},
             "peak_memory": dict(peak_memory),
             "activations_peak": run.activations,
             "gradient_cache": run.gradient_cache,
+            **({"profile": run.profile.table()} if run.profile.memory else {}),
             "machine": machine(),
         },
     }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pruneforge.checkpoint.masks import load_masks
 from pruneforge.model import LoadedModel, load_model
 from pruneforge.plugins import plugins
+from pruneforge.profile import Profile
 
 
 class PruneResult:
@@ -18,6 +19,8 @@ class PruneResult:
 
     Attributes:
         report: What `pruneforge.json` holds.
+        folder: Where it was written, if it is read from there when it is asked for.
+        profile: Where the time of the run went; `None` for a result that was loaded.
     """
 
     def __init__(
@@ -27,10 +30,12 @@ class PruneResult:
         loaded: LoadedModel | None = None,
         masks: dict[str, Tensor] | None = None,
         dtype: str = "auto",
+        profile: Profile | None = None,
     ) -> None:
         """Hold a result in memory, or name the folder that it is read from when it is asked for."""
         self.report = report
-        self._folder = folder
+        self.profile = profile
+        self.folder = folder
         self._dtype = dtype
         if loaded is not None:
             self.loaded = loaded
@@ -40,14 +45,14 @@ class PruneResult:
     @cached_property
     def loaded(self) -> LoadedModel:
         """The model with its adapter and processor."""
-        assert self._folder is not None
-        return load_model(self._folder, self._dtype, None, plugins().registry)
+        assert self.folder is not None
+        return load_model(self.folder, self._dtype, None, plugins().registry)
 
     @cached_property
     def masks(self) -> dict[str, Tensor]:
         """Boolean [out, in] by full layer name, `True` keeps."""
-        assert self._folder is not None
-        return load_masks(self._folder)
+        assert self.folder is not None
+        return load_masks(self.folder)
 
     @property
     def model(self) -> nn.Module:

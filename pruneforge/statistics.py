@@ -7,12 +7,14 @@ float64 in a float64 model, and merge by addition, so that batches, processes an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+
+from pruneforge.layer import Layer, accumulation_dtype
 
 S = TypeVar("S", bound="Statistic")
 T = TypeVar("T")
@@ -159,6 +161,15 @@ class GradientSum(GradientStatistic):
     def add(self, gradient: Tensor) -> None:
         """Add the gradient as it is."""
         self.total += gradient
+
+
+K = TypeVar("K", bound=Statistic)
+
+
+def empty_statistics(layer: Layer, kinds: Iterable[type[K]], device: torch.device | None = None) -> dict[type[K], K]:
+    """Return empty statistics of a layer, by class, with their sums on its device or on `device`."""
+    weight = layer.parameter
+    return {kind: kind(layer.shape, accumulation_dtype(weight.dtype), device or weight.device) for kind in kinds}
 
 
 class LayerStatistics:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pruneforge import recipe as recipes
 from pruneforge import report as reports
 from pruneforge.budget import Budgets
 from pruneforge.calibration import Calibration
+from pruneforge.checkpoint import masks
 from pruneforge.checkpoint.journal import FILE as JOURNAL
 from pruneforge.checkpoint.journal import Journal, difference
 from pruneforge.checkpoint.output import check_output
@@ -26,15 +28,19 @@ from pruneforge.engine.gradient_store import GradientFiles
 from pruneforge.engine.group import Group
 from pruneforge.engine.loop import prune_blocks
 from pruneforge.engine.run import BlockResult, Run
-from pruneforge.engine.streamed import Streamed, stored_parameters
+from pruneforge.engine.streamed import Streamed, stored_layers
 from pruneforge.errors import PruneForgeError, UnfinishedError
 from pruneforge.layer import all_finite, zeroed
 from pruneforge.model import LoadedModel
+from pruneforge.profile import FILE as PROFILE
 from pruneforge.progress import Progress
 from pruneforge.recipe import PruneRecipe
 
 DECIDING = ("pruneforge", "torch", "transformers", "timm")
 """Packages of which another version may give other bytes."""
+
+OWN = frozenset({masks.FILE, reports.FILE, recipes.FILE, PROFILE, JOURNAL})
+"""Files of an earlier pruning run, which are not copied from a model that is pruned once more."""
 
 WAITING = ".activations-"
 """Folder, in the output, of hidden states that find no room in memory; a process each."""
@@ -45,40 +51,62 @@ class Output:
 
     Attributes:
         folder: The folder.
-        rewrite: The files in it.
+        run: The run.
+        recipe: What was asked.
+        identity: What decides the bytes, which a resumed run must share.
+        rewrite: The files in the folder.
     """
 
-    def __init__(self, folder: Path, loaded: LoadedModel, run: Run) -> None:
+    def __init__(
+        self, folder: Path, loaded: LoadedModel, run: Run, recipe: PruneRecipe, identity: dict[str, Any]
+    ) -> None:
         """Describe the output of `run`; nothing is written yet."""
         assert loaded.checkpoint is not None
         self.folder = folder
-        stored = stored_parameters(loaded.module, loaded.checkpoint)
-        self._layers = {la.name: (stored[id(la.parameter)], la) for block in run.blocks for la in block.layers}
-        layers = {name: (tensor.name, layer.shape) for name, (tensor, layer) in self._layers.items()}
-        self.rewrite = Rewrite(loaded.checkpoint, folder, layers)
+        self.run = run
+        self.recipe = recipe
+        self.identity = identity
+        self._stored = stored_layers(loaded.module, run.blocks, loaded.checkpoint)
+        self.rewrite = Rewrite(loaded.checkpoint, folder, self._stored)
         self._checkpoint = loaded.checkpoint
         self._journal: Journal | None = None
 
+    def is_finished(self) -> bool:
+        """Return whether the folder holds this very run, finished.
+
+        Raises:
+            PruneForgeError: It holds another one.
+        """
+        report = None if (self.folder / JOURNAL).is_file() else reports.load_report(self.folder)
+        if report is None:
+            return False
+        other = difference(report.get("identity", {}), json.loads(json.dumps(self.identity)))
+        if other:
+            raise PruneForgeError(
+                f"the finished run in {str(self.folder)!r} is another one: {other}; name another folder"
+            )
+        return True
+
     @contextmanager
-    def opened(self, identity: dict[str, Any], resume: bool, group: Group) -> Iterator[list[dict[str, Any]]]:
-        """Hold the folder within the context and yield what the journal says of finished blocks, to every process.
+    def opened(self, resume: bool, group: Group) -> Iterator[None]:
+        """Hold the folder within the context, and tell the run, in every process, what is finished.
 
         A run that stops before a block is finished leaves no trace, and neither does one that would stop again.
         """
         if not group.first:
-            yield group.gather(None)[0] or []
+            self._tell(group.gather(None)[0] or [])
+            yield
             return
         new = not self.folder.exists()
         if not (self.folder / JOURNAL).is_file():
             check_output(self.folder)
-        journal = self._journal = Journal(self.folder, identity, resume)
+        journal = self._journal = Journal(self.folder, self.identity, resume)
         try:
             if not journal.entries:
                 self.rewrite.prepare()
                 journal.append({"prepared": True})
-            entries = journal.entries[1:]
-            group.gather(entries)
-            yield entries
+            self._tell(group.gather(journal.entries[1:])[0])
+            yield
         except BaseException as error:
             hopeless = isinstance(error, PruneForgeError) and not isinstance(error, UnfinishedError)
             remove = len(journal.entries) <= 1 or (hopeless and not journal.resumed)
@@ -91,6 +119,12 @@ class Output:
             raise
         (self.folder / JOURNAL).unlink()  # while it is still locked
         journal.close()
+
+    def _tell(self, entries: Sequence[dict[str, Any]]) -> None:
+        for entry in entries:
+            self.run.pruned.update(entry["pruned"])
+            self.run.warnings += entry["notes"]
+        self.run.finished = len(entries)
 
     def _remove(self) -> None:
         for path in [*self.folder.glob(f"*{PARTIAL}"), self.folder / JOURNAL]:
@@ -108,9 +142,9 @@ class Output:
             PruneForgeError: A changed weight is too large for the checkpoint's dtype.
         """
         tensors: dict[str, Tensor] = {}
-        for name, mask in result.masks.items():
-            stored, layer = self._layers[name]
-            value = layer.parameter.data
+        for layer in result.block.layers:
+            name, value = layer.name, layer.parameter.data
+            stored, _ = self._stored[name]
             if stored.dtype == value.dtype:
                 tensors[stored.name] = value
             elif name in result.updated:
@@ -119,23 +153,21 @@ class Output:
                     raise PruneForgeError(f"an updated weight of layer {name!r} is too large for {stored.dtype}")
                 value.copy_(tensors[stored.name])
             else:
-                tensors[stored.name] = zeroed(self._checkpoint.read(stored), mask)
+                tensors[stored.name] = zeroed(self._checkpoint.read(stored), result.masks[name])
         return tensors
 
     def keep(self, tensors: dict[str, Tensor], result: BlockResult) -> None:
         """Write a finished block for good."""
         assert self._journal is not None
         self.rewrite.write(tensors, result.masks)
-        pruned = {name: mask.numel() - int(mask.count_nonzero()) for name, mask in result.masks.items()}
-        self._journal.append({"block": result.index, "pruned": pruned, "notes": result.notes})
+        self._journal.append({"block": result.index, "pruned": result.pruned, "notes": result.notes})
 
 
 def prune_streamed(
-    run: Run,
+    outputs: Sequence[Output],
     loaded: LoadedModel,
     data: Calibration,
-    recipe: PruneRecipe,
-    folder: Path,
+    fingerprint: str,
     *,
     device: torch.device,
     resume: bool,
@@ -143,88 +175,68 @@ def prune_streamed(
     gradients: Path,
     group: Group,
     progress: Progress,
-    block_pruned: Callable[[BlockResult], object],
-    conclude: Callable[[str, dict[str, Any]], object],
-) -> bool:
-    """Prune block by block into `folder`; return whether there was anything to do.
+    block_pruned: Callable[[Run, BlockResult], object],
+    conclude: Callable[[Output], object],
+) -> None:
+    """Prune block by block into the outputs' folders.
 
     Args:
-        run: What to do.
+        outputs: What to do, and where to; they differ in nothing but their patterns.
         loaded: The model, its weights on disk.
         data: The calibration data.
-        recipe: What was asked; with the fingerprints it decides whether a run can be resumed.
-        folder: The output folder.
+        fingerprint: Of the model.
         device: Where to compute.
-        resume: Whether to go on with an unfinished run.
-        budgets: What the run may take in memory.
+        resume: Whether to go on with unfinished runs.
+        budgets: What the runs may take in memory.
         gradients: Where gradient statistics are kept for later runs.
         group: The processes that share the work.
-        progress: Where to show how far along the run is.
-        block_pruned: Called with each block's result.
-        conclude: Called with the fingerprint of the dense model, and all that decides the bytes, when the weights
-            are complete; writes what comes beside them.
+        progress: Where to show how far along the runs are.
+        block_pruned: Called with each run and block's result.
+        conclude: Called with each output when its weights are complete; writes what comes beside them.
 
     Raises:
         PruneForgeError: As `pruneforge.prune` says.
     """
     assert loaded.checkpoint is not None
-    with run.timed("total"), run.timed("fingerprint"):
-        fingerprint = group.gather(loaded.checkpoint.fingerprint() if group.first else "")[0]
-        output = Output(folder, loaded, run)
-    host, on_device = budgets.for_activations(run.blocks, run.metric, loaded.module, device)
-    identity = run_identity(recipe, fingerprint, data, group, device)
-    if resume and _is_finished(folder, identity):
-        return False
-    with output.opened(identity, resume, group) as entries:
-        for entry in entries:
-            run.pruned.update(entry["pruned"])
-            run.warnings += entry["notes"]
-        run.finished = len(entries)
-        with run.timed("total"):
-            waiting = folder / f"{WAITING}{group.rank}"
+    first = outputs[0]
+    runs, blocks, profile = [output.run for output in outputs], first.run.blocks, first.run.profile
+    host, on_device = budgets.for_activations(blocks, first.run.metric, loaded.module, device)
+    with ExitStack() as opened:
+        for output in outputs:
+            opened.enter_context(output.opened(resume, group))
+        with profile.stage("total"):
+            waiting = first.folder / f"{WAITING}{group.rank}"
             shutil.rmtree(waiting, ignore_errors=True)
             store = Store(device, on_device, host, waiting)
-            files = GradientFiles(gradients, gradient_identity(recipe, fingerprint, data, loaded, device))
-            residency = Streamed(loaded.module, run.blocks, device, loaded.checkpoint, output.rewrite)
+            files = GradientFiles(gradients, gradient_identity(first.recipe, fingerprint, data, loaded, device))
+            residency = Streamed(loaded.module, blocks, device, loaded.checkpoint, first.rewrite, profile)
 
-            def finished(result: BlockResult) -> None:
+            def finished(run: Run, result: BlockResult) -> None:
+                output = next(output for output in outputs if output.run is run)
                 tensors = output.stored(result)
                 if group.first:
                     output.keep(tensors, result)
-                block_pruned(result)
+                block_pruned(run, result)
 
             try:
-                if run.finished < len(run.blocks):
-                    chain = Chain(loaded.module, loaded.adapter, run.blocks, residency, store)
-                    prune_blocks(run, chain, data.batches, progress, finished, files, group)
+                if any(run.finished < len(blocks) for run in runs):
+                    chain = Chain(loaded.module, loaded.adapter, blocks, residency, store)
+                    prune_blocks(runs, chain, data.batches, progress, finished, files, group)
             finally:
                 residency.close()
                 store.close()
-            run.gradient_cache = {"reused": files.reused, "added_bytes": files.written}
-            run.activations = {name: home.peak for name, home in store.homes.items()}
+            for run in runs:
+                run.gradient_cache = {"reused": files.reused, "added_bytes": files.written}
+                run.activations = {name: home.peak for name, home in store.homes.items()}
             if group.first:
-                output.rewrite.finish()
-        with writing(folder):
-            conclude(fingerprint, identity)
-            if group.first:
-                sync(folder)
-        group.gather(None)  # nobody looks at the output before it is complete
-    return True
-
-
-def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
-    """Return whether `folder` holds this very run, finished.
-
-    Raises:
-        PruneForgeError: It holds another one.
-    """
-    report = None if (folder / JOURNAL).is_file() else reports.load_report(folder)
-    if report is None:
-        return False
-    other = difference(report.get("identity", {}), json.loads(json.dumps(identity)))
-    if other:
-        raise PruneForgeError(f"the finished run in {str(folder)!r} is another one: {other}; name another folder")
-    return True
+                for output in outputs:
+                    output.rewrite.finish(OWN)
+        for output in outputs:
+            with writing(output.folder):
+                conclude(output)
+                if group.first:
+                    sync(output.folder)
+        group.gather(None)  # nobody looks at an output before it is complete
 
 
 def run_identity(

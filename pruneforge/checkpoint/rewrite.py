@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,18 +25,18 @@ PARTIAL = ".partial"
 class Rewrite:
     """A copy of a checkpoint in which some tensors change, and the masks beside it."""
 
-    def __init__(self, source: Checkpoint, folder: Path, layers: Mapping[str, tuple[str, tuple[int, int]]]) -> None:
+    def __init__(self, source: Checkpoint, folder: Path, layers: Mapping[str, tuple[Stored, tuple[int, int]]]) -> None:
         """Describe the files; nothing is written yet.
 
         Args:
             source: What is copied.
             folder: Where to.
-            layers: For each layer, the name of its tensor and its shape as a matrix.
+            layers: For each layer, where its tensor stands and its shape as a matrix.
         """
         self.source = source
         self.folder = folder
         self._layers = dict(layers)
-        self._changing = {tensor for tensor, _ in layers.values()}
+        self._changing = {stored.name for stored, _ in layers.values()}
         self._head = masks.header({name: shape for name, (_, shape) in layers.items()})
         self._places: dict[str, Stored] = {}
 
@@ -115,8 +115,8 @@ class Rewrite:
         stored = self.source.tensors[name]
         return read_tensor(self._partial(stored.file), stored)
 
-    def finish(self) -> None:
-        """Give every file its name, and copy what stands beside the weights."""
+    def finish(self, own: Collection[str]) -> None:
+        """Give every file its name, and copy what stands beside the weights, but for files called as in `own`."""
         with writing(self.folder):
             for file in [*self.source.files, masks.FILE]:
                 partial = self.folder / (file + PARTIAL)
@@ -124,7 +124,7 @@ class Rewrite:
                     partial.replace(self.folder / file)
             # The configuration comes last: without it nothing takes the folder for a model.
             for path in sorted(self.source.companions(), key=lambda path: path.name == "config.json"):
-                if path.name not in OWN:
+                if path.name not in own:
                     copy = self.folder / (path.name + PARTIAL)
                     shutil.copyfile(path, copy)
                     copy.replace(self.folder / path.name)
@@ -132,10 +132,6 @@ class Rewrite:
 
     def _partial(self, file: str) -> Path:
         return self.folder / (file + PARTIAL)
-
-
-OWN = frozenset({masks.FILE, "pruneforge.json", "recipe.yaml", "journal.jsonl"})
-"""Files of an earlier pruning run, which are not copied from a model that is pruned once more."""
 
 
 @contextmanager

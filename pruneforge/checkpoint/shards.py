@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -246,8 +246,3 @@ def _index(path: Path) -> dict[str, str]:
         if not isinstance(file, str) or Path(file).name != file:
             raise PruneForgeError(f"index {str(path)!r} names {file!r}, which is no file of the folder")
     return listed
-
-
-def total_bytes(tensors: Iterable[Stored]) -> int:
-    """Return how many bytes tensors have together."""
-    return sum(stored.size for stored in tensors)

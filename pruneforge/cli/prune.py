@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from pruneforge.cli import common
+from pruneforge.errors import PruneForgeError
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -21,6 +22,10 @@ pruneforge prune MODEL --metric NAME --pattern 2:4 --calibration text.txt --samp
 pruneforge prune MODEL --metric mine -p mine.py --option power=0.5 --calibration c4 --output pruned
 
 pruneforge prune MODEL --metric NAME --calibration c4 --output pruned --memory-budget 8GB
+
+pruneforge prune MODEL --metric NAME --sparsity 0.3,0.5 --pattern 2:4 --propagate dense --calibration c4 --output all
+
+pruneforge prune MODEL --metric NAME --calibration c4 --output pruned --profile
 
 pruneforge prune MODEL --metric NAME --calibration c4 --dry-run
 
@@ -46,7 +51,7 @@ def prune(
         Path | None, typer.Option(help="Folder to write to; absent or empty. Needed but for --dry-run.", metavar="DIR")
     ] = None,
     sparsity: Annotated[
-        float | None,
+        str | None,
         typer.Option(help="Share of weights to prune, in [0, 1). (default: 0.5, or what the pattern says)"),
     ] = None,
     pattern: Annotated[
@@ -102,17 +107,21 @@ def prune(
         Path | None,
         typer.Option(help="Folder that keeps gradient statistics for later runs. (default: the user's cache)"),
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show time and memory by stage and block; leave a trace for Perfetto.")
+    ] = False,
     plugin: common.PluginFiles = None,
     config: common.Config = None,
 ) -> None:
-    """Prune a model in one shot and write an ordinary model folder, its masks and a report."""
+    """Prune a model in one shot and write an ordinary model folder, its masks and a report.
+
+    Several sparsities and N:M patterns, with commas between, are made in one pass, each in a folder below --output.
+    """
     options = common.assignments(option, "--option")
     source_options = common.assignments(source_option, "--source-option") | ({"strict": True} if strict else {})
     common.quieten()
     common.load_plugin_files(plugin)
     settings: dict[str, Any] = {
-        "sparsity": sparsity,
-        "pattern": pattern,
         "samples": samples,
         "seqlen": seqlen,
         "batch_size": batch_size,
@@ -131,38 +140,101 @@ def prune(
         "gradient_cache": gradient_cache,
         "progress": True,
     }
+    sparsities, patterns = _sparsities(sparsity), pattern.split(",") if pattern else []
+    several = len(sparsities) > 1 or len(patterns) > 1
+    if not several:
+        settings |= {"sparsity": next(iter(sparsities), None), "pattern": pattern}
     if dry_run:
+        if several:
+            raise PruneForgeError("--dry-run takes one sparsity or pattern")
         _estimate(model, metric, calibration, settings, as_json)
         return
     if output is None:
         raise typer.BadParameter("Missing option '--output'")
+    from pruneforge import pruning
     from pruneforge.checkpoint.journal import FILE as JOURNAL
-    from pruneforge.engine.gradient_store import cache_folder
-    from pruneforge.pruning import prune as run
 
+    settings |= {"calibration": calibration, "profile": profile}
     try:
-        report = run(model, metric, calibration=calibration, **settings).report
+        if several:
+            results = list(pruning.prune_each(model, metric, [*sparsities, *patterns], **settings).values())
+        else:
+            results = [pruning.prune(model, metric, **settings)]
     except KeyboardInterrupt:
-        if not (output / JOURNAL).exists():
+        if not any(output.rglob(JOURNAL)):
             raise
         print(f"pruneforge: interrupted; {output} holds what is finished, go on with --resume", file=sys.stderr)
         raise typer.Exit(common.INTERRUPTED) from None
-    if not report:
+    reports = [result.report for result in results if result.report]
+    if not reports:
         return  # another process of the group speaks for all
     if as_json:
-        print(json.dumps(report, indent=2))
+        print(json.dumps(reports if several else reports[0], indent=2))
         return
-    common.warn(report["warnings"])
+    common.warn(list(dict.fromkeys(warning for report in reports for warning in report["warnings"])))
+    for result in results:
+        _say(result.report, result.folder or output)
+    _say_of_all(reports[0]["measured"], gradient_cache)
+
+
+def _sparsities(text: str | None) -> list[float]:
+    found = []
+    for part in text.split(",") if text else []:
+        try:
+            found.append(float(part))
+        except ValueError:
+            raise typer.BadParameter(f"{part!r} is no number", param_hint="--sparsity") from None
+    return found
+
+
+def _say(report: dict[str, Any], output: Path) -> None:
+    """Print what became of one pattern."""
     measured = report["measured"]
     print(
         f"pruned {report['sparsity']['pruned']:,} of {report['sparsity']['weights']:,} weights "
         f"({report['sparsity']['reached']:.2%}) in {measured['seconds']['total']:.1f} s, "
         f"peak memory {common.mebibytes(measured['peak_memory']['host_bytes'])}; wrote {output}"
     )
+
+
+def _say_of_all(measured: dict[str, Any], gradient_cache: Path | None) -> None:
+    """Print what the run kept, and its profile."""
+    from pruneforge.engine.gradient_store import cache_folder
+
     added = measured["gradient_cache"].get("added_bytes", 0)
     if added:
         where = gradient_cache or cache_folder()
         print(f"kept gradient statistics for later runs, {common.mebibytes(added)} below {where}")
+    if "profile" in measured:
+        common.console.print(_profile_table(measured["profile"]))
+
+
+def _profile_table(rows: list[dict[str, Any]]) -> Any:
+    """Return seconds by block and stage, with the most memory seen in each."""
+    from rich.table import Table
+
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    blocks = sorted({row["block"] for row in rows}, key=lambda block: -1 if block is None else block)
+    memory = "device_bytes" if any(row["device_bytes"] for row in rows) else "host_bytes"
+    table = Table(title="seconds by block and stage, and most memory in MiB")
+    for name in ("block", *stages, "MiB"):
+        table.add_column(name, justify="left" if name == "block" else "right", no_wrap=True)
+
+    def add(name: str, chosen: list[dict[str, Any]]) -> None:
+        seconds = {stage: sum(row["seconds"] for row in chosen if row["stage"] == stage) for stage in stages}
+        cells = [f"{seconds[stage]:.2f}" if seconds[stage] else "" for stage in stages]
+        table.add_row(name, *cells, _mebi(max(row[memory] for row in chosen)))
+
+    for block in blocks:
+        add("all" if block is None else str(block), [row for row in rows if row["block"] == block])
+    add("sum", rows)
+    peaks = [max(row[memory] for row in rows if row["stage"] == stage) for stage in stages]
+    table.add_row("MiB", *map(_mebi, peaks))
+    return table
+
+
+def _mebi(count: int) -> str:
+    return f"{count / 2**20:,.0f}"
 
 
 def _estimate(model: str, metric: str, calibration: str | None, settings: dict[str, Any], as_json: bool) -> None:

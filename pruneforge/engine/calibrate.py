@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor
@@ -12,8 +12,8 @@ from pruneforge.adapter import Block
 from pruneforge.batch import Batch
 from pruneforge.engine.group import Group
 from pruneforge.errors import PruneForgeError
-from pruneforge.layer import Layer, WeightUses, accumulation_dtype, all_finite
-from pruneforge.statistics import InputStatistic, Statistic
+from pruneforge.layer import Layer, WeightUses, all_finite
+from pruneforge.statistics import InputStatistic, Statistic, empty_statistics
 
 
 class _Input:
@@ -21,12 +21,12 @@ class _Input:
 
     def __init__(self, leader: Layer, kinds: Sequence[type[InputStatistic]]) -> None:
         self.leader = leader
-        dtype = accumulation_dtype(leader.parameter.dtype)
-        device = leader.parameter.device
-        self.statistics: dict[type[Statistic], InputStatistic] = {
-            kind: kind(leader.shape, dtype, device) for kind in kinds
-        }
+        self.statistics = empty_statistics(leader, kinds)
         self.shared: dict[Any, Any] = {}
+
+
+class _Enough(Exception):  # noqa: N818 - no error: it ends a pass whose rest nobody needs
+    pass
 
 
 class InputRecorder:
@@ -36,23 +36,38 @@ class InputRecorder:
     tells which; from then on the first layer of each input records for all of them.
     """
 
-    def __init__(self, block: Block, kinds: Sequence[type[InputStatistic]]) -> None:
+    def __init__(self, block: Block, kinds: Sequence[type[InputStatistic]], stop: bool = False) -> None:
+        """Start empty.
+
+        Args:
+            block: The block.
+            kinds: The statistics to update.
+            stop: Whether nobody needs the block's output. A pass then ends when it has reached every layer, before
+                the last product. The first one tells whether each layer is reached once; if not, none ends early.
+        """
         self._block = block
         self._kinds = kinds
         self._inputs: dict[str, _Input] = {}
         self._batch: Batch | None = None
         self._seen: dict[int, tuple[Tensor, int, _Input]] = {}
+        self._uses: list[str] = []
+        self._stop = stop
+        self._each_once: bool | None = None
 
-    def recording(self) -> AbstractContextManager[Any]:
-        """Return a context within which the block's products are recorded."""
-        return WeightUses(self._block.layers, self._record) if self._kinds else nullcontext()
+    @contextmanager
+    def recording(self, batch: Batch) -> Iterator[None]:
+        """Record the products of one batch's pass through the block within the context."""
+        if not self._kinds:
+            yield
+            return
+        self._batch, self._seen, self._uses = batch, {}, []
+        with suppress(_Enough), WeightUses(self._block.layers, before=self._record):
+            yield
+        if self._each_once is None:
+            names = [layer.name for layer in self._block.layers]
+            self._each_once = self._stop and sorted(self._uses) == sorted(names)
 
-    def start(self, batch: Batch) -> None:
-        """Say which batch runs next."""
-        self._batch = batch
-        self._seen = {}
-
-    def _record(self, layer: Layer, value: Tensor, output: Tensor) -> None:
+    def _record(self, layer: Layer, value: Tensor) -> None:
         known = self._inputs.get(layer.name)
         if known is None:
             same = self._seen.get(id(value))
@@ -62,6 +77,9 @@ class InputRecorder:
         self._seen.setdefault(id(value), (value, value._version, known))
         if known.leader is layer:
             self._update(known, value)
+        self._uses.append(layer.name)
+        if self._each_once and len(self._uses) == len(self._block.layers):
+            raise _Enough
 
     def _update(self, known: _Input, value: Tensor) -> None:
         batch = self._batch
@@ -97,7 +115,7 @@ class InputRecorder:
                     f"non-finite activations reach layer {layer.name!r}; check the model's weights and the "
                     "calibration data, or run with --dtype float32"
                 )
-        return dict(known.statistics), known.shared
+        return dict(known.statistics.items()), known.shared
 
 
 def check_weights(block: Block) -> None:

@@ -185,10 +185,14 @@ class Chain:
         output = self.blocks[index].module(hidden, *call.args, **call.kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
+    def continues(self, index: int) -> bool:
+        """Return whether the model has code of its own between block `index` and the next."""
+        return index in self._transitions
+
     @contextmanager
     def between(self, index: int) -> Iterator[bool]:
         """Hold what the model has between block `index` and the next, and yield whether it has anything there."""
-        if index in self._transitions:
+        if self.continues(index):
             with self.residency.stem_and_head():
                 yield True
         else:
@@ -201,7 +205,7 @@ class Chain:
         is run in place: by the model's forward pass, with `hidden` standing in for what the block returns. Call it,
         and the backward pass through it, within `between(index)`.
         """
-        if index not in self._transitions:
+        if not self.continues(index):
             return hidden
         found: list[Tensor] = []
 

@@ -22,7 +22,7 @@ from pruneforge.engine.group import Group
 from pruneforge.errors import PruneForgeError
 from pruneforge.layer import Layer, WeightUses, accumulation_dtype, all_finite
 from pruneforge.progress import Progress
-from pruneforge.statistics import ColumnSquares
+from pruneforge.statistics import ColumnSquares, empty_statistics
 
 LOSS_SCALE = {torch.float16: 2.0**12}
 """Keeps small gradients of half-precision models from vanishing; a power of two, taken out again exactly."""
@@ -65,13 +65,7 @@ def gradient_statistics(
     for index in progress.track(range(len(chain.blocks) - 1, first - 1, -1), "gradients", len(chain.blocks) - first):
         block = chain.blocks[index]
         with chain.residency.visit(block):
-            found: Gradients = {
-                layer.name: {
-                    kind: kind(layer.shape, accumulation_dtype(layer.parameter.dtype), layer.parameter.device)
-                    for kind in missing[index]
-                }
-                for layer in block.layers
-            }
+            found: Gradients = {layer.name: empty_statistics(layer, missing[index]) for layer in block.layers}
             for number, batch in enumerate(activations):
                 hidden = inputs[index][number].get()
                 down, gradients = block_gradients(chain, index, hidden, batch, upstream[number].get())
@@ -168,8 +162,7 @@ def _forward_sweep(
 def _name_the_layer(chain: Chain, index: int, hidden: Tensor, batch: Activations) -> None:
     """Run a block once more to find which layer non-finite activations reach first, and raise."""
     recorder = InputRecorder(chain.blocks[index], [ColumnSquares])
-    with recorder.recording():
-        recorder.start(batch.batch)
+    with recorder.recording(batch.batch):
         chain.run_block(index, hidden, batch)
     for layer in chain.blocks[index].layers:
         recorder.statistics(layer)
@@ -197,7 +190,7 @@ def block_gradients(
     layers = chain.blocks[index].layers
     hidden = hidden.detach().requires_grad_()
     passes: list[tuple[str, Tensor, Tensor]] = []
-    uses = WeightUses(layers, lambda layer, x, y: passes.append((layer.name, x.detach(), y)))
+    uses = WeightUses(layers, after=lambda layer, x, y: passes.append((layer.name, x.detach(), y)))
     with chain.between(index):
         with torch.enable_grad():
             with uses:

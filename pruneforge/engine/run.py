@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,14 +10,15 @@ from torch import Tensor
 from pruneforge.adapter import Block
 from pruneforge.layer import Layer
 from pruneforge.metric import Metric
-from pruneforge.patterns import Pattern
+from pruneforge.patterns import Pattern, Scope, Unstructured
+from pruneforge.profile import Profile
 
 Propagate = Literal["pruned", "dense"]
 
 
 @dataclass
 class Run:
-    """One pruning run.
+    """One pruning run: one pattern.
 
     Attributes:
         metric: The metric, with its options.
@@ -29,13 +27,13 @@ class Run:
         blocks: The model's blocks in the order they run.
         seed: Seed of every random choice.
         excluded: Layers of the blocks that the user left out; they stay dense.
+        warnings: What a user has to know, one line each.
+        profile: Where the time goes; runs that share forward passes share it.
         finished: How many blocks, from the first, an earlier process of the same run has finished.
         pruned: For each finished layer, by full name, how many of its weights are pruned. Its mask is in the
             `BlockResult` of its block; the engine owns it, and nothing infers a mask from zeros.
-        seconds: Time by stage.
         activations: Most bytes of hidden states that waited at a time, by place (device, host, disk).
         gradient_cache: How many gradient statistics were found there, and how many bytes were added.
-        warnings: What a user has to know, one line each.
     """
 
     metric: Metric
@@ -44,21 +42,17 @@ class Run:
     blocks: list[Block]
     seed: int = 0
     excluded: list[Layer] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    profile: Profile = field(default_factory=Profile)
     finished: int = 0
     pruned: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
     activations: dict[str, int] = field(default_factory=dict)
     gradient_cache: dict[str, int] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
 
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Add the time spent within the context to a stage."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+    @property
+    def scope(self) -> Scope | None:
+        """The comparison group of an unstructured pattern."""
+        return self.pattern.scope if isinstance(self.pattern, Unstructured) else None
 
 
 @dataclass(frozen=True)
@@ -69,6 +63,7 @@ class BlockResult:
         index: Position among the blocks, from 0.
         block: The block.
         masks: Mask [out, in] of each of its layers on the CPU, by full name; `True` keeps.
+        pruned: How many weights of each layer are pruned, by full name.
         notes: What the metric noted of its layers, one line each.
         updated: Names of the layers whose kept weights the metric changed too.
     """
@@ -76,5 +71,6 @@ class BlockResult:
     index: int
     block: Block
     masks: dict[str, Tensor]
+    pruned: dict[str, int]
     notes: list[str] = field(default_factory=list)
     updated: frozenset[str] = frozenset()

@@ -13,6 +13,7 @@ from pruneforge.adapter import Block
 from pruneforge.checkpoint.rewrite import Rewrite
 from pruneforge.checkpoint.shards import Checkpoint, Stored
 from pruneforge.errors import PruneForgeError
+from pruneforge.profile import Profile
 
 Parts = list[tuple[nn.Parameter, Tensor]]
 
@@ -31,6 +32,7 @@ class Streamed:
         device: torch.device,
         checkpoint: Checkpoint,
         rewrite: Rewrite | None = None,
+        profile: Profile | None = None,
     ) -> None:
         """Take a model whose parameters are vacant (`vacate`).
 
@@ -40,6 +42,7 @@ class Streamed:
             device: Where to bring them.
             checkpoint: Holds the dense weights.
             rewrite: Holds the pruned weights of finished blocks.
+            profile: Where to note the time that reading takes.
 
         Raises:
             PruneForgeError: A tensor has another shape than the model's, or is not of a floating dtype.
@@ -47,6 +50,7 @@ class Streamed:
         self.device = device
         self._checkpoint = checkpoint
         self._rewrite = rewrite
+        self._profile = profile or Profile()
         self._stored = stored_parameters(module, checkpoint)
         inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
         self._outside = [parameter for parameter in module.parameters() if id(parameter) not in inside]
@@ -61,6 +65,7 @@ class Streamed:
         self._reader = ThreadPoolExecutor(1, "pruneforge-reader")
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._last = -1
+        self._held: list[int] = []
         self._outside_held = 0
         self._ahead: tuple[int, bool, Future[Parts]] | None = None
         _load_buffers(module, checkpoint)
@@ -80,9 +85,14 @@ class Streamed:
         """Hold one block on the device; `pruned`, as an earlier process left it."""
         index = self._position[block.name]
         parts = self._take(index, pruned)
-        self._read_ahead(index, pruned)
-        with self._present(parts, self._buffers[block.name]):
-            yield
+        self._held.append(index)
+        self._read_ahead(pruned)
+        try:
+            with self._present(parts, self._buffers[block.name]):
+                yield
+        finally:
+            self._held.remove(index)
+            self._read_ahead(pruned)
 
     def close(self) -> None:
         """End reading ahead."""
@@ -91,25 +101,28 @@ class Streamed:
     def _take(self, index: int, pruned: bool) -> Parts:
         """Return a block that was read ahead, or read it now."""
         if self._ahead is None or self._ahead[:2] != (index, pruned):
-            return self._read(self._parameters(index), pruned)
+            return self._read_block(index, pruned)
         reading, self._ahead = self._ahead[2], None
         return reading.result()
 
-    def _read_ahead(self, index: int, pruned: bool) -> None:
+    def _read_ahead(self, pruned: bool) -> None:
+        """Read what follows the block that is held, unless there is another or stem and head: no room for three."""
+        if self._outside_held or len(self._held) != 1:
+            return
+        index = self._held[0]
         backwards = index < self._last or (index == self._last == len(self._blocks) - 1)
         following = index - 1 if backwards else index + 1
         self._last = index
-        if self._outside_held:
-            return  # there is no room for three
         if self._ahead is not None and self._ahead[:2] == (following, pruned):
             return
         self._ahead = None  # a wrong guess is let go before the next is read
         if 0 <= following < len(self._blocks):
-            task = self._reader.submit(self._read, self._parameters(following), pruned)
+            task = self._reader.submit(self._read_block, following, pruned)
             self._ahead = (following, pruned, task)
 
-    def _parameters(self, index: int) -> list[nn.Parameter]:
-        return list(self._blocks[index].module.parameters())
+    def _read_block(self, index: int, pruned: bool) -> Parts:
+        with self._profile.stage("read", index):
+            return self._read(list(self._blocks[index].module.parameters()), pruned)
 
     def _read(self, parameters: Sequence[nn.Parameter], pruned: bool) -> Parts:
         parts: Parts = []
@@ -121,8 +134,7 @@ class Streamed:
                 value = self._checkpoint.read(stored, pinned=self._side is not None)
             if self._side is not None:
                 with torch.cuda.stream(self._side):
-                    value = value.to(self.device, non_blocking=True)
-                    value = value.to(parameter.dtype)
+                    value = value.to(self.device, non_blocking=True).to(parameter.dtype)
             parts.append((parameter, value.to(parameter.dtype)))
         if self._side is not None:
             self._side.synchronize()
@@ -155,12 +167,12 @@ def vacate(module: nn.Module) -> None:
     """Replace a model's parameters by vacant ones on the CPU; ties stay ties."""
     made: dict[int, nn.Parameter] = {}
     before = list(module.parameters())  # held, so that no id is given twice
+    for parameter in before:
+        made[id(parameter)] = nn.Parameter(vacant(parameter.shape, parameter.dtype), requires_grad=False)
     for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                empty = nn.Parameter(vacant(parameter.shape, parameter.dtype), requires_grad=False)
-                part._parameters[name] = made.setdefault(id(parameter), empty)
-    del before
+        for name, present in part._parameters.items():
+            if present is not None:
+                part._parameters[name] = made[id(present)]
 
 
 def vacant(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -197,6 +209,14 @@ def stored_parameters(module: nn.Module, checkpoint: Checkpoint) -> dict[int, St
             raise PruneForgeError(f"tensor {name!r} is {stored.dtype}, and weights must be floating-point numbers")
         found.setdefault(id(parameter), stored)
     return found
+
+
+def stored_layers(
+    module: nn.Module, blocks: Sequence[Block], checkpoint: Checkpoint
+) -> dict[str, tuple[Stored, tuple[int, int]]]:
+    """Return where each layer's weight stands, and its shape as a matrix, by layer name."""
+    stored = stored_parameters(module, checkpoint)
+    return {layer.name: (stored[id(layer.parameter)], layer.shape) for block in blocks for layer in block.layers}
 
 
 def _buffers(module: nn.Module) -> list[tuple[nn.Module, str]]:

@@ -141,14 +141,14 @@ def test_a_single_file_goes_before_an_index_as_in_the_libraries(tmp_path):
     assert all(torch.equal(result.masks[name], mask) for name, mask in expected.masks.items())
 
 
-@pytest.mark.parametrize("scope", [None, "model"])
+@pytest.mark.parametrize(("scope", "propagate"), [(None, "pruned"), (None, "dense"), ("model", "dense")])
 @pytest.mark.parametrize("metric", METRICS)
-def test_weights_are_there_only_while_their_block_is_visited(metric, scope, tmp_path):
+def test_weights_are_there_only_while_their_block_is_visited(metric, scope, propagate, tmp_path):
     if scope and metric == "sparsegpt":
         pytest.skip("chooses its own comparison groups")
     options = {"scope": scope} if scope else {}
     folder = saved(tmp_path / "model")
-    expected = pruneforge.prune(folder, metric, 0.5, None, tokens().split(3), options=options, propagate="dense")
+    expected = pruneforge.prune(folder, metric, 0.5, None, tokens().split(3), options=options, propagate=propagate)
     registry = plugins().registry
     adapter: Adapter = registry.create("adapter", "llama")
     module = adapter.skeleton(str(folder), None).module
@@ -156,11 +156,11 @@ def test_weights_are_there_only_while_their_block_is_visited(metric, scope, tmp_
     assert all(parameter.untyped_storage().nbytes() == 8 for parameter in module.parameters())
     blocks = adapter.blocks(module)
     chosen = registry.create("metric", metric, options)
-    run = Run(chosen, Unstructured(0.5, chosen.comparison_group() or "layer"), "dense", blocks)
+    run = Run(chosen, Unstructured(0.5, chosen.comparison_group() or "layer"), propagate, blocks)
     residency = Streamed(module, blocks, torch.device("cpu"), Checkpoint(folder))
     found = {}
 
-    def look(result):
+    def look(run, result):
         for index, block in enumerate(blocks):
             here = [parameter.untyped_storage().nbytes() > 8 for parameter in block.module.parameters()]
             assert set(here) == {index == result.index}
@@ -169,7 +169,7 @@ def test_weights_are_there_only_while_their_block_is_visited(metric, scope, tmp_
     # Everything waits on disk: no room is given in memory.
     store = Store(torch.device("cpu"), 0, 0, tmp_path / "waiting")
     chain = Chain(module, adapter, blocks, residency, store)
-    prune_blocks(run, chain, [adapter.batch(ids, module) for ids in tokens().split(3)], Progress(), look)
+    prune_blocks([run], chain, [adapter.batch(ids, module) for ids in tokens().split(3)], Progress(), look)
     residency.close()
     assert all(torch.isnan(parameter).all() for parameter in module.parameters())
     assert all(torch.equal(found[name], mask) for name, mask in expected.masks.items())

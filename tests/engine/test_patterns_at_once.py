@@ -1,0 +1,124 @@
+"""Several patterns in one pass over the calibration data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_llama, tokens
+
+import pruneforge
+from pruneforge import PruneForgeError
+from pruneforge.hookspecs import hookimpl
+from pruneforge.plugins import plugins
+
+PATTERNS = [0.3, 0.5, "2:4"]
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    tiny_llama(torch.float32).save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    return tmp_path / "model"
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """Every file of an output, the report without what was measured."""
+    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    report = json.loads(found["pruneforge.json"])
+    del report["measured"]
+    return {**found, "pruneforge.json": report}
+
+
+def alone(model: Path, metric: str, pattern: float | str, output: Path, **settings: object) -> Path:
+    sparsity, text = (None, pattern) if isinstance(pattern, str) else (pattern, None)
+    pruneforge.prune(model, metric, sparsity, text, tokens().split(3), output=output, propagate="dense", **settings)
+    return output
+
+
+@pytest.mark.parametrize("metric", ["magnitude", "wanda", "sparsegpt", "gblm"])
+def test_each_pattern_gets_what_a_run_of_its_own_gives(metric, model, tmp_path):
+    found = pruneforge.prune_each(model, metric, PATTERNS, tokens().split(3), output=tmp_path / "all")
+    assert list(found) == ["0.3", "0.5", "2of4"]
+    for name, pattern in zip(found, PATTERNS, strict=True):
+        expected = alone(model, metric, pattern, tmp_path / f"{name} alone")
+        assert contents(tmp_path / "all" / name) == contents(expected)
+        assert found[name].report["measured"]["patterns_at_once"] == 3
+
+
+@pytest.mark.parametrize("scope", ["layer", "block", "model"])
+def test_comparison_groups_of_every_size_go_together(scope, model, tmp_path):
+    options = {"scope": scope}
+    found = pruneforge.prune_each(
+        model, "wanda", [0.3, 0.7], tokens().split(3), output=tmp_path / "all", options=options
+    )
+    for name in found:
+        expected = alone(model, "wanda", float(name), tmp_path / f"{name} alone", options=options)
+        assert contents(tmp_path / "all" / name) == contents(expected)
+
+
+def test_every_batch_passes_every_block_once(model, tmp_path):
+    found = pruneforge.prune_each(model, "wanda", [0.1, 0.2, 0.3, 0.4], tokens().split(2), output=tmp_path / "all")
+    spans = found["0.1"].profile.spans
+    assert sum(span.stage == "calibrate" for span in spans) == 3 * 3
+    assert not any(span.stage == "propagate" for span in spans)
+
+
+class Interrupted:
+    """Stops when a block of one pattern was pruned."""
+
+    def __init__(self, pattern: str, index: int) -> None:
+        self.pattern, self.index = pattern, index
+
+    @hookimpl
+    def pruneforge_block_pruned(self, run, result):
+        if str(run.pattern) == self.pattern and result.index == self.index:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("pattern", "index"), [("0.3", 0), ("0.5", 1), ("2:4", 2)])
+def test_an_interrupted_run_goes_on_for_each_pattern_from_its_own_block(pattern, index, model, tmp_path):
+    output = tmp_path / "all"
+    observer = Interrupted(pattern, index)
+    plugins().register(observer)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pruneforge.prune_each(model, "sparsegpt", PATTERNS, tokens().split(3), output=output)
+    finally:
+        plugins().unregister(observer)
+    pruneforge.prune_each(model, "sparsegpt", PATTERNS, tokens().split(3), output=output, resume=True)
+    before = contents(output / "0.5")
+    for name, asked in zip(["0.3", "0.5", "2of4"], PATTERNS, strict=True):
+        assert contents(output / name) == contents(alone(model, "sparsegpt", asked, tmp_path / f"{name} alone"))
+    again = pruneforge.prune_each(model, "sparsegpt", PATTERNS, tokens().split(3), output=output, resume=True)
+    assert contents(output / "0.5") == before
+    assert again["0.5"].report["sparsity"]["reached"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "settings", "message"),
+    [
+        ([0.3, 0.5], {"propagate": "pruned"}, "add --propagate dense"),
+        ([0.5, 0.5], {}, "pattern 0.5 is asked for twice"),
+        ([], {}, "no pattern is asked for"),
+        ([0.5, "3:2"], {}, "pattern '3:2' keeps 3 of every 2"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_is_written(patterns, settings, message, model, tmp_path):
+    with pytest.raises(PruneForgeError, match=message):
+        pruneforge.prune_each(model, "wanda", patterns, tokens().split(3), output=tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_in_memory_takes_one_pattern(tmp_path):
+    with pytest.raises(PruneForgeError, match="more than one pattern goes with a model that is streamed"):
+        pruneforge.prune_each(tiny_llama(), "magnitude", [0.3, 0.5], output=tmp_path / "out")
+
+
+def test_a_later_failure_leaves_no_folder_of_any_pattern(model, tmp_path):
+    (tmp_path / "all" / "0.5").mkdir(parents=True)
+    (tmp_path / "all" / "0.5" / "mine.txt").write_text("mine")
+    with pytest.raises(PruneForgeError, match="is not empty"):
+        pruneforge.prune_each(model, "magnitude", PATTERNS, output=tmp_path / "all")
+    assert [path.name for path in (tmp_path / "all").iterdir()] == ["0.5"]
