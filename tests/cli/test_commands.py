@@ -185,6 +185,9 @@ BAD = [
     ({"--seqlen": "4096"}, "longer than the model's context of 256"),
     ({"--samples": "0"}, "Invalid value for '--samples'"),
     ({"--metric": None}, "Missing option '--metric'"),
+    ({"--sparsity": "0.3,half"}, "Invalid value for --sparsity: 'half' is no number"),
+    ({"--sparsity": "0.3,0.5"}, "add --propagate dense"),
+    ({"--sparsity": "0.3,0.30", "--propagate": "dense"}, "pattern 0.3 is asked for twice"),
     ({"--propagate": "sideways"}, "Invalid value for '--propagate'"),
     ({"--colour": "red"}, "No such option: --colour"),
     ({"--metric": "sparsegpt", "--option": "damping=inf"}, "option damping='inf' of sparsegpt"),
@@ -311,6 +314,26 @@ def test_a_dry_run_counts_and_measures_and_writes_nothing(checkpoint, tmp_path, 
     missing = run(*prune)
     assert missing.exit_code == 2
     assert "Missing option '--output'" in missing.output
+
+
+def test_several_patterns_get_a_folder_and_a_line_each(checkpoint, tmp_path):
+    few = ["--calibration", "python-docs", "--samples", "4", "--seqlen", "32", "--propagate", "dense", "--profile"]
+    several = ["--metric", "wanda", "--sparsity", "0.25,0.5", "--pattern", "2:4"]
+    done = run("prune", checkpoint, *several, *few, "--output", tmp_path / "all")
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["0.25", "0.5", "2of4"]
+    assert all(f"wrote {tmp_path / 'all' / name}" in done.output for name in ("0.25", "0.5", "2of4"))
+    assert "(25.00%)" in done.output
+    assert done.output.count("(50.00%)") == 2
+    assert "seconds by block and stage" in done.output
+    recipe = tmp_path / "all" / "2of4" / "recipe.yaml"
+    assert run("prune", "--config", recipe, "--output", tmp_path / "again").exit_code == 0
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == recipe.with_name("model.safetensors").read_bytes()
+    printed = run("prune", checkpoint, *several, *few, "--output", tmp_path / "json", "--json")
+    assert [report["pattern"]["pattern"] for report in json.loads(printed.stdout)] == ["0.25", "0.5", "2:4"]
+    dry = run("prune", checkpoint, *several, *few, "--dry-run")
+    assert dry.exit_code == 2
+    assert "--dry-run takes one sparsity or pattern" in dry.output
 
 
 def test_an_image_model_is_pruned_evaluated_and_strict_about_its_images(tmp_path):
