@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
+from workload import token_ids, write_model
 
 from pruneforge.report import machine, versions
 
@@ -26,31 +26,12 @@ ROOT = Path(__file__).parents[1]
 METRICS = ("wanda", "sparsegpt", "gblm")
 
 
-def write_model(folder: Path) -> None:
-    """Write the random model."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=512,
-        dtype="float32",
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-
-
 def child(model: Path, metric: str, output: Path) -> None:
     """Prune in this process, or as one of several."""
     import pruneforge
 
-    ids = torch.randint(4096, (64, 512), generator=torch.Generator().manual_seed(1))
     cache = output.parent / f"{output.name}-gradients"
-    pruneforge.prune(model, metric, 0.5, None, ids.split(8), output=output, gradient_cache=cache)
+    pruneforge.prune(model, metric, 0.5, None, token_ids().split(2), output=output, gradient_cache=cache)
 
 
 def seconds(model: Path, metric: str, output: Path, processes: int) -> dict[str, float]:

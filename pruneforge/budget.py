@@ -21,6 +21,12 @@ from pruneforge.statistics import empty_statistics
 SHARE_OF_FREE = 0.8
 """How much of the memory that is free at the start a run takes for itself unless it is told."""
 
+TOKENS_A_BATCH = {"cpu": 1024, "cuda": 4096}
+"""Tokens that go through a block together, by kind of device: on a CPU so few that they stay near its caches."""
+
+SHARE_OF_BATCH = 0.125
+"""How much of a budget the working memory of one batch may take."""
+
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -44,6 +50,17 @@ class Budgets:
             PruneForgeError: One is no number of bytes.
         """
         return cls(_parse(host, "memory budget"), _parse(device, "device memory budget"))
+
+    def tokens_a_batch(self, blocks: Sequence[Block], device: torch.device) -> int:
+        """Return how many tokens are to go through a block together: the usual number, or what a small budget holds.
+
+        What happens to be free has no say in it, since the sums of other batches round otherwise.
+        """
+        usual = TOKENS_A_BATCH[device.type]
+        budget = self.host if device.type == "cpu" else self.device
+        if budget is None:
+            return usual
+        return max(1, min(usual, int(SHARE_OF_BATCH * budget / bytes_a_token(blocks))))
 
     def for_activations(
         self, blocks: Sequence[Block], metric: Metric, module: nn.Module, device: torch.device
@@ -91,6 +108,11 @@ def fixed_bytes(blocks: Sequence[Block], metric: Metric, module: nn.Module) -> t
             largest = max(largest, 4 * max([matrix, *made]))
         statistics = max(statistics, sum(sizes))
     return block + max(block, outside), statistics + largest
+
+
+def bytes_a_token(blocks: Sequence[Block]) -> int:
+    """Return about how many bytes a token takes while it passes a block: what goes into its layers and comes out."""
+    return max(sum(sum(layer.shape) * layer.parameter.element_size() for layer in block.layers) for block in blocks)
 
 
 def free_bytes() -> int:

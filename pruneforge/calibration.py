@@ -22,9 +22,6 @@ from pruneforge.source import Request, Source
 LONGEST_DEFAULT = 2048
 """Tokens; the published sequence length. A model's own context can be far longer than is wise."""
 
-TOKENS_A_BATCH = 4096
-"""Tokens that go through a block together when no batch size is given."""
-
 TOKENS_AN_IMAGE = 256
 """Where data have no length to choose: about what an image of 224 x 224 in patches of 16 x 16 gives."""
 
@@ -77,6 +74,7 @@ def collect(
     samples: int,
     seqlen: int | None,
     batch_size: int | None,
+    tokens_a_batch: int,
     seed: int,
     options: Mapping[str, Any],
     progress: Progress,
@@ -90,7 +88,8 @@ def collect(
         registry: The sources there are.
         samples: Sequences or images to draw; batches from Python are used whole.
         seqlen: Tokens a sequence; by default the model's context, at most `LONGEST_DEFAULT`.
-        batch_size: Samples a batch; by default `TOKENS_A_BATCH` tokens.
+        batch_size: Samples a batch; by default as many as have `tokens_a_batch` tokens.
+        tokens_a_batch: Tokens that go through a block together when no batch size is given.
         seed: Seed of the draw.
         options: Options of the source.
         progress: Where to show how far along reading is.
@@ -105,7 +104,7 @@ def collect(
         length = seqlen or (min(context, LONGEST_DEFAULT) if context else None)
         if length and context and length > context:
             raise PruneForgeError(f"seqlen {length} is longer than the model's context of {context} tokens")
-        size = batch_size or max(1, min(TOKENS_A_BATCH // (length or TOKENS_AN_IMAGE), samples // processes))
+        size = batch_size or max(1, min(tokens_a_batch // (length or TOKENS_AN_IMAGE), samples // processes))
         source = create_source(data, options, registry)
         raw: Iterable[Tensor | Mapping[str, Tensor]] = source.calibration(
             Request(model.processor, samples, length, size, seed, progress)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from pruneforge.arithmetic import exact_arithmetic
 from pruneforge.calibration import Calibration, Data
 from pruneforge.checkpoint.rewrite import Rewrite
 from pruneforge.engine.calibrate import InputRecorder
@@ -20,7 +21,7 @@ from pruneforge.engine.group import Group
 from pruneforge.engine.residency import InMemory, Residency
 from pruneforge.engine.run import Run
 from pruneforge.engine.streamed import Streamed, stored_layers
-from pruneforge.job import Job, exact_arithmetic, make_job
+from pruneforge.job import Job, make_job
 from pruneforge.memory import PeakMemory
 from pruneforge.metric import Metric
 from pruneforge.model import LoadedModel, in_evaluation_mode

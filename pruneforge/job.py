@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pruneforge import report as reports
+from pruneforge.arithmetic import exact_arithmetic
 from pruneforge.budget import Budgets
 from pruneforge.calibration import Calibration, Data, collect, create_source
 from pruneforge.checkpoint.journal import FILE as JOURNAL
@@ -124,6 +124,7 @@ class Job:
         """
         recipe, registry = self.recipe, self.plugins.registry
         loaded = load_model(self.model, recipe.dtype, self.processor, registry, recipe.adapter_options, on_disk)
+        blocks, excluded = without(loaded.adapter.blocks(loaded.module), recipe.exclude)
         data = Calibration([], {})
         if self.metric.requires and self.calibration is not None:
             data = collect(
@@ -133,12 +134,12 @@ class Job:
                 samples=recipe.samples,
                 seqlen=recipe.seqlen,
                 batch_size=recipe.batch_size,
+                tokens_a_batch=self.budgets.tokens_a_batch(blocks, self.device),
                 seed=recipe.seed,
                 options=recipe.source_options,
                 progress=progress,
                 processes=group.size,
             )
-        blocks, excluded = without(loaded.adapter.blocks(loaded.module), recipe.exclude)
         profile = Profile(self.device, self.profile)
         warnings = [*([loaded.note] if loaded.note else []), *data.warnings]
         runs = [
@@ -339,19 +340,3 @@ def _variants(
     if not made:
         raise PruneForgeError("no pattern is asked for; name at least one, such as 0.5 or 2:4")
     return tuple(made.values())
-
-
-@contextmanager
-def exact_arithmetic(seed: int) -> Iterator[None]:
-    """Full float32 products, and random numbers of the run's own that leave the caller's alone."""
-    precision = torch.get_float32_matmul_precision()
-    convolution = torch.backends.cudnn.allow_tf32
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
-            torch.backends.cudnn.allow_tf32 = convolution

@@ -107,7 +107,11 @@ class NM:
 
     def fits(self, mask: Tensor) -> bool:
         """Return whether a mask [out, in] keeps exactly n of every group."""
-        return bool((count_kept(mask.reshape(-1, self.m)) == self.n).all())
+        places = mask.view(torch.uint8).reshape(-1, self.m).T
+        kept = places[0].clone()
+        for place in places[1:]:
+            kept += place
+        return bool((kept == self.n).all())
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"

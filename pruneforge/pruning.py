@@ -62,7 +62,8 @@ def prune(
             `input_ids` and `attention_mask`. Not needed by a metric that looks at weights alone.
         samples: Sequences or images to draw from a source.
         seqlen: Tokens a sequence; by default the model's context, at most 2048.
-        batch_size: Samples that go through a block together; by default 4096 tokens' worth.
+        batch_size: Samples that go through a block together; by default as many as have 1024 tokens on the CPU
+            and 4096 on CUDA, or fewer if a budget is small.
         options: Options of a metric given by name.
         source_options: Options of the calibration source.
         adapter_options: Options of the model's adapter.

@@ -14,10 +14,14 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from pruneforge.arithmetic import products_of
 from pruneforge.layer import Layer, accumulation_dtype
 
 S = TypeVar("S", bound="Statistic")
 T = TypeVar("T")
+
+CACHED = 1 << 18
+"""Values of an input that a processor's cache holds beside what is made of them."""
 
 
 class Statistic(ABC):
@@ -57,7 +61,14 @@ class Statistic(ABC):
 
 
 class InputStatistic(Statistic):
-    """A sum over the tokens that a layer received; layers that share an input share it."""
+    """A sum over the tokens that a layer received; layers that share an input share it.
+
+    Attributes:
+        in_cache: Whether tokens are to be given to `add` a few at a time, while they are in the processor's cache:
+            faster for a pass over them, slower for a product of them.
+    """
+
+    in_cache: ClassVar[bool] = False
 
     def update(self, inputs: Tensor, samples: int) -> None:
         """Add one batch.
@@ -66,7 +77,9 @@ class InputStatistic(Statistic):
             inputs: [tokens, in], padding left out, in the model's dtype.
             samples: How many samples the tokens come from.
         """
-        self.add(inputs.to(self.total.dtype))
+        together = CACHED // max(1, inputs.shape[-1]) if self.in_cache and inputs.device.type == "cpu" else 0
+        for part in inputs.split(together) if together else [inputs]:
+            self.add(part.to(self.total.dtype))
         self.samples += samples
         self.tokens += inputs.shape[0]
 
@@ -109,6 +122,8 @@ class ColumnSquares(InputStatistic):
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
         self.total = torch.zeros(shape[1], dtype=dtype, device=device)
 
+    in_cache = True
+
     def add(self, inputs: Tensor) -> None:
         """Add the squares of `inputs` [tokens, in]."""
         self.total += inputs.square().sum(0)
@@ -119,14 +134,48 @@ class ColumnSquares(InputStatistic):
 
 
 class Gram(InputStatistic):
-    """Gram matrix of the inputs, X^T X over all tokens, `total` [in, in]."""
+    """Gram matrix of the inputs, X^T X over all tokens, `total` [in, in].
+
+    Of the symmetric matrix only a little more than the lower half is summed up; the rest is filled in when `total` is
+    asked for.
+    """
+
+    _sum: Tensor
+    _half: bool
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
         self.total = torch.zeros(shape[1], shape[1], dtype=dtype, device=device)
 
+    @property
+    def total(self) -> Tensor:
+        """The matrix [in, in]."""
+        if self._half:
+            for part in self._columns():
+                self._sum[part, part.stop :] = self._sum[part.stop :, part].T
+            self._half = False
+        return self._sum
+
+    @total.setter
+    def total(self, value: Tensor) -> None:
+        self._sum = value
+        self._half = False
+
+    def update(self, inputs: Tensor, samples: int) -> None:
+        """Add one batch; see `InputStatistic.update`."""
+        with products_of(inputs.dtype, inputs.device):
+            super().update(inputs, samples)
+
     def add(self, inputs: Tensor) -> None:
         """Add `inputs` [tokens, in] transposed times itself."""
-        self.total.addmm_(inputs.T, inputs)
+        for part in self._columns():
+            self._sum[part.start :, part].addmm_(inputs[:, part.start :].T, inputs[:, part])
+        self._half = True
+
+    def _columns(self) -> list[slice]:
+        """Return parts of the columns, few and wide enough for fast products."""
+        size = len(self._sum)
+        step = max(256, -(-size // 4))
+        return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
     def per_sample(self) -> Tensor:
         """Return the sum divided by the number of samples [in, in]."""

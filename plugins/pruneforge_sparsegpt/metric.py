@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from pruneforge import Gram, Layer, LayerStatistics, Metric, Options, Pruned, PruneForgeError
 from pruneforge.layer import all_finite
 from pruneforge.patterns import NM, Pattern
+
+PruneColumns = Callable[[Tensor, Tensor, Pattern], tuple[Tensor, Tensor]]
 
 SUB_BLOCK = 32
 """Columns whose errors are gathered before they go to the rest of the block."""
@@ -47,13 +50,14 @@ class SparseGPT(Metric):
         weight[:, dead] = 0
         mask = torch.ones_like(weight, dtype=torch.bool)
         size = self._block_size(pattern)
+        prune, said = column_pruner(weight.device)
         for start in range(0, weight.shape[1], size):
             columns = slice(start, min(start + size, weight.shape[1]))
             block = weight[:, columns].T.contiguous()  # a column in one piece
-            errors, kept = prune_columns(block, factor[columns, columns], pattern)
+            errors, kept = prune(block, factor[columns, columns], pattern)
             weight[:, columns], mask[:, columns] = block.T, kept.T
             weight[:, columns.stop :].addmm_(errors.T, factor[columns, columns.stop :], alpha=-1)
-        return Pruned(mask, weight, notes)
+        return Pruned(mask, weight, (*notes, *said))
 
     def _block_size(self, pattern: Pattern) -> int:
         """Columns a block: the option, rounded to whole groups of an N:M pattern."""
@@ -104,6 +108,20 @@ def inverse_factor(matrix: Tensor) -> Tensor | None:
     del lower
     factor = inverse.flip(0, 1)
     return factor if all_finite(factor) else None
+
+
+def column_pruner(device: torch.device) -> tuple[PruneColumns, tuple[str, ...]]:
+    """Return what prunes a block of columns on `device`, and what a user has to know of it.
+
+    On CUDA that is the Triton kernel; `prune_columns` does the same in plain torch, and on the CPU.
+    """
+    if device.type != "cuda":
+        return prune_columns, ()
+    try:
+        from pruneforge_sparsegpt import kernel
+    except ImportError:
+        return prune_columns, ("Triton is not installed, so plain torch pruned the columns, at a lower speed",)
+    return kernel.prune_columns, ()
 
 
 def prune_columns(weight: Tensor, factor: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pruneforge.arithmetic import products_of
 from pruneforge.engine.activations import Kept
 from pruneforge.engine.calibrate import InputRecorder, check_weights
 from pruneforge.engine.chain import Activations, Chain
@@ -117,8 +118,9 @@ def update(
             parts = [statistic.part(rows) for statistic in statistics]
             gradient = buffer[: rows.stop - rows.start]
             for sample in range(samples):
-                for number, (dy, x) in enumerate(pairs):
-                    torch.addmm(gradient, dy[sample, :, rows].T, x[sample], beta=min(number, 1), out=gradient)
+                with products_of(layer.parameter.dtype, layer.parameter.device):
+                    for number, (dy, x) in enumerate(pairs):
+                        torch.addmm(gradient, dy[sample, :, rows].T, x[sample], beta=min(number, 1), out=gradient)
                 for part in parts:
                     part.add(gradient)
         for statistic in statistics:

@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 import pruneforge
 from pruneforge import ColumnSquares, Gram, Layer, LayerStatistics
+from pruneforge.arithmetic import exact_arithmetic
+from pruneforge.budget import Budgets
 from pruneforge.engine import gradients
 from pruneforge.patterns import NM, Unstructured, pruned_count
+from pruneforge.plugins import plugins
 
 CALIBRATED = ["wanda", "sparsegpt", "gblm"]
 METRICS = ["magnitude", *CALIBRATED]
@@ -295,6 +298,39 @@ def test_statistics_merge_by_addition_and_restore():
         fresh.load_state_dict(first.state_dict())
         assert torch.equal(fresh.total, first.total)
         assert fresh.samples == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("columns", [24, 300, 1030])
+def test_sums_over_narrow_inputs_are_as_exact_as_float32(dtype, columns):
+    torch.manual_seed(0)
+    inputs = torch.randn(3, 700, columns).mul(torch.logspace(-3, 1, columns)).to(dtype)
+    precision = torch.get_float32_matmul_precision()
+    with exact_arithmetic(0):
+        found = {kind: kind((1, columns), torch.float32, inputs.device) for kind in (Gram, ColumnSquares)}
+        for number, batch in enumerate(inputs):
+            for statistic in found.values():
+                statistic.update(batch, 1)
+            if number == 0:
+                assert found[Gram].total.shape == (columns, columns)  # asked for in between, it is whole then and later
+    exact = inputs.reshape(-1, columns).double()
+    gram, scale = exact.T @ exact, exact.square().sum(0).sqrt()
+    assert ((found[Gram].total - gram).abs() <= 1e-5 * scale[:, None] * scale).all()
+    assert torch.equal(found[Gram].total, found[Gram].total.T)
+    torch.testing.assert_close(found[ColumnSquares].total.double(), scale**2, rtol=1e-5, atol=0)
+    assert torch.get_float32_matmul_precision() == precision
+
+
+def test_a_small_budget_makes_smaller_batches():
+    model = tiny_llama(torch.float32)
+    blocks = plugins().registry.create("adapter", "llama").blocks(model)
+    # Inputs and outputs of q, k, v, o, gate, up and down, four bytes each.
+    token = 4 * ((64 + 64) * 2 + (64 + 32) * 2 + (64 + 160) * 3)
+    device = torch.device("cpu")
+    assert Budgets().tokens_a_batch(blocks, device) == 1024
+    assert Budgets(host=8 * 100 * token).tokens_a_batch(blocks, device) == 100
+    assert Budgets(host=1).tokens_a_batch(blocks, device) == 1
+    assert Budgets(device=1).tokens_a_batch(blocks, device) == 1024
 
 
 def test_observers_see_the_run_and_cannot_change_it():
