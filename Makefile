@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types format clean
+.PHONY: demo test lint types format bench clean
 
 demo: .venv/ready
 	$(BIN)/pruneforge demo
@@ -21,11 +21,22 @@ format: .venv/ready
 	$(BIN)/ruff check --fix --quiet .
 	$(BIN)/ruff format .
 
+# Against llm-compressor, in an environment of its own; an hour or so.
+bench: .venv/ready .venv-peers/ready
+	$(BIN)/python benchmarks/costs.py
+	$(BIN)/python benchmarks/speed.py --peers .venv-peers/bin/python
+
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-peers
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv-peers/ready: benchmarks/peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --upgrade pip
+	.venv-peers/bin/python -m pip install --quiet --requirement benchmarks/peers.txt
 	touch $@

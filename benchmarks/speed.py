@@ -1,0 +1,114 @@
+"""PruneForge against llm-compressor, a plain loop, and the machine's own floor.
+
+    make bench
+
+The work is that of `benchmarks/workload.py`. Contenders take turns, every run is a process of its own, and medians
+count. Agreement is the share of weights that another contender prunes or keeps as PruneForge does. Writes
+`benchmarks/results/speed.json` after each metric, and `docs/speed.md` from it and `benchmarks/results/costs.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import speed_page
+from safetensors import safe_open
+from workload import write_model
+
+from pruneforge.report import machine, versions
+
+ROOT = Path(__file__).parents[1]
+HERE = ROOT / "benchmarks"
+RESULTS = HERE / "results" / "speed.json"
+METRICS = ("magnitude", "wanda", "sparsegpt", "gblm")
+PEER = {"wanda", "sparsegpt"}
+
+
+def call(python: Path | str, script: str, *arguments: Any) -> dict[str, float]:
+    """Run a script and return the JSON of its last line."""
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    command = [str(python), str(HERE / script), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def agreement(ours: Path, theirs: Path) -> float:
+    """Return the share of the blocks' weights that both zero or both keep."""
+    same, total = 0, 0
+    with safe_open(ours / "model.safetensors", "pt") as a, safe_open(theirs / "model.safetensors", "pt") as b:
+        for name in a.keys():  # noqa: SIM118 - not a mapping
+            if name.endswith("proj.weight"):
+                equal = (a.get_tensor(name) == 0) == (b.get_tensor(name) == 0)
+                same, total = same + int(equal.sum()), total + equal.numel()
+    return same / total
+
+
+def compare(metric: str, model: Path, scratch: Path, peers: Path | None, rounds: int) -> dict[str, Any]:
+    """Return medians of each contender for one metric, and how far their masks agree with PruneForge's."""
+    pythons: dict[str, Path | str] = {"pruneforge": sys.executable, "plain": sys.executable}
+    if peers is not None and metric in PEER:
+        pythons["llm-compressor"] = peers
+    runs: dict[str, list[dict[str, float]]] = {who: [] for who in pythons}
+    agreed: dict[str, float] = {}
+    for number in range(rounds):
+        for who, python in pythons.items():
+            output = scratch / f"{metric}-{who}"
+            shutil.rmtree(output, ignore_errors=True)
+            shutil.rmtree(output.with_suffix(".cache"), ignore_errors=True)
+            runs[who].append(call(python, "contenders.py", who, metric, model, output))
+            print(metric, number, who, runs[who][-1], flush=True)
+            if who != "pruneforge" and number == 0:
+                agreed[who] = agreement(scratch / f"{metric}-pruneforge", output)
+    return {
+        who: {
+            **{key: statistics.median(run[key] for run in found) for key in found[0]},
+            "all_seconds": [round(run["seconds"], 2) for run in found],
+            **({"agreement": agreed[who]} if who in agreed else {}),
+        }
+        for who, found in runs.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", type=Path, help="Python of an environment that has benchmarks/peers.txt")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--metrics", nargs="+", default=list(METRICS))
+    parser.add_argument("--page", action="store_true", help="only write the page anew")
+    arguments = parser.parse_args()
+    if arguments.page:
+        speed_page.write()
+        return
+    if arguments.peers is None:
+        print("no --peers: llm-compressor is left out", file=sys.stderr)
+    document: dict[str, Any] = {"machine": machine(), "versions": versions(), "peers": {}, "rounds": arguments.rounds}
+    if arguments.peers is not None:
+        listed = subprocess.run([arguments.peers, "-m", "pip", "freeze"], capture_output=True, text=True, check=True)
+        wanted = ("llmcompressor", "torch", "transformers", "compressed-tensors")
+        document["peers"] = dict(line.split("==") for line in listed.stdout.split() if line.split("==")[0] in wanted)
+    document["metrics"] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        model = write_model(Path(scratch) / "model")
+        for metric in arguments.metrics:
+            before = call(sys.executable, "floor.py")
+            found = compare(metric, model, Path(scratch), arguments.peers, arguments.rounds)
+            after = call(sys.executable, "floor.py")
+            floor = {key: (before[key] + after[key]) / 2 for key in before}  # the machine may have changed meanwhile
+            document["metrics"][metric] = {**found, "floor": floor}
+            RESULTS.write_text(json.dumps(document, indent=2) + "\n")
+    speed_page.write()
+
+
+if __name__ == "__main__":
+    main()
