@@ -107,7 +107,9 @@ def update(
         if not passes:
             raise PruneForgeError(f"no calibration batch reached layer {layer.name!r}")
         dtype = accumulation_dtype(layer.parameter.dtype)
-        pairs = [(layer.outputs(dy, samples).to(dtype) / scale, layer.inputs(x, samples).to(dtype)) for x, dy in passes]
+        pairs = [(layer.outputs(dy, samples).to(dtype), layer.inputs(x, samples).to(dtype)) for x, dy in passes]
+        if scale != 1:
+            pairs = [(dy / scale, x) for dy, x in pairs]
         statistics = list(found[layer.name].values())
         out_features, in_features = layer.shape
         together = CACHED[layer.parameter.device.type] // in_features
