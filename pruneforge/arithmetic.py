@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-NARROW = {("cpu", torch.bfloat16): "medium", ("cuda", torch.bfloat16): "high", ("cuda", torch.float16): "high"}
-"""By device and dtype, the precision whose units hold every value of that dtype: bfloat16 on a CPU, TF32 on CUDA."""
+NARROW = {("cpu", torch.bfloat16): "medium"}
+"""By device and dtype, the precision whose units hold every value of that dtype and add up in float32."""
 
 
 @contextmanager

@@ -57,24 +57,27 @@ class Budgets:
         What happens to be free has no say in it, since the sums of other batches round otherwise.
         """
         usual = TOKENS_A_BATCH[device.type]
-        budget = self.host if device.type == "cpu" else self.device
+        budget = self.device if device.type == "cuda" else None if self.host is None else self.host // _sharing()
         if budget is None:
             return usual
         return max(1, min(usual, int(SHARE_OF_BATCH * budget / bytes_a_token(blocks))))
 
     def for_activations(
-        self, blocks: Sequence[Block], metric: Metric, module: nn.Module, device: torch.device
+        self, blocks: Sequence[Block], metric: Metric, module: nn.Module, device: torch.device, patterns: int = 1
     ) -> tuple[int, int]:
         """Return what hidden states may take in host memory and on the device, in bytes.
 
         That is what a budget leaves after weights, statistics and working memory. On the CPU the device's share is 0.
+        With several `patterns` a block is kept dense beside the one that is pruned.
 
         Raises:
             PruneForgeError: A budget does not even hold those.
         """
         weights, working = fixed_bytes(blocks, metric, module)
+        if patterns > 1:
+            working += max(sum(layer.parameter.nbytes for layer in block.layers) for block in blocks)
         resident = resident_bytes()
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of the run that share this machine's memory
+        here = _sharing()
         host = resident + SHARE_OF_FREE * free_bytes() / here if self.host is None else self.host / here
         if device.type == "cpu":
             return _left(host, resident + weights + working, "memory budget", self.host), 0
@@ -127,6 +130,11 @@ def free_bytes() -> int:
     if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
         free = min(free, int(limit.read_text()) - int(used.read_text()))
     return max(0, free)
+
+
+def _sharing() -> int:
+    """Return how many processes of the run share this machine's memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _left(budget: float, needed: int, what: str, given: int | None) -> int:

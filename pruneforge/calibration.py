@@ -138,6 +138,7 @@ def _summary(batches: list[Batch]) -> dict[str, Any]:
             sequences += [row[kept] for row, kept in zip(ids, keep, strict=True)]
     summary: dict[str, Any] = {
         "samples": sum(batch.size for batch in batches),
+        "batch_size": max(batch.size for batch in batches),
         "loss": ", or ".join(dict.fromkeys(batch.loss for batch in batches)),
         "fingerprint": digest.hexdigest(),
     }

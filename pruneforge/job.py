@@ -27,8 +27,7 @@ from pruneforge.errors import PruneForgeError
 from pruneforge.memory import PeakMemory
 from pruneforge.metric import Metric
 from pruneforge.model import LoadedModel, in_evaluation_mode, load_model, parse_device, parse_dtype
-from pruneforge.patterns import Pattern
-from pruneforge.plan import make_metric, make_pattern, make_recipe, sees_activations, without
+from pruneforge.plan import Variant, make_metric, make_pattern, make_recipe, make_variants, without
 from pruneforge.plugins import Plugins, plugins
 from pruneforge.profile import FILE as PROFILE
 from pruneforge.profile import Profile
@@ -36,21 +35,6 @@ from pruneforge.progress import BarProgress, Progress
 from pruneforge.recipe import PruneRecipe, save_recipe
 from pruneforge.result import PruneResult
 from pruneforge.streaming import Output, prune_streamed, run_identity
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One of the patterns that a job prunes to.
-
-    Attributes:
-        recipe: The settings that give this one alone.
-        pattern: The pattern, with its scope.
-        output: The output folder.
-    """
-
-    recipe: PruneRecipe
-    pattern: Pattern
-    output: Path | None
 
 
 @dataclass(frozen=True)
@@ -165,6 +149,8 @@ class Job:
     ) -> PruneResult:
         self._refuse_what_streams(loaded.note or "this one is not")
         variant = self.variants[0]
+        if variant.output is not None:
+            check_output(variant.output)
         fingerprint = reports.fingerprint(loaded.module)
         masks: dict[str, Tensor] = {}
 
@@ -231,7 +217,12 @@ class Job:
             if output not in unfinished:
                 reports_of[output.folder] = reports.load_report(output.folder) or {}
         return [
-            PruneResult(reports_of.get(output.folder, {}), output.folder, dtype=self.recipe.dtype, profile=profile)
+            PruneResult(
+                reports_of.get(output.folder, {}),
+                output.folder,
+                dtype=self.recipe.dtype,
+                profile=profile if output in unfinished else None,
+            )
             for output in outputs
         ]
 
@@ -289,7 +280,7 @@ def make_job(
         calibration=str(calibration) if isinstance(calibration, str | Path) else None,
         options=dict(options or {}) if isinstance(metric, str) else metric.options.model_dump(),
         plugins=[plugin.origin for plugin in found.loaded if plugin.from_file],
-        **settings,
+        **{name: value for name, value in settings.items() if value is not None},
     )
     chosen = make_metric(metric, options, found.registry)
     folder = Path(output) if output is not None else None
@@ -297,7 +288,7 @@ def make_job(
         pattern = make_pattern(chosen, recipe.sparsity, recipe.pattern, recipe.propagate)
         variants: tuple[Variant, ...] = (Variant(recipe, pattern, folder),)
     else:
-        variants = _variants(recipe, chosen, patterns, folder)
+        variants = make_variants(recipe, chosen, patterns, folder)
     if chosen.requires and calibration is None:
         raise PruneForgeError(f"metric {chosen.name!r} needs calibration data; pass --calibration SOURCE or PATH")
     if isinstance(calibration, str | Path):
@@ -317,26 +308,3 @@ def make_job(
         plugins=found,
         progress=(BarProgress() if progress else Progress()) if isinstance(progress, bool) else progress,
     )
-
-
-def _variants(
-    recipe: PruneRecipe, metric: Metric, patterns: Sequence[float | str], folder: Path | None
-) -> tuple[Variant, ...]:
-    """Return a variant for each pattern, with a folder of its own below `folder`."""
-    if len(patterns) > 1 and recipe.propagate == "pruned" and sees_activations(metric):
-        raise PruneForgeError(
-            "with pruned propagation each pattern changes what the next block sees, so several share nothing; "
-            "add --propagate dense, or make a run for each"
-        )
-    made: dict[str, Variant] = {}
-    for asked in patterns:
-        sparsity, text = (None, asked) if isinstance(asked, str) else (asked, None)
-        pattern = make_pattern(metric, sparsity, text, recipe.propagate)
-        name = str(pattern).replace(":", "of")
-        if name in made:
-            raise PruneForgeError(f"pattern {pattern} is asked for twice")
-        own = make_recipe(**{**recipe.model_dump(), "sparsity": sparsity, "pattern": text})
-        made[name] = Variant(own, pattern, folder / name if folder else None)
-    if not made:
-        raise PruneForgeError("no pattern is asked for; name at least one, such as 0.5 or 2:4")
-    return tuple(made.values())

@@ -68,7 +68,7 @@ class Metric(options.Configurable):
 
         Args:
             layer: The layer, dense.
-            stats: The statistics that `requires` names.
+            stats: The statistics that `requires` names; read only, other patterns of the same run use them too.
             pattern: Selects a mask from scores with `pattern.select`.
         """
         return Pruned(pattern.select(self.checked_score(layer, stats)))

@@ -58,7 +58,7 @@ class Unstructured:
         return bool((count_kept(rows) == rows.shape[1] - pruned_count(rows.shape[1], self.sparsity)).all())
 
     def __str__(self) -> str:
-        return f"{float(self.sparsity):g}"
+        return repr(float(self.sparsity))
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class NM:
     def fits(self, mask: Tensor) -> bool:
         """Return whether a mask [out, in] keeps exactly n of every group."""
         places = mask.view(torch.uint8).reshape(-1, self.m).T
-        kept = places[0].clone()
+        kept = places[0].to(torch.int32)
         for place in places[1:]:
             kept += place
         return bool((kept == self.n).all())

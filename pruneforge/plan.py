@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -17,6 +18,21 @@ from pruneforge.patterns import NM, Pattern, parse_pattern
 from pruneforge.recipe import PruneRecipe
 from pruneforge.registry import Registry
 from pruneforge.statistics import InputStatistic
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the patterns that a job prunes to.
+
+    Attributes:
+        recipe: The settings that give this one alone.
+        pattern: The pattern, with its scope.
+        output: The output folder.
+    """
+
+    recipe: PruneRecipe
+    pattern: Pattern
+    output: Path | None
 
 
 def make_recipe(**values: Any) -> PruneRecipe:
@@ -67,6 +83,33 @@ def make_pattern(metric: Metric, sparsity: float | None, pattern: str | None, pr
 def sees_activations(metric: Metric) -> bool:
     """Return whether a metric's scores depend on how earlier blocks were pruned."""
     return any(issubclass(kind, InputStatistic) for kind in metric.requires)
+
+
+def make_variants(
+    recipe: PruneRecipe, metric: Metric, patterns: Sequence[float | str], folder: Path | None
+) -> tuple[Variant, ...]:
+    """Return a variant for each pattern, with a folder of its own below `folder`.
+
+    Raises:
+        PruneForgeError: There is none, one comes twice, or they would share nothing.
+    """
+    if len(patterns) > 1 and recipe.propagate == "pruned" and sees_activations(metric):
+        raise PruneForgeError(
+            "with pruned propagation each pattern changes what the next block sees, so several share nothing; "
+            "add --propagate dense, or make a run for each"
+        )
+    made: dict[str, Variant] = {}
+    for asked in patterns:
+        sparsity, text = (None, asked) if isinstance(asked, str) else (asked, None)
+        pattern = make_pattern(metric, sparsity, text, recipe.propagate)
+        name = str(pattern).replace(":", "of")
+        if name in made:
+            raise PruneForgeError(f"pattern {pattern} is asked for twice")
+        own = make_recipe(**{**recipe.model_dump(), "sparsity": sparsity, "pattern": text})
+        made[name] = Variant(own, pattern, folder / name if folder else None)
+    if not made:
+        raise PruneForgeError("no pattern is asked for; name at least one, such as 0.5 or 2:4")
+    return tuple(made.values())
 
 
 def without(blocks: list[Block], exclude: Sequence[str]) -> tuple[list[Block], list[Layer]]:

@@ -18,7 +18,9 @@ from pruneforge.memory import resident_bytes
 
 FILE = "profile.json"
 PERIOD = 0.01
-"""Seconds between two looks at the memory."""
+"""Seconds between two looks at the memory, at first."""
+
+MOST_SAMPLES = 50_000
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Profile:
             yield
         finally:
             if self.memory and self._device is not None:
-                torch.cuda.synchronize(self._device)
+                torch.cuda.current_stream(self._device).synchronize()  # this thread's own work, no other's
             self.spans.append(Span(name, block, start, time.perf_counter() - start, threading.get_ident()))
 
     @contextmanager
@@ -96,8 +98,12 @@ class Profile:
         done = threading.Event()
 
         def watch() -> None:
-            while not done.wait(PERIOD):
+            period = PERIOD
+            while not done.wait(period):
                 self._look()
+                if len(self.samples) > MOST_SAMPLES:  # a long run is looked at less often
+                    del self.samples[::2]
+                    period *= 2
 
         watcher = threading.Thread(target=watch, name="pruneforge-profile", daemon=True)
         watcher.start()

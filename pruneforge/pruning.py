@@ -113,8 +113,8 @@ def prune(
         samples=samples,
         seqlen=seqlen,
         batch_size=batch_size,
-        source_options=dict(source_options or {}),
-        adapter_options=dict(adapter_options or {}),
+        source_options=source_options,
+        adapter_options=adapter_options,
         exclude=list(exclude),
         propagate=propagate,
         device=device,
@@ -154,6 +154,9 @@ def prune_each(
         PruneForgeError: As `prune` does; besides, a pattern comes twice, there is none, or the model cannot be
             streamed.
     """
+    for name in ("sparsity", "pattern"):
+        if name in settings:
+            raise PruneForgeError(f"prune_each takes its sparsities and patterns as `patterns`, not as {name}=")
     job = make_job(model, metric, calibration, patterns=patterns, output=output, propagate=propagate, **settings)
     names = [variant.output.name for variant in job.variants if variant.output is not None]
     return dict(zip(names, job.run(), strict=True))

@@ -27,7 +27,7 @@ from pruneforge.recipe import PruneRecipe
 
 FILE = "pruneforge.json"
 FORMAT = 1
-PACKAGES = ("pruneforge", "torch", "transformers", "timm", "datasets", "lm-eval", "safetensors", "numpy")
+PACKAGES = ("pruneforge", "torch", "triton", "transformers", "timm", "datasets", "lm-eval", "safetensors", "numpy")
 
 
 def make_report(

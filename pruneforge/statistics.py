@@ -119,10 +119,10 @@ class GradientStatistic(Statistic):
 class ColumnSquares(InputStatistic):
     """Sum over tokens of each input column's square, `total` [in]."""
 
+    in_cache = True
+
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
         self.total = torch.zeros(shape[1], dtype=dtype, device=device)
-
-    in_cache = True
 
     def add(self, inputs: Tensor) -> None:
         """Add the squares of `inputs` [tokens, in]."""
@@ -142,6 +142,7 @@ class Gram(InputStatistic):
 
     _sum: Tensor
     _half: bool
+    _source: torch.dtype | None = None
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
         self.total = torch.zeros(shape[1], shape[1], dtype=dtype, device=device)
@@ -162,13 +163,14 @@ class Gram(InputStatistic):
 
     def update(self, inputs: Tensor, samples: int) -> None:
         """Add one batch; see `InputStatistic.update`."""
-        with products_of(inputs.dtype, inputs.device):
-            super().update(inputs, samples)
+        self._source = inputs.dtype
+        super().update(inputs, samples)
 
     def add(self, inputs: Tensor) -> None:
         """Add `inputs` [tokens, in] transposed times itself."""
-        for part in self._columns():
-            self._sum[part.start :, part].addmm_(inputs[:, part.start :].T, inputs[:, part])
+        with products_of(self._source or inputs.dtype, inputs.device):
+            for part in self._columns():
+                self._sum[part.start :, part].addmm_(inputs[:, part.start :].T, inputs[:, part])
         self._half = True
 
     def _columns(self) -> list[slice]:
@@ -253,7 +255,7 @@ class LayerStatistics:
 
         Args:
             key: Names the value among those of this input.
-            compute: Derives the value from input statistics alone.
+            compute: Derives the value from input statistics alone: no random numbers, nothing of the pattern.
         """
         if key not in self._shared:
             self._shared[key] = compute()

@@ -36,7 +36,7 @@ from pruneforge.profile import FILE as PROFILE
 from pruneforge.progress import Progress
 from pruneforge.recipe import PruneRecipe
 
-DECIDING = ("pruneforge", "torch", "transformers", "timm")
+DECIDING = ("pruneforge", "torch", "transformers", "timm", "triton")
 """Packages of which another version may give other bytes."""
 
 OWN = frozenset({masks.FILE, reports.FILE, recipes.FILE, PROFILE, JOURNAL})
@@ -97,7 +97,7 @@ class Output:
             self._tell(group.gather(None)[0] or [])
             yield
             return
-        new = not self.folder.exists()
+        made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         if not (self.folder / JOURNAL).is_file():
             check_output(self.folder)
         journal = self._journal = Journal(self.folder, self.identity, resume)
@@ -105,6 +105,7 @@ class Output:
             if not journal.entries:
                 self.rewrite.prepare()
                 journal.append({"prepared": True})
+            self._forget_waiting()
             self._tell(group.gather(journal.entries[1:])[0])
             yield
         except BaseException as error:
@@ -113,9 +114,9 @@ class Output:
             if remove:
                 self._remove()
             journal.close()
-            if remove and new:
-                with suppress(OSError):  # somebody has put something else into it meanwhile
-                    self.folder.rmdir()
+            with suppress(OSError):  # somebody has put something else into it meanwhile
+                for path in made if remove else ():
+                    path.rmdir()
             raise
         (self.folder / JOURNAL).unlink()  # while it is still locked
         journal.close()
@@ -129,6 +130,10 @@ class Output:
     def _remove(self) -> None:
         for path in [*self.folder.glob(f"*{PARTIAL}"), self.folder / JOURNAL]:
             path.unlink(missing_ok=True)
+        self._forget_waiting()
+
+    def _forget_waiting(self) -> None:
+        """Remove hidden states that an earlier process left behind."""
         for path in self.folder.glob(f"{WAITING}*"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -200,14 +205,12 @@ def prune_streamed(
     assert loaded.checkpoint is not None
     first = outputs[0]
     runs, blocks, profile = [output.run for output in outputs], first.run.blocks, first.run.profile
-    host, on_device = budgets.for_activations(blocks, first.run.metric, loaded.module, device)
+    host, on_device = budgets.for_activations(blocks, first.run.metric, loaded.module, device, len(outputs))
     with ExitStack() as opened:
         for output in outputs:
             opened.enter_context(output.opened(resume, group))
         with profile.stage("total"):
-            waiting = first.folder / f"{WAITING}{group.rank}"
-            shutil.rmtree(waiting, ignore_errors=True)
-            store = Store(device, on_device, host, waiting)
+            store = Store(device, on_device, host, first.folder / f"{WAITING}{group.rank}")
             files = GradientFiles(gradients, gradient_identity(first.recipe, fingerprint, data, loaded, device))
             residency = Streamed(loaded.module, blocks, device, loaded.checkpoint, first.rewrite, profile)
 
@@ -247,6 +250,7 @@ def run_identity(
         "recipe": recipe.model_dump(mode="json"),
         "plugin file": {path: _hash(Path(path)) for path in recipe.plugins},
         "model": {"fingerprint": fingerprint},
+        "batch size": data.description.get("batch_size"),
         "calibration data": {"fingerprint": data.description.get("fingerprint")},
         "processes": group.size,
         "device": device.type,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -64,3 +65,11 @@ def tokens(samples: int = 6, length: int = 24, seed: int = 1, vocabulary: int = 
     """Random token ids [samples, length]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocabulary, (samples, length), generator=generator)
+
+
+def outcome(folder: Path) -> dict[str, object]:
+    """Every file of an output, the report without what was measured."""
+    found: dict[str, object] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    report = json.loads(found["pruneforge.json"])
+    del report["measured"]
+    return {**found, "pruneforge.json": report}

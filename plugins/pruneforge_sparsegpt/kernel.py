@@ -6,6 +6,7 @@ takes some rows through all columns of the block, and only then writes them back
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from pruneforge.patterns import NM, Pattern
 TILE = 32
 """Rows of the layer that a program takes."""
 
+WIDEST = 256
+"""Columns that fit on chip with these rows."""
+
 
 @triton.jit
 def _prune_tile(
@@ -27,7 +31,6 @@ def _prune_tile(
     factor: Any,
     rows: Any,
     columns: Any,
-    factor_stride: Any,
     n: tl.constexpr,
     m: tl.constexpr,
     width: tl.constexpr,
@@ -40,7 +43,7 @@ def _prune_tile(
     there = (column[:, None] < columns) & (row[None, :] < rows)
     value = tl.load(weight + place, mask=there, other=0.0)
     keep = tl.load(mask + place, mask=there, other=1).to(tl.int32)
-    diagonal = tl.load(factor + column * factor_stride + column, mask=column < columns, other=1.0)
+    diagonal = tl.load(factor + column * columns + column, mask=column < columns, other=1.0)
     error = tl.zeros_like(value)
     for j in range(columns):
         if m > 0:  # noqa: SIM102 - known when this is compiled: without groups nothing of it is left
@@ -56,9 +59,9 @@ def _prune_tile(
                 chosen = (column[:, None] >= j) & (column[:, None] < j + m)
                 keep = tl.where(chosen, (before >= m - n).to(tl.int32), keep)
         here = column[:, None] == j
-        pivot = tl.load(factor + j * factor_stride + j)
+        pivot = tl.load(factor + j * columns + j)
         removed = tl.sum(tl.where(here & (keep == 0), value, 0.0), axis=0) / pivot
-        later = tl.load(factor + j * factor_stride + column, mask=(column > j) & (column < columns), other=0.0)
+        later = tl.load(factor + j * columns + column, mask=(column > j) & (column < columns), other=0.0)
         value -= later[:, None] * removed[None, :]
         value = tl.where(here & (keep == 0), 0.0, value)
         error = tl.where(here, removed[None, :], error)
@@ -88,7 +91,9 @@ def prune_columns(weight: Tensor, factor: Tensor, pattern: Pattern) -> tuple[Ten
         n, m = 0, 0
         scores = (weight / factor.diagonal()[:, None]).square_()
         mask = pattern.within("layer").select(scores.T.contiguous()).T.contiguous().to(torch.int8)
-    _prune_tile[(triton.cdiv(rows, TILE),)](
-        weight, errors, mask, factor, rows, columns, factor.stride(0), n, m, triton.next_power_of_2(columns), TILE
-    )
+    factor = factor.contiguous()  # the factorisation leaves it column by column
+    with torch.cuda.device(weight.device) if weight.is_cuda else nullcontext():  # else it runs on the current one
+        _prune_tile[(triton.cdiv(rows, TILE),)](
+            weight, errors, mask, factor, rows, columns, n, m, triton.next_power_of_2(columns), TILE
+        )
     return errors, mask.bool()

@@ -62,7 +62,7 @@ class Rewrite:
                 self._lay_out(file)
             size = len(self._head) + sum(masks.packed_bytes(shape) for _, shape in self._layers.values())
             with _open(self.folder / (masks.FILE + PARTIAL)) as target:
-                os.ftruncate(target, size)
+                _reserve(target, size)
                 os.pwrite(target, self._head, 0)
                 os.fsync(target)
             sync(self.folder)
@@ -72,7 +72,7 @@ class Rewrite:
         changing = sorted((t for t in tensors if t.name in self._changing), key=lambda t: t.start)
         size = (self.source.folder / file).stat().st_size
         with open(self.source.folder / file, "rb", buffering=0) as original, _open(self._partial(file)) as target:
-            os.ftruncate(target, size)
+            _reserve(target, size)
             start = 0
             for stored in changing:
                 _copy(original.fileno(), target, start, stored.start)
@@ -157,6 +157,13 @@ def _open(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _reserve(target: int, size: int) -> None:
+    """Give a file its size, and its room on the disk where the system can."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(target, 0, size)
+    os.ftruncate(target, size)
 
 
 def _copy(source: int, target: int, start: int, stop: int) -> None:

@@ -113,7 +113,12 @@ def warn(warnings: list[str]) -> None:
 
 def mebibytes(count: int) -> str:
     """Return a byte count in MiB."""
-    return f"{count / 2**20:,.0f} MiB"
+    return f"{mebi(count)} MiB"
+
+
+def mebi(count: int) -> str:
+    """Return how many MiB a byte count is."""
+    return f"{count / 2**20:,.0f}"
 
 
 def _as_text(value: Any) -> str:

@@ -115,7 +115,8 @@ def prune(
 ) -> None:
     """Prune a model in one shot and write an ordinary model folder, its masks and a report.
 
-    Several sparsities and N:M patterns, with commas between, are made in one pass, each in a folder below --output.
+    Several sparsities or N:M patterns, with commas between, are made in one pass, each in a folder below --output: then
+    --sparsity 0.3,0.5 --pattern 2:4 are three. One of each is one, and they have to agree.
     """
     options = common.assignments(option, "--option")
     source_options = common.assignments(source_option, "--source-option") | ({"strict": True} if strict else {})
@@ -140,7 +141,7 @@ def prune(
         "gradient_cache": gradient_cache,
         "progress": True,
     }
-    sparsities, patterns = _sparsities(sparsity), pattern.split(",") if pattern else []
+    sparsities, patterns = _sparsities(sparsity), [part.strip() for part in pattern.split(",")] if pattern else []
     several = len(sparsities) > 1 or len(patterns) > 1
     if not several:
         settings |= {"sparsity": next(iter(sparsities), None), "pattern": pattern}
@@ -174,7 +175,9 @@ def prune(
     common.warn(list(dict.fromkeys(warning for report in reports for warning in report["warnings"])))
     for result in results:
         _say(result.report, result.folder or output)
-    _say_of_all(reports[0]["measured"], gradient_cache)
+    of_this_run = [result.report["measured"] for result in results if result.profile is not None]
+    if of_this_run:  # and not of one that was finished before
+        _say_of_all(of_this_run[0], gradient_cache)
 
 
 def _sparsities(text: str | None) -> list[float]:
@@ -183,7 +186,7 @@ def _sparsities(text: str | None) -> list[float]:
         try:
             found.append(float(part))
         except ValueError:
-            raise typer.BadParameter(f"{part!r} is no number", param_hint="--sparsity") from None
+            raise typer.BadParameter(f"{part.strip()!r} is no number", param_hint="--sparsity") from None
     return found
 
 
@@ -223,18 +226,14 @@ def _profile_table(rows: list[dict[str, Any]]) -> Any:
     def add(name: str, chosen: list[dict[str, Any]]) -> None:
         seconds = {stage: sum(row["seconds"] for row in chosen if row["stage"] == stage) for stage in stages}
         cells = [f"{seconds[stage]:.2f}" if seconds[stage] else "" for stage in stages]
-        table.add_row(name, *cells, _mebi(max(row[memory] for row in chosen)))
+        table.add_row(name, *cells, common.mebi(max(row[memory] for row in chosen)))
 
     for block in blocks:
         add("all" if block is None else str(block), [row for row in rows if row["block"] == block])
     add("sum", rows)
     peaks = [max(row[memory] for row in rows if row["stage"] == stage) for stage in stages]
-    table.add_row("MiB", *map(_mebi, peaks))
+    table.add_row("MiB", *map(common.mebi, peaks))
     return table
-
-
-def _mebi(count: int) -> str:
-    return f"{count / 2**20:,.0f}"
 
 
 def _estimate(model: str, metric: str, calibration: str | None, settings: dict[str, Any], as_json: bool) -> None:

@@ -78,7 +78,7 @@ class InputRecorder:
         if known.leader is layer:
             self._update(known, value)
         self._uses.append(layer.name)
-        if self._each_once and len(self._uses) == len(self._block.layers):
+        if self._each_once and len(set(self._uses)) == len(self._block.layers):
             raise _Enough
 
     def _update(self, known: _Input, value: Tensor) -> None:

@@ -6,8 +6,8 @@ adapter's blocks, the statistics a metric requires, and the residency that bring
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 
 import torch
@@ -57,10 +57,9 @@ def prune_blocks(
         _check(run, chain)
     loop = _Loop(runs, chain, batches, progress, block_pruned, gradients or InMemoryGradients(), group or Group())
     model_wide = any(run.scope == "model" for run in runs)
-    for _ in progress.track(
-        loop.with_model_scope() if model_wide else loop.block_by_block(), "pruning blocks", len(chain.blocks)
-    ):
-        pass
+    with closing(loop.with_model_scope() if model_wide else loop.block_by_block()) as finished:
+        for _ in progress.track(finished, "pruning blocks", len(chain.blocks)):
+            pass
 
 
 def _check(run: Run, chain: Chain) -> None:
@@ -117,7 +116,7 @@ class _Loop:
         if not self.input_kinds:
             self.activations = []
 
-    def block_by_block(self) -> Iterator[None]:
+    def block_by_block(self) -> Generator[None, None, None]:
         """Prune each block before the next is calibrated."""
         last = len(self.chain.blocks) - 1
         with ExitStack() as behind:  # holds a pruned block until the next one's calibration has run through it
@@ -142,7 +141,7 @@ class _Loop:
                 self.advance(index)
                 yield
 
-    def with_model_scope(self) -> Iterator[None]:
+    def with_model_scope(self) -> Generator[None, None, None]:
         """Calibrate every block, find thresholds over the scores of all, then prune every block."""
         collected: list[tuple[Block, BlockStatistics]] = []
         for index, block in enumerate(self.chain.blocks):
@@ -208,9 +207,10 @@ class _Loop:
     @torch.no_grad()
     def advance(self, index: int) -> None:
         """Make the next block's inputs of a block's outputs, for every batch, where the model has code between."""
-        with self.chain.between(index) as continues:
-            for batch in self.activations if continues else ():
-                batch.hidden = self.chain.transition(index, batch.hidden, batch)
+        if self.activations and self.chain.continues(index):
+            with self.profile.stage("propagate", index), self.chain.between(index):
+                for batch in self.activations:
+                    batch.hidden = self.chain.transition(index, batch.hidden, batch)
 
     def visited_scores(self, run: Run, collected: Sequence[tuple[Block, BlockStatistics]]) -> Iterator[Tensor]:
         """Yield the scores of every layer, in the order of the model, made anew and held one at a time."""

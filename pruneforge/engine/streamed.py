@@ -92,7 +92,7 @@ class Streamed:
                 yield
         finally:
             self._held.remove(index)
-            self._read_ahead(pruned)
+        self._read_ahead(pruned)
 
     def close(self) -> None:
         """End reading ahead."""

@@ -11,6 +11,7 @@ import signal
 from pruneforge import hookimpl
 
 _calls = 0
+_counting = False
 
 
 def chosen():
@@ -29,9 +30,11 @@ def pruneforge_block_pruned(result):
 @hookimpl
 def pruneforge_run_started(run):
     """Begin to count."""
+    global _counting
     at = chosen()
-    if at <= 0:
+    if at <= 0 or _counting:
         return
+    _counting = True
 
     def counted(call):
         def wrapped(*args, **kwargs):

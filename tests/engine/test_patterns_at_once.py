@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_llama, tokens
+from conftest import outcome, tiny_llama, tokens
+from safetensors.torch import load_file, save_file
 
 import pruneforge
 from pruneforge import PruneForgeError
@@ -23,17 +24,10 @@ def model(tmp_path) -> Path:
     return tmp_path / "model"
 
 
-def contents(folder: Path) -> dict[str, object]:
-    """Every file of an output, the report without what was measured."""
-    found = {path.name: path.read_bytes() for path in folder.iterdir()}
-    report = json.loads(found["pruneforge.json"])
-    del report["measured"]
-    return {**found, "pruneforge.json": report}
-
-
 def alone(model: Path, metric: str, pattern: float | str, output: Path, **settings: object) -> Path:
     sparsity, text = (None, pattern) if isinstance(pattern, str) else (pattern, None)
-    pruneforge.prune(model, metric, sparsity, text, tokens().split(3), output=output, propagate="dense", **settings)
+    settings |= {"output": output, "propagate": "dense", "gradient_cache": output.with_suffix(".gradients")}
+    pruneforge.prune(model, metric, sparsity, text, tokens().split(3), **settings)
     return output
 
 
@@ -43,7 +37,7 @@ def test_each_pattern_gets_what_a_run_of_its_own_gives(metric, model, tmp_path):
     assert list(found) == ["0.3", "0.5", "2of4"]
     for name, pattern in zip(found, PATTERNS, strict=True):
         expected = alone(model, metric, pattern, tmp_path / f"{name} alone")
-        assert contents(tmp_path / "all" / name) == contents(expected)
+        assert outcome(tmp_path / "all" / name) == outcome(expected)
         assert found[name].report["measured"]["patterns_at_once"] == 3
 
 
@@ -55,7 +49,7 @@ def test_comparison_groups_of_every_size_go_together(scope, model, tmp_path):
     )
     for name in found:
         expected = alone(model, "wanda", float(name), tmp_path / f"{name} alone", options=options)
-        assert contents(tmp_path / "all" / name) == contents(expected)
+        assert outcome(tmp_path / "all" / name) == outcome(expected)
 
 
 def test_every_batch_passes_every_block_once(model, tmp_path):
@@ -88,11 +82,11 @@ def test_an_interrupted_run_goes_on_for_each_pattern_from_its_own_block(pattern,
     finally:
         plugins().unregister(observer)
     pruneforge.prune_each(model, "sparsegpt", PATTERNS, tokens().split(3), output=output, resume=True)
-    before = contents(output / "0.5")
+    before = outcome(output / "0.5")
     for name, asked in zip(["0.3", "0.5", "2of4"], PATTERNS, strict=True):
-        assert contents(output / name) == contents(alone(model, "sparsegpt", asked, tmp_path / f"{name} alone"))
+        assert outcome(output / name) == outcome(alone(model, "sparsegpt", asked, tmp_path / f"{name} alone"))
     again = pruneforge.prune_each(model, "sparsegpt", PATTERNS, tokens().split(3), output=output, resume=True)
-    assert contents(output / "0.5") == before
+    assert outcome(output / "0.5") == before
     assert again["0.5"].report["sparsity"]["reached"] == pytest.approx(0.5)
 
 
@@ -116,9 +110,17 @@ def test_a_model_in_memory_takes_one_pattern(tmp_path):
         pruneforge.prune_each(tiny_llama(), "magnitude", [0.3, 0.5], output=tmp_path / "out")
 
 
-def test_a_later_failure_leaves_no_folder_of_any_pattern(model, tmp_path):
-    (tmp_path / "all" / "0.5").mkdir(parents=True)
-    (tmp_path / "all" / "0.5" / "mine.txt").write_text("mine")
-    with pytest.raises(PruneForgeError, match="is not empty"):
-        pruneforge.prune_each(model, "magnitude", PATTERNS, output=tmp_path / "all")
-    assert [path.name for path in (tmp_path / "all").iterdir()] == ["0.5"]
+def test_a_failure_leaves_no_folder_of_any_pattern(model, tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight"
+    file = model / json.loads((model / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(file)
+    tensors[name][3, 3] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(PruneForgeError, match=r"layers\.0\.mlp\.up_proj' has non-finite weights"):
+        pruneforge.prune_each(model, "magnitude", PATTERNS, output=tmp_path / "all" / "of them")
+    assert not (tmp_path / "all").exists()
+
+
+def test_a_name_that_prune_knows_and_prune_each_does_not_is_refused(model, tmp_path):
+    with pytest.raises(PruneForgeError, match="takes its sparsities and patterns as `patterns`, not as sparsity="):
+        pruneforge.prune_each(model, "magnitude", [0.5], output=tmp_path / "all", sparsity=0.3)

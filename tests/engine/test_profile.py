@@ -84,7 +84,19 @@ class Routed(nn.Module):
         return torch.cat([self.low(low) if len(low) else low, self.high(high) if len(high) else high])
 
 
-@pytest.mark.parametrize("module", [Twice(), Routed()])
+class Sometimes(nn.Module):
+    """Uses a weight twice when the first value is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        once = self.first(hidden)
+        return self.second(self.first(once) if hidden[0, 0] > 0 else once)
+
+
+@pytest.mark.parametrize("module", [Twice(), Routed(), Sometimes()])
 def test_a_pass_that_may_reach_a_layer_again_is_never_cut_short(module):
     layers = find_layers(module, "block")
     block = Block("block", module, tuple(layers))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHECKPOINT, tiny_llama, tokens
+from conftest import CHECKPOINT, outcome, tiny_llama, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,14 +39,6 @@ def prune(output, metric, *more, kill_at=0, processes=1, model=CHECKPOINT, **env
     return subprocess.run(arguments, env=environment, capture_output=True, text=True)
 
 
-def contents(folder):
-    """Every file of an output, the report without what was measured."""
-    found = {path.name: path.read_bytes() for path in folder.iterdir()}
-    report = json.loads(found["pruneforge.json"])
-    del report["measured"]
-    return {**found, "pruneforge.json": report}
-
-
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
@@ -54,7 +46,7 @@ def unbroken(tmp_path_factory):
     for metric in ("sparsegpt", "gblm"):
         done = prune(folder / metric, metric, "--gradient-cache", str(folder / "cache"))
         assert done.returncode == 0, done.stderr
-        found[metric] = contents(folder / metric)
+        found[metric] = outcome(folder / metric)
     return found
 
 
@@ -70,10 +62,27 @@ def test_a_killed_run_resumes_to_the_same_bytes(metric, instants, unbroken, tmp_
         assert not (output / "pruneforge.json").exists() or (output / "journal.jsonl").exists()
     done = prune(output, metric, "--resume")
     assert done.returncode == 0, done.stderr
-    assert contents(output) == unbroken[metric]
+    assert outcome(output) == unbroken[metric]
     again = prune(output, metric, "--resume")
     assert again.returncode == 0, again.stderr
-    assert contents(output) == unbroken[metric]
+    assert outcome(output) == unbroken[metric]
+
+
+@pytest.mark.parametrize("instants", [[4, 30, 51], [12, 45, 60], [70]])
+def test_a_killed_run_of_several_patterns_resumes_each_of_them(instants, tmp_path):
+    several = ["--sparsity", "0.3,0.5", "--pattern", "2:4", "--propagate", "dense"]
+    output = tmp_path / "all"
+    killed = 0
+    for instant in instants:
+        killed += prune(output, "sparsegpt", *several, "--resume", kill_at=instant).returncode == -signal.SIGKILL
+    assert killed
+    done = prune(output, "sparsegpt", *several, "--resume")
+    assert done.returncode == 0, done.stderr
+    for name in ("0.3", "0.5"):
+        alone = prune(tmp_path / name, "sparsegpt", "--sparsity", name, "--propagate", "dense")
+        assert alone.returncode == 0, alone.stderr
+        assert outcome(output / name) == outcome(tmp_path / name)
+    assert sorted(path.name for path in output.iterdir()) == ["0.3", "0.5", "2of4"]
 
 
 def saved(folder: Path, seed: int = 0) -> Path:
@@ -134,7 +143,7 @@ def test_an_interrupted_run_goes_on_only_as_the_same_run(tmp_path, monkeypatch):
     refused("line 1 of")
     journal.write_text(lines + '{"block": 2, "pru')  # being written when the power went
     result = pruneforge.prune(model, "wanda", 0.5, None, batches, output=output, resume=True)
-    assert contents(output) == contents(tmp_path / "whole")
+    assert outcome(output) == outcome(tmp_path / "whole")
     assert all(torch.equal(result.masks[name], mask) for name, mask in expected.masks.items())
 
 
@@ -175,7 +184,7 @@ def test_a_full_disk_leaves_a_run_that_can_go_on(tmp_path):
             plugins().unregister(observer)
         assert (output / "journal.jsonl").exists() == left
     result = pruneforge.prune(model, "magnitude", 0.5, output=output, resume=True)
-    assert contents(output) == contents(tmp_path / "whole")
+    assert outcome(output) == outcome(tmp_path / "whole")
     assert all(torch.equal(result.masks[name], mask) for name, mask in whole.masks.items())
 
 
@@ -199,7 +208,7 @@ def test_a_read_error_leaves_a_run_that_can_go_on(tmp_path):
         plugins().unregister(observer)
     (tmp_path / "away").rename(last)
     result = pruneforge.prune(model, "magnitude", 0.5, output=output, resume=True)
-    assert contents(output) == contents(tmp_path / "whole")
+    assert outcome(output) == outcome(tmp_path / "whole")
     assert all(torch.equal(result.masks[name], mask) for name, mask in whole.masks.items())
 
 
@@ -246,7 +255,7 @@ def test_a_process_that_dies_ends_the_run_which_can_go_on(tmp_path):
         assert (output / "journal.jsonl").exists()
     done = prune(output, "wanda", "--resume", processes=2)
     assert done.returncode == 0, done.stderr
-    assert contents(output) == contents(tmp_path / "whole")
+    assert outcome(output) == outcome(tmp_path / "whole")
     refused = prune(output, "wanda", "--resume", "--batch-size", "64", processes=2)
     assert refused.returncode != 0
     assert "is another one: recipe batch_size was null and is 64 now" in refused.stderr
@@ -263,7 +272,7 @@ def test_every_way_through_the_blocks_resumes(metric, scope, propagate, tmp_path
         with pytest.raises(KeyboardInterrupt):
             pruneforge.prune(model, metric, 0.5, None, batches, output=tmp_path / "out", **settings)
     pruneforge.prune(model, metric, 0.5, None, batches, output=tmp_path / "out", resume=True, **settings)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
 
 
 def test_a_budget_that_is_too_small_costs_no_finished_block(tmp_path, monkeypatch):

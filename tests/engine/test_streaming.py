@@ -177,6 +177,41 @@ def test_weights_are_there_only_while_their_block_is_visited(metric, scope, prop
     assert (store.homes["disk"].peak > 0) == bool(chosen.requires)
 
 
+class Noting(Checkpoint):
+    """Notes which tensors are read."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.read_names = []
+
+    def read(self, stored, pinned=False):
+        self.read_names.append(stored.name)
+        return super().read(stored, pinned)
+
+
+def test_a_third_block_is_read_only_when_one_of_two_was_let_go(tmp_path):
+    folder = saved(tmp_path / "model")
+    adapter: Adapter = plugins().registry.create("adapter", "llama")
+    module = adapter.skeleton(str(folder), None).module
+    vacate(module)
+    blocks = adapter.blocks(module)
+    checkpoint = Noting(folder)
+    residency = Streamed(module, blocks, torch.device("cpu"), checkpoint)
+
+    def seen():
+        residency._reader.submit(lambda: None).result()  # what was handed to the reader before is done
+        return {name.split(".")[2] for name in checkpoint.read_names}
+
+    first = residency.visit(blocks[0])
+    first.__enter__()
+    assert seen() == {"0", "1"}
+    with residency.visit(blocks[1]):
+        assert seen() == {"0", "1"}
+        first.__exit__(None, None, None)
+        assert seen() == {"0", "1", "2"}
+    residency.close()
+
+
 def test_hidden_states_go_to_the_first_place_that_has_room(tmp_path):
     store = Store(torch.device("cpu"), 0, 100, tmp_path / "waiting")
     values = [torch.randn(10), torch.randn(5, 2).bfloat16(), torch.randn(20, dtype=torch.float64), torch.randn(4)]

@@ -9,6 +9,9 @@ import sys
 import pytest
 import torch
 
+from pruneforge.patterns import parse_pattern
+from pruneforge_sparsegpt.metric import inverse_factor, prune_columns
+
 pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds")
 
 PATTERNS = ["0.5", "0", "0.9", "2:4", "4:8", "1:4"]
@@ -61,16 +64,16 @@ def cases(tmp_path_factory):
     generator = torch.Generator().manual_seed(0)
     made = []
     for columns in COLUMNS:
-        inputs = torch.randn(3 * columns, columns, generator=generator, dtype=torch.float64)
-        inverse = torch.linalg.inv(inputs.T @ inputs + 0.1 * torch.eye(columns, dtype=torch.float64))
-        whole = torch.linalg.cholesky(inverse, upper=True)
-        wider = torch.cat([whole, torch.full((columns, 5), torch.nan, dtype=torch.float64)], dim=1)
-        factor = wider[:, :columns]  # a part of a larger matrix, as in a layer
+        wide = columns + 40
+        inputs = torch.randn(3 * wide, wide, generator=generator, dtype=torch.float64)
+        whole = inverse_factor(inputs.T @ inputs + 0.1 * torch.eye(wide, dtype=torch.float64))
+        factor = whole[20:-20, 20:-20]  # as the metric has it, in memory too: a part of a larger matrix
         for pattern in PATTERNS:
             weight = torch.randn(columns, ROWS, generator=generator, dtype=torch.float64)
             weight[:8, 3] = 0.5  # ties
             made.append({"pattern": pattern, "weight": weight, "factor": factor})
     folder = tmp_path_factory.mktemp("kernel")
+    # Pickling keeps strides: the kernel is given the memory that the metric gives it.
     torch.save(made, folder / "in.pt")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # In a process of its own: Triton decides when it is imported whether it interprets.
@@ -96,8 +99,6 @@ def test_the_kernel_prunes_as_the_slow_loop_does(pattern, cases):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_plain_torch_prunes_as_the_slow_loop_does(pattern, cases):
-    from pruneforge.patterns import parse_pattern
-    from pruneforge_sparsegpt.metric import prune_columns
 
     asked = parse_pattern(None, pattern, "layer") if ":" in pattern else parse_pattern(float(pattern), None, "layer")
     for case in (case for case in cases if case["pattern"] == pattern):
