@@ -193,7 +193,9 @@ class Job:
         def conclude(output: Output) -> None:
             if group.first:
                 variant = self.variants[outputs.index(output)]
-                report = self._report(variant, loaded, data, output.run, fingerprint, peak, output.identity)
+                report = self._report(
+                    variant, loaded, data, output.run, fingerprint, peak, output.identity, len(unfinished)
+                )
                 reports_of[output.folder] = report
                 self._describe(variant, output.run, report, output.folder)
 
@@ -235,11 +237,12 @@ class Job:
         fingerprint: str,
         peak: PeakMemory,
         identity: dict[str, Any],
+        at_once: int = 1,
     ) -> dict[str, Any]:
         report = reports.make_report(
             variant.recipe, loaded, fingerprint, data.description or None, run, peak.read(), identity
         )
-        report["measured"]["patterns_at_once"] = len(self.variants)
+        report["measured"]["patterns_at_once"] = at_once
         self.plugins.hook.pruneforge_run_finished(run=run, report=report)
         return report
 

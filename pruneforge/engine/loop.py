@@ -173,6 +173,8 @@ class _Loop:
             if through is not None:
                 with self.profile.stage("propagate", through):
                     hidden = batch.hidden = self.chain.run_block(through, hidden, batch)
+            if not block.layers and not self.dense:
+                continue  # all of them are excluded, and nobody needs what comes out
             with self.profile.stage("calibrate", index), recorder.recording(batch.batch):
                 output = self.chain.run_block(index, hidden, batch)
                 if self.dense:

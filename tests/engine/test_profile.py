@@ -112,3 +112,21 @@ def test_a_pass_that_may_reach_a_layer_again_is_never_cut_short(module):
         found, expected = (recorder.statistics(layer)[0][ColumnSquares] for recorder in (cut, whole))
         assert found.tokens == expected.tokens
         assert torch.equal(found.total, expected.total)
+
+
+def test_a_block_without_layers_is_run_once():
+    model, dense = tiny_llama(), tiny_llama()
+    result = pruneforge.prune(model, "wanda", 0.5, None, tokens().split(2), exclude=["model.layers.1.*"])
+    spans = [(span.stage, span.block) for span in result.profile.spans]
+    assert spans.count(("calibrate", 1)) == 0
+    assert spans.count(("propagate", 0)) == spans.count(("propagate", 1)) == spans.count(("calibrate", 2)) == 3
+    for ours, theirs in zip(model.model.layers[1].parameters(), dense.model.layers[1].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    # Block 2 saw what the pruned block 0 and the dense block 1 make of the tokens.
+    seen = []
+    model.model.layers[2].self_attn.q_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(tokens())
+    score = dense.model.layers[2].self_attn.q_proj.weight.abs() * seen[0].flatten(0, 1).norm(dim=0)
+    kept = result.masks["model.layers.2.self_attn.q_proj"]
+    assert (score.masked_fill(~kept, torch.inf).min(1).values >= score.masked_fill(kept, 0).max(1).values).all()
