@@ -28,7 +28,7 @@ AXES = {
 
 def write() -> None:
     """Write `docs/speed.md` from what results there are."""
-    lines = ["# Speed", "", "Made by `make bench`. Medians of runs that took turns, each in a process of its own.", ""]
+    lines = ["# Speed", "", "Made by `make bench`. Runs took turns, each in a process of its own; medians where there are several rounds.", ""]
     for name, part in (("speed", _peers), ("costs", _costs)):
         path = RESULTS / f"{name}.json"
         if path.exists():
@@ -71,7 +71,8 @@ def _peers(document: dict[str, Any]) -> list[str]:
             for who in ("pruneforge", "llm-compressor", "plain")
         ]
         lines.append(f"| `{metric}` | {floor:.1f} | {' | '.join(over)} |")
-    lines += ["", f"{document['rounds']} rounds. {_machine(document)}"]
+    rounds = document["rounds"]
+    lines += ["", f"{rounds} round{'s' if rounds > 1 else ''}. {_machine(document)}"]
     if document["peers"]:
         lines.append(f"Peers: {', '.join(f'{name} {version}' for name, version in document['peers'].items())}.")
     return [*lines, ""]
