@@ -28,7 +28,12 @@ AXES = {
 
 def write() -> None:
     """Write `docs/speed.md` from what results there are."""
-    lines = ["# Speed", "", "Made by `make bench`. Runs took turns, each in a process of its own; medians where there are several rounds.", ""]
+    lines = [
+        "# Speed",
+        "",
+        "Made by `make bench`. Runs took turns, each in a process of its own; medians where there are several rounds.",
+        "",
+    ]
     for name, part in (("speed", _peers), ("costs", _costs)):
         path = RESULTS / f"{name}.json"
         if path.exists():
