@@ -123,8 +123,7 @@ def compiling(scratch: Path, rounds: int) -> dict[str, float]:
     """Return seconds to compile a block, and of a batch through it compiled and not."""
     from transformers import AutoModelForCausalLM
 
-    run("wanda", scratch, "pruned")
-    model = AutoModelForCausalLM.from_pretrained(scratch / f"model-{BASE['hidden_size']}-{BASE['num_hidden_layers']}")
+    model = AutoModelForCausalLM.from_pretrained(write_model(scratch / "to-compile", num_hidden_layers=1))
     block = model.model.layers[0]
     hidden = torch.randn(4, 256, BASE["hidden_size"])
     positions = model.model.rotary_emb(hidden, torch.arange(256)[None])

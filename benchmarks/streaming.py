@@ -182,7 +182,7 @@ def page(document: dict[str, Any]) -> str:
         "Made by `python benchmarks/streaming.py --folder DIR`; the numbers are in",
         "[`benchmarks/results/streaming.json`](../benchmarks/results/streaming.json). Random bf16 weights of",
         f"LLaMA-2-7B's shape, {SAMPLES} samples of {TOKENS} tokens, 50 %. Peak is the process's own peak of resident",
-        "memory, Python and its libraries included (0.8 GB).",
+        "memory, Python and its libraries included.",
         "",
         "| metric | blocks | peak, GB | seconds | of which gradients | calibrate and propagate | prune | write |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",

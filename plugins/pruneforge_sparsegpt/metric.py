@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -44,10 +43,6 @@ class SparseGPT(Metric):
     options: Options
     HESSIAN_SCALE: ClassVar[float] = 2.0
 
-    @cached_property
-    def _said(self) -> set[str]:
-        return set()
-
     def prune_layer(self, layer: Layer, stats: LayerStatistics, pattern: Pattern) -> Pruned:
         """Return the mask and the compensated weight of a layer [out, in]."""
         factor, dead, notes = stats.shared("factor", lambda: self._factor(stats[Gram], layer.name))
@@ -56,16 +51,13 @@ class SparseGPT(Metric):
         mask = torch.ones_like(weight, dtype=torch.bool)
         size = self._block_size(pattern)
         prune, slower = column_pruner(weight.device, size)
-        if slower and slower not in self._said:  # once a run, not once a layer
-            self._said.add(slower)
-            notes = (*notes, slower)
         for start in range(0, weight.shape[1], size):
             columns = slice(start, min(start + size, weight.shape[1]))
             block = weight[:, columns].T.contiguous()  # a column in one piece
             errors, kept = prune(block, factor[columns, columns], pattern)
             weight[:, columns], mask[:, columns] = block.T, kept.T
             weight[:, columns.stop :].addmm_(errors.T, factor[columns, columns.stop :], alpha=-1)
-        return Pruned(mask, weight, notes)
+        return Pruned(mask, weight, (*notes, *slower))
 
     def _block_size(self, pattern: Pattern) -> int:
         """Columns a block: the option, rounded to whole groups of an N:M pattern."""
@@ -118,20 +110,20 @@ def inverse_factor(matrix: Tensor) -> Tensor | None:
     return factor if all_finite(factor) else None
 
 
-def column_pruner(device: torch.device, size: int) -> tuple[PruneColumns, str]:
+def column_pruner(device: torch.device, size: int) -> tuple[PruneColumns, tuple[str, ...]]:
     """Return what prunes blocks of `size` columns on `device`, and why it is not the fastest there, if so.
 
     On CUDA that is the Triton kernel; `prune_columns` does the same in plain torch, and on the CPU.
     """
     if device.type != "cuda":
-        return prune_columns, ""
+        return prune_columns, ()
     try:
         from pruneforge_sparsegpt import kernel
     except ImportError:
-        return prune_columns, "Triton is not installed, so columns are pruned in plain torch, at a lower speed"
+        return prune_columns, ("Triton is not installed, so columns are pruned in plain torch, at a lower speed",)
     if size > kernel.WIDEST:
-        return prune_columns, f"blocks of more than {kernel.WIDEST} columns are pruned in plain torch, at a lower speed"
-    return kernel.prune_columns, ""
+        return prune_columns, (f"blocks of over {kernel.WIDEST} columns are pruned in plain torch, at a lower speed",)
+    return kernel.prune_columns, ()
 
 
 def prune_columns(weight: Tensor, factor: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:

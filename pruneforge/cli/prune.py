@@ -182,7 +182,7 @@ def prune(
 
 def _sparsities(text: str | None) -> list[float]:
     found = []
-    for part in text.split(",") if text else []:
+    for part in text.split(",") if text is not None else []:
         try:
             found.append(float(part))
         except ValueError:

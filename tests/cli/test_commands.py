@@ -185,6 +185,7 @@ BAD = [
     ({"--seqlen": "4096"}, "longer than the model's context of 256"),
     ({"--samples": "0"}, "Invalid value for '--samples'"),
     ({"--metric": None}, "Missing option '--metric'"),
+    ({"--sparsity": ""}, "Invalid value for --sparsity: '' is no number"),
     ({"--sparsity": "0.3,half"}, "Invalid value for --sparsity: 'half' is no number"),
     ({"--sparsity": "0.3,0.5"}, "add --propagate dense"),
     ({"--sparsity": "0.3,0.30", "--propagate": "dense"}, "pattern 0.3 is asked for twice"),
