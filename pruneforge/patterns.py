@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pruneforge.errors import PruneForgeError
-from pruneforge.selection import count_kept, prune_smallest
+from pruneforge.selection import count_kept, prune_smallest, prune_smallest_of_all
 
 Scope = Literal["row", "layer", "block", "model"]
 
@@ -49,8 +49,9 @@ class Unstructured:
 
     def select(self, scores: Tensor) -> Tensor:
         """Return the mask of one matrix of scores [out, in], row by row or all of it as one group."""
-        rows = scores if self.scope == "row" else scores.reshape(1, -1)
-        return prune_smallest(rows, pruned_count(rows.shape[1], self.sparsity)).view_as(scores)
+        if self.scope == "row":
+            return prune_smallest(scores, pruned_count(scores.shape[1], self.sparsity))
+        return prune_smallest_of_all(scores, pruned_count(scores.numel(), self.sparsity))
 
     def fits(self, mask: Tensor) -> bool:
         """Return whether a mask [out, in] prunes exactly as many of each row or layer as it should."""

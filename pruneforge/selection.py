@@ -41,6 +41,30 @@ def prune_smallest(scores: Tensor, count: int) -> Tensor:
     return keep
 
 
+def prune_smallest_of_all(scores: Tensor, count: int) -> Tensor:
+    """Return the mask that prunes exactly the `count` smallest scores of a matrix.
+
+    Args:
+        scores: [rows, columns], higher is more important, no NaN; fastest if it, or its transpose, is contiguous.
+        count: 0 to all.
+
+    Returns:
+        Boolean [rows, columns], `True` keeps; it lies in memory as the scores do.
+    """
+    if count == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    by_columns = not scores.is_contiguous()
+    in_memory = scores.T if by_columns else scores
+    flat = in_memory.reshape(1, -1)
+    threshold = kth_smallest(flat, count)
+    keep = flat > threshold
+    if flat.shape[1] - int(count_kept(keep)) == count:
+        keep = keep.view(in_memory.shape)
+        return keep.T if by_columns else keep
+    below = flat.shape[1] - int(count_kept(flat >= threshold))
+    return Threshold(threshold.item(), count - below).select(scores)
+
+
 def count_kept(mask: Tensor) -> Tensor:
     """Return how many of each row [rows] a mask [rows, columns] keeps, int64."""
     if mask.device.type != "cpu":
@@ -63,8 +87,13 @@ def kth_smallest(scores: Tensor, k: int) -> Tensor:
         part = scores[start : start + step].numpy()
         found[start : start + step] = torch.from_numpy(np.partition(part, k - 1, axis=1)[:, k - 1].copy())
 
+    starts = range(0, len(scores), step)
+    if len(starts) <= 1:  # threads take longer to begin than a small selection takes
+        for start in starts:
+            partition(start)
+        return found
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        list(threads.map(partition, range(0, len(scores), step)))
+        list(threads.map(partition, starts))
     return found
 
 
@@ -86,9 +115,9 @@ class Threshold:
     def select(self, scores: Tensor) -> Tensor:
         """Return the mask of the next matrix of scores [out, in]."""
         keep = scores >= self.value
-        equal = (scores == self.value).flatten().nonzero().flatten()[: self.ties]
-        keep.view(-1)[equal] = False
-        self.ties -= len(equal)
+        ties = (scores == self.value).nonzero()[: self.ties]  # by index, however the scores lie in memory
+        keep[ties.unbind(1)] = False
+        self.ties -= len(ties)
         return keep
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pruneforge import PruneForgeError
 from pruneforge.patterns import NM, Unstructured, parse_pattern, pruned_count
-from pruneforge.selection import prune_smallest, smallest
+from pruneforge.selection import prune_smallest, prune_smallest_of_all, smallest
 
 # Few distinct values, so that ties are the rule; both zeros, and the extremes of the range.
 values = st.sampled_from([-0.0, 0.0, 1.0, 2.0, -1.0, 1e-45, 3e38, 0.5])
@@ -31,6 +31,14 @@ def test_rows_are_pruned_exactly_with_ties_by_index(row, count, dtype):
     mask = prune_smallest(scores, count)
     for got, given_row in zip(mask, scores, strict=True):
         assert torch.equal(got, by_sorting(given_row, count))
+
+
+@given(st.lists(values, min_size=1, max_size=12), st.integers(0, 36), dtypes, st.booleans())
+def test_a_layer_is_pruned_exactly_with_ties_by_index_however_it_lies_in_memory(row, count, dtype, transposed):
+    scores = torch.tensor([row, row[::-1], row], dtype=dtype)
+    count = min(count, scores.numel())
+    mask = prune_smallest_of_all(scores.T.contiguous().T if transposed else scores, count)
+    assert torch.equal(mask.flatten(), by_sorting(scores.flatten(), count))
 
 
 @given(st.lists(st.lists(values, min_size=1, max_size=20), min_size=1, max_size=4), st.integers(1, 80), dtypes)
