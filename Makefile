@@ -21,10 +21,10 @@ format: .venv/ready
 	$(BIN)/ruff check --fix --quiet .
 	$(BIN)/ruff format .
 
-# Against llm-compressor, in an environment of its own; an hour or so.
+# Against llm-compressor, in an environment of its own, in which PruneForge runs too; an hour or so.
 bench: .venv/ready .venv-peers/ready
-	$(BIN)/python benchmarks/costs.py
 	$(BIN)/python benchmarks/speed.py --peers .venv-peers/bin/python
+	$(BIN)/python benchmarks/costs.py
 
 clean:
 	rm -rf .venv .venv-peers
@@ -39,4 +39,5 @@ clean:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --upgrade pip
 	.venv-peers/bin/python -m pip install --quiet --requirement benchmarks/peers.txt
+	.venv-peers/bin/python -m pip install --quiet --no-deps --editable . pluggy timm
 	touch $@

@@ -2,9 +2,10 @@
 
     python benchmarks/contenders.py WHO METRIC MODEL OUTPUT
 
-`benchmarks/speed.py` runs these in turn. WHO is pruneforge, llm-compressor or plain. Prints seconds, from the model's
-folder to pruned weights (PruneForge's are on disk by then, the others' in memory), and bytes of host memory: the peak,
-and what was held when the libraries were imported. OUTPUT receives the weights, to compare masks.
+`benchmarks/speed.py` runs these in turn. WHO is pruneforge, llm-compressor, plain or plain-exact. Prints seconds, from
+the model's folder to pruned weights (PruneForge's are on disk by then, the others' in memory), and bytes of host
+memory: the peak, and what was held when the libraries were imported; and PruneForge's seconds by stage. OUTPUT
+receives the weights, to compare masks.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,17 +67,22 @@ def llm_compressor(metric: str, model: Path, output: Path) -> Run:
     return run
 
 
-def plain(metric: str, model: Path, output: Path) -> Run:
+def plain(metric: str, model: Path, output: Path, extra: int = 1) -> Run:
     """The loop of the research repositories."""
     import plain_loop
     from transformers import AutoModelForCausalLM
 
     def run() -> Callable[[], None]:
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval()
-        plain_loop.prune(loaded, metric, token_ids(), SPARSITY)
+        plain_loop.prune(loaded, metric, token_ids(), SPARSITY, extra)
         return lambda: save(loaded, output)
 
     return run
+
+
+def plain_exact(metric: str, model: Path, output: Path) -> Run:
+    """The same loop, pruning exactly the share asked for."""
+    return plain(metric, model, output, extra=0)
 
 
 def save(model: nn.Module, output: Path) -> None:
@@ -97,7 +102,7 @@ def peak_bytes() -> int:
 
 def main() -> None:
     who, metric, model, output = sys.argv[1:]
-    make: dict[str, Any] = {"pruneforge": pruneforge, "llm-compressor": llm_compressor, "plain": plain}
+    make = {"pruneforge": pruneforge, "llm-compressor": llm_compressor, "plain": plain, "plain-exact": plain_exact}
     run = make[who](metric, Path(model), Path(output))
     importlib.import_module("transformers.models.llama.modeling_llama")  # each needs it when it loads the model
     imported = peak_bytes()
@@ -106,7 +111,9 @@ def main() -> None:
     seconds = time.perf_counter() - start
     peak = peak_bytes()
     write()
-    print(json.dumps({"seconds": seconds, "peak_bytes": peak, "imported_bytes": imported}))
+    report = Path(output) / "pruneforge.json"
+    stages = json.loads(report.read_text())["measured"]["seconds"] if report.exists() else {}
+    print(json.dumps({"seconds": seconds, "peak_bytes": peak, "imported_bytes": imported, "stages": stages}))
 
 
 if __name__ == "__main__":

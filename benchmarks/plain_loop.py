@@ -45,15 +45,24 @@ class Hessian:
         self.value += columns.matmul(columns.t())
 
 
-def prune(model: Any, metric: str, ids: Tensor, sparsity: float) -> None:
-    """Prune a LLaMA in place."""
+def prune(model: Any, metric: str, ids: Tensor, sparsity: float, extra: int = 1) -> None:
+    """Prune a LLaMA in place.
+
+    Args:
+        model: A LLaMA of transformers.
+        metric: magnitude, wanda, sparsegpt or gblm.
+        ids: Token ids [samples, tokens].
+        sparsity: Share of weights to prune.
+        extra: How many more than that share are pruned of all that have one threshold: one in the repositories, which
+            prune what equals the first score to stay.
+    """
     gradients = whole_model_gradients(model, ids) if metric == "gblm" else {}
     with torch.no_grad():
         if metric == "magnitude":
             for layer in layers(model.model).values():
-                by_layer(layer.weight.data, sparsity)
+                by_layer(layer.weight.data, sparsity, extra)
             return
-        block_by_block(model, metric, ids, sparsity, gradients)
+        block_by_block(model, metric, ids, sparsity, gradients, extra)
 
 
 def layers(module: nn.Module) -> dict[str, nn.Linear]:
@@ -61,7 +70,9 @@ def layers(module: nn.Module) -> dict[str, nn.Linear]:
     return {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
 
 
-def block_by_block(model: Any, metric: str, ids: Tensor, sparsity: float, gradients: dict[int, Tensor]) -> None:
+def block_by_block(
+    model: Any, metric: str, ids: Tensor, sparsity: float, gradients: dict[int, Tensor], extra: int
+) -> None:
     """Calibrate, prune and propagate one block after the other."""
     hidden, arguments = first_inputs(model, ids)
     outputs = torch.zeros_like(hidden)
@@ -77,7 +88,7 @@ def block_by_block(model: Any, metric: str, ids: Tensor, sparsity: float, gradie
             hook.remove()
         for name, layer in found.items():
             if metric == "sparsegpt":
-                solve(layer.weight.data, kept[name].value, sparsity)
+                solve(layer.weight.data, kept[name].value, sparsity, extra)
             else:
                 score = layer.weight.data.abs() * kept[name].value.sqrt()
                 if metric == "gblm":
@@ -126,10 +137,10 @@ def whole_model_gradients(model: Any, ids: Tensor) -> dict[int, Tensor]:
     return sums
 
 
-def by_layer(weight: Tensor, sparsity: float) -> None:
+def by_layer(weight: Tensor, sparsity: float, extra: int) -> None:
     """Prune the smallest weights of a layer, found by sorting all of them."""
     sizes = weight.abs()
-    threshold = torch.sort(sizes.flatten())[0][int(weight.numel() * sparsity)]
+    threshold = torch.sort(sizes.flatten())[0][int(weight.numel() * sparsity) + extra - 1]
     weight[sizes <= threshold] = 0
 
 
@@ -141,7 +152,7 @@ def by_row(weight: Tensor, score: Tensor, sparsity: float) -> None:
     weight[mask] = 0
 
 
-def solve(weight: Tensor, hessian: Tensor, sparsity: float) -> None:
+def solve(weight: Tensor, hessian: Tensor, sparsity: float, extra: int) -> None:
     """SparseGPT's updates, column by column (its algorithm 1)."""
     dead = torch.diag(hessian) == 0
     hessian[dead, dead] = 1
@@ -153,7 +164,7 @@ def solve(weight: Tensor, hessian: Tensor, sparsity: float) -> None:
         columns = slice(start, min(start + BLOCK, weight.shape[1]))
         part, small = weight[:, columns].clone(), factor[columns, columns]
         scores = part**2 / torch.diag(small) ** 2
-        threshold = torch.sort(scores.flatten())[0][int(scores.numel() * sparsity)]
+        threshold = torch.sort(scores.flatten())[0][int(scores.numel() * sparsity) + extra - 1]
         removed = scores <= threshold
         errors = torch.zeros_like(part)
         for j in range(part.shape[1]):

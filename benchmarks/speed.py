@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import speed_page
 from safetensors import safe_open
@@ -31,9 +31,11 @@ HERE = ROOT / "benchmarks"
 RESULTS = HERE / "results" / "speed.json"
 METRICS = ("magnitude", "wanda", "sparsegpt", "gblm")
 PEER = {"wanda", "sparsegpt"}
+ONE_TOO_MANY = {"magnitude", "sparsegpt"}
+"""Metrics whose repositories prune one weight more than the sparsity says wherever they choose a threshold."""
 
 
-def call(python: Path | str, script: str, *arguments: Any) -> dict[str, float]:
+def call(python: Path | str, script: str, *arguments: Any) -> dict[str, Any]:
     """Run a script and return the JSON of its last line."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     command = [str(python), str(HERE / script), *map(str, arguments)]
@@ -54,29 +56,52 @@ def agreement(ours: Path, theirs: Path) -> float:
     return same / total
 
 
+class Contender(NamedTuple):
+    """Who runs, by what `benchmarks/contenders.py` calls it, in which environment, and how often."""
+
+    who: str
+    python: Path | str
+    rounds: int
+
+
+def contenders(metric: str, peers: Path | None, rounds: int) -> dict[str, Contender]:
+    """Return who is compared for a metric, by name; PruneForge comes first."""
+    found = {
+        "pruneforge": Contender("pruneforge", sys.executable, rounds),
+        "plain": Contender("plain", sys.executable, rounds),
+    }
+    if metric in ONE_TOO_MANY:
+        found["plain, exact counts"] = Contender("plain-exact", sys.executable, 1)  # for its masks, not its time
+    if peers is not None and metric in PEER:
+        found["llm-compressor"] = Contender("llm-compressor", peers, rounds)
+        found["pruneforge, its libraries"] = Contender("pruneforge", peers, rounds)
+    return found
+
+
 def compare(metric: str, model: Path, scratch: Path, peers: Path | None, rounds: int) -> dict[str, Any]:
     """Return medians of each contender for one metric, and how far their masks agree with PruneForge's."""
-    pythons: dict[str, Path | str] = {"pruneforge": sys.executable, "plain": sys.executable}
-    if peers is not None and metric in PEER:
-        pythons["llm-compressor"] = peers
-    runs: dict[str, list[dict[str, float]]] = {who: [] for who in pythons}
+    racing = contenders(metric, peers, rounds)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in racing}
     agreed: dict[str, float] = {}
     for number in range(rounds):
-        for who, python in pythons.items():
-            output = scratch / f"{metric}-{who}"
+        for name, contender in racing.items():
+            if number >= contender.rounds:
+                continue
+            output = scratch / f"{metric}-{name}"
             shutil.rmtree(output, ignore_errors=True)
             shutil.rmtree(output.with_suffix(".cache"), ignore_errors=True)
-            runs[who].append(call(python, "contenders.py", who, metric, model, output))
-            print(metric, number, who, runs[who][-1], flush=True)
-            if who != "pruneforge" and number == 0:
-                agreed[who] = agreement(scratch / f"{metric}-pruneforge", output)
+            runs[name].append(call(contender.python, "contenders.py", contender.who, metric, model, output))
+            print(metric, number, name, runs[name][-1], flush=True)
+            if name != "pruneforge" and number == 0:
+                agreed[name] = agreement(scratch / f"{metric}-pruneforge", output)
     return {
-        who: {
-            **{key: statistics.median(run[key] for run in found) for key in found[0]},
+        name: {
+            **{key: statistics.median(run[key] for run in found) for key in found[0] if key != "stages"},
             "all_seconds": [round(run["seconds"], 2) for run in found],
-            **({"agreement": agreed[who]} if who in agreed else {}),
+            **({"stages": found[-1]["stages"]} if found[-1]["stages"] else {}),
+            **({"agreement": agreed[name]} if name in agreed else {}),
         }
-        for who, found in runs.items()
+        for name, found in runs.items()
     }
 
 
