@@ -127,6 +127,7 @@ class Profile:
 
     def table(self) -> list[dict[str, Any]]:
         """Return, for each stage and block, seconds and the most bytes seen meanwhile; of types that JSON holds."""
+        samples = list(self.samples)  # more may come meanwhile
         rows: dict[tuple[str, int | None], dict[str, Any]] = {}
         for span in self.spans:
             row = rows.setdefault(
@@ -134,15 +135,10 @@ class Profile:
                 {"stage": span.stage, "block": span.block, "seconds": 0.0, "host_bytes": 0, "device_bytes": 0},
             )
             row["seconds"] += span.seconds
-            for sample in self._during(span):
+            for sample in _during(span, samples):
                 row["host_bytes"] = max(row["host_bytes"], sample.host_bytes)
                 row["device_bytes"] = max(row["device_bytes"], sample.device_bytes)
         return list(rows.values())
-
-    def _during(self, span: Span) -> list[Sample]:
-        """Return what was seen within a span and at the first look after it, which short ones need."""
-        first = bisect_left(self.samples, span.start, key=_time)
-        return self.samples[first : bisect_left(self.samples, span.start + span.seconds, key=_time) + 1]
 
     def save(self, path: Path) -> None:
         """Write the spans and the memory as a trace in Chrome's format, which https://ui.perfetto.dev opens."""
@@ -159,7 +155,7 @@ class Profile:
             }
             for span in sorted(self.spans, key=lambda span: span.start)
         ]
-        for sample in self.samples:
+        for sample in list(self.samples):
             for name, count in (("host", sample.host_bytes), ("device", sample.device_bytes)):
                 if name == "host" or self._device is not None:
                     value = {"MiB": count / 2**20}
@@ -167,3 +163,9 @@ class Profile:
                         {"name": f"{name} memory", "ph": "C", "ts": sample.time * 1e6, "pid": 0, "args": value}
                     )
         path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
+
+
+def _during(span: Span, samples: list[Sample]) -> list[Sample]:
+    """Return what was seen within a span and at the first look after it, which short ones need."""
+    first = bisect_left(samples, span.start, key=_time)
+    return samples[first : bisect_left(samples, span.start + span.seconds, key=_time) + 1]

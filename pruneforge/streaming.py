@@ -36,7 +36,10 @@ from pruneforge.profile import FILE as PROFILE
 from pruneforge.progress import Progress
 from pruneforge.recipe import PruneRecipe
 
-DECIDING = ("pruneforge", "torch", "transformers", "timm", "triton")
+DECIDING_GRADIENTS = ("pruneforge", "torch", "transformers", "timm")
+"""Packages of which another version may give other gradients of the dense model."""
+
+DECIDING = (*DECIDING_GRADIENTS, "triton")
 """Packages of which another version may give other bytes."""
 
 OWN = frozenset({masks.FILE, reports.FILE, recipes.FILE, PROFILE, JOURNAL})
@@ -89,12 +92,11 @@ class Output:
 
     @contextmanager
     def opened(self, resume: bool, group: Group) -> Iterator[None]:
-        """Hold the folder within the context, and tell the run, in every process, what is finished.
+        """Hold the folder within the context; nothing but the journal is written yet.
 
         A run that stops before a block is finished leaves no trace, and neither does one that would stop again.
         """
         if not group.first:
-            self._tell(group.gather(None)[0] or [])
             yield
             return
         made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
@@ -102,11 +104,6 @@ class Output:
             check_output(self.folder)
         journal = self._journal = Journal(self.folder, self.identity, resume)
         try:
-            if not journal.entries:
-                self.rewrite.prepare()
-                journal.append({"prepared": True})
-            self._forget_waiting()
-            self._tell(group.gather(journal.entries[1:])[0])
             yield
         except BaseException as error:
             hopeless = isinstance(error, PruneForgeError) and not isinstance(error, UnfinishedError)
@@ -121,7 +118,14 @@ class Output:
         (self.folder / JOURNAL).unlink()  # while it is still locked
         journal.close()
 
-    def _tell(self, entries: Sequence[dict[str, Any]]) -> None:
+    def prepare(self, group: Group) -> None:
+        """Lay out the files of an opened folder, and tell the run, in every process, what is finished."""
+        if self._journal is not None:
+            if not self._journal.entries:
+                self.rewrite.prepare()
+                self._journal.append({"prepared": True})
+            self._forget_waiting()
+        entries = group.gather(self._journal.entries[1:] if self._journal is not None else [])[0]
         for entry in entries:
             self.run.pruned.update(entry["pruned"])
             self.run.warnings += entry["notes"]
@@ -209,6 +213,8 @@ def prune_streamed(
     with ExitStack() as opened:
         for output in outputs:
             opened.enter_context(output.opened(resume, group))
+        for output in outputs:  # once every folder is known to take its run
+            output.prepare(group)
         with profile.stage("total"):
             store = Store(device, on_device, host, first.folder / f"{WAITING}{group.rank}")
             files = GradientFiles(gradients, gradient_identity(first.recipe, fingerprint, data, loaded, device))
@@ -254,7 +260,7 @@ def run_identity(
         "calibration data": {"fingerprint": data.description.get("fingerprint")},
         "processes": group.size,
         "device": device.type,
-        "version of": _versions(),
+        "version of": _versions(DECIDING),
     }
 
 
@@ -270,12 +276,12 @@ def gradient_identity(
         "loss": data.description.get("loss"),
         "adapter": {"name": loaded.adapter.name, "options": recipe.adapter_options},
         "device": device.type,
-        "version of": _versions(),
+        "version of": _versions(DECIDING_GRADIENTS),
     }
 
 
-def _versions() -> dict[str, str]:
-    return {name: version for name, version in reports.versions().items() if name in DECIDING}
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    return {name: version for name, version in reports.versions().items() if name in packages}
 
 
 def _hash(path: Path) -> str:

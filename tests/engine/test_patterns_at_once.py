@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import pruneforge
 from pruneforge import PruneForgeError
+from pruneforge.budget import Budgets
+from pruneforge.checkpoint.rewrite import Rewrite
 from pruneforge.hookspecs import hookimpl
 from pruneforge.plugins import plugins
 
@@ -119,6 +121,38 @@ def test_a_failure_leaves_no_folder_of_any_pattern(model, tmp_path):
     with pytest.raises(PruneForgeError, match=r"layers\.0\.mlp\.up_proj' has non-finite weights"):
         pruneforge.prune_each(model, "magnitude", PATTERNS, output=tmp_path / "all" / "of them")
     assert not (tmp_path / "all").exists()
+
+
+def test_nothing_is_laid_out_before_every_folder_is_known_to_take_its_run(model, tmp_path, monkeypatch):
+    output = tmp_path / "all"
+    observer = Interrupted("0.5", 1)
+    plugins().register(observer)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pruneforge.prune_each(model, "magnitude", [0.5], output=output)
+    finally:
+        plugins().unregister(observer)
+    before = (output / "0.5" / "journal.jsonl").read_bytes()
+
+    def prepare(self: Rewrite) -> None:
+        raise AssertionError("files were laid out")
+
+    monkeypatch.setattr(Rewrite, "prepare", prepare)
+    with pytest.raises(PruneForgeError, match=r"the unfinished run in .*0\.5' is another one: recipe metric was"):
+        pruneforge.prune_each(model, "wanda", [0.3, 0.5], tokens().split(3), output=output, resume=True)
+    assert (output / "0.5" / "journal.jsonl").read_bytes() == before
+    assert not (output / "0.3").exists()
+
+
+def test_the_dense_copy_that_several_patterns_need_counts_in_the_budget(monkeypatch):
+    monkeypatch.setattr("pruneforge.budget.resident_bytes", lambda: 0)  # it changes from one moment to the next
+    module = tiny_llama(torch.float32)
+    blocks = plugins().registry.create("adapter", "llama").blocks(module)
+    metric = plugins().registry.create("metric", "wanda")
+    budgets, cpu = Budgets(host=1 << 40), torch.device("cpu")
+    one, _ = budgets.for_activations(blocks, metric, module, cpu)
+    two, _ = budgets.for_activations(blocks, metric, module, cpu, patterns=2)
+    assert one - two == sum(layer.parameter.nbytes for layer in blocks[0].layers)
 
 
 def test_a_name_that_prune_knows_and_prune_each_does_not_is_refused(model, tmp_path):
