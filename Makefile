@@ -39,5 +39,5 @@ clean:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --upgrade pip
 	.venv-peers/bin/python -m pip install --quiet --requirement benchmarks/peers.txt
-	.venv-peers/bin/python -m pip install --quiet --no-deps --editable . pluggy timm
+	.venv-peers/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@

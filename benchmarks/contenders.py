@@ -81,7 +81,7 @@ def plain(metric: str, model: Path, output: Path, extra: int = 1) -> Run:
 
 
 def plain_exact(metric: str, model: Path, output: Path) -> Run:
-    """The same loop, pruning exactly the share asked for."""
+    """The same loop, pruning exactly the share asked for where no scores are equal."""
     return plain(metric, model, output, extra=0)
 
 

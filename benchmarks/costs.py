@@ -59,8 +59,8 @@ def in_turns(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, f
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def run(metric: str, scratch: Path, propagate: str, size: dict[str, int]) -> Callable[[], object]:
-    """Return a run of the given sizes; its model is made now."""
+def run(metric: str, scratch: Path, propagate: str, size: dict[str, int]) -> Callable[[], dict[str, float]]:
+    """Return a run of the given sizes, which returns its seconds by stage; its model is made now."""
     hidden, blocks = size["hidden_size"], size["num_hidden_layers"]
     model = scratch / f"model-{hidden}-{blocks}"
     if not model.exists():
@@ -69,14 +69,16 @@ def run(metric: str, scratch: Path, propagate: str, size: dict[str, int]) -> Cal
     tokens = size["tokens"]
     batches = token_ids(size["samples"], tokens).split(max(1, 1024 // tokens))
 
-    def work() -> None:
+    def work() -> dict[str, float]:
         output = scratch / "output"
         shutil.rmtree(output, ignore_errors=True)
         settings: dict[str, Any] = {"output": output, "propagate": propagate, "gradient_cache": scratch / "gradients"}
         if propagate == "dense":
-            pruneforge.prune_each(model, metric, SPARSITIES[: size["patterns"]], batches, **settings)
+            sparsities = SPARSITIES[: size["patterns"]]
+            result = next(iter(pruneforge.prune_each(model, metric, sparsities, batches, **settings).values()))
         else:
-            pruneforge.prune(model, metric, SPARSITIES[0], None, batches, **settings)
+            result = pruneforge.prune(model, metric, SPARSITIES[0], None, batches, **settings)
+        return result.report["measured"]["seconds"]
 
     return work
 
@@ -95,6 +97,9 @@ def curves(metrics: Sequence[str], scratch: Path, rounds: int) -> dict[str, Any]
             slope, intercept = np.polyfit(x, y, 1)
             residual = float(np.abs(intercept + slope * x - y).max() / y.max())
             found[f"{metric} {axis}"] = {"seconds": medians, "largest_residual_share": residual}
+            if axis == "patterns":
+                ends = {str(value): works[str(value)]() for value in (values[0], values[-1])}
+                found[f"{metric} {axis}"]["stages"] = ends
             print(metric, axis, found[f"{metric} {axis}"], flush=True)
     return found
 
@@ -153,7 +158,7 @@ def main() -> None:
         for name, part in parts.items():
             document[name] = part(Path(scratch))
             print(name, document[name], flush=True)
-            RESULTS.write_text(json.dumps(document, indent=2) + "\n")
+    RESULTS.write_text(json.dumps(document, indent=2) + "\n")
     speed_page.write()
 
 

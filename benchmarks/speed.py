@@ -74,7 +74,7 @@ def contenders(metric: str, peers: Path | None, rounds: int) -> dict[str, Conten
         found["plain, exact counts"] = Contender("plain-exact", sys.executable, 1)  # for its masks, not its time
     if peers is not None and metric in PEER:
         found["llm-compressor"] = Contender("llm-compressor", peers, rounds)
-        found["pruneforge, its libraries"] = Contender("pruneforge", peers, rounds)
+        found["pruneforge on llm-compressor's libraries"] = Contender("pruneforge", peers, rounds)
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from workload import SAMPLES, SHAPE, TOKENS
 
@@ -13,18 +13,33 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "speed.md"
 WORK = """A random LLaMA of 29.5 M parameters (hidden 512, 8 blocks) in float32, 64 samples of 512 tokens, 50 %.
-Seconds from the model's folder to pruned weights, the libraries imported before; PruneForge's time includes writing
-them. `plain` is [the loop of the research repositories](../benchmarks/plain_loop.py): one sample at a time, a statistic
-for each layer, full sorts, autograd over the whole model. Agreement is the share of weights on which a mask is the same
-as PruneForge's. Memory is the peak above what the imported libraries take, which differs between builds of torch. The
-floor is the bare matrix products of the two forward passes (weights and attention), for SparseGPT with its Gram
-products, timed before and after."""
+Every run is a process of its own. Seconds from the model's folder to pruned weights, the libraries imported before;
+PruneForge's time includes writing them. `plain` is [the loop of the research
+repositories](../benchmarks/plain_loop.py): one sample at a time, a statistic for each layer, full sorts, autograd over
+the whole model. Agreement is the share of weights on which a mask is the same as PruneForge's. The repositories and
+llm-compressor prune one weight too many wherever they choose one threshold, and in SparseGPT that moves all that is
+chosen later; `exact counts` is the plain loop without that, run once for its masks. Memory is the peak above what the
+imported libraries take; peaks and times compare best on the same libraries, so PruneForge runs on llm-compressor's as
+well."""
+FLOOR = """The floor is the bare matrix products, weights and attention, of two forward passes over all blocks, for
+SparseGPT with the Gram products, for GBLM with a forward and a backward pass more; timed on PruneForge's libraries
+before and after each metric's runs, for the machine's speed drifts. PruneForge computes less than that: calibration of
+a block ends before its last product, the last block is not propagated, and of a Gram matrix about two thirds are
+summed."""
+AIMS = """The last column is what PruneForge would reach at the speed of the floor, doing nothing but its products."""
+STAGES = ("capture", "gradients", "calibrate", "propagate", "prune", "write")
+PASSES = {"wanda": 2, "sparsegpt": 2, "gblm": 5}
+"""Forward passes whose products a metric needs; a backward pass has those of two."""
+
+OVER_FLOOR = {"wanda": 1.5, "sparsegpt": 2.5}
+OVER_PEER = {"wanda": 3.0, "sparsegpt": 2.5}
+
 AXES = {
     "samples": "samples",
     "tokens": "tokens a sample",
     "hidden_size": "width (line over its square)",
     "num_hidden_layers": "blocks",
-    "patterns": "sparsities at once (dense propagation)",
+    "patterns": "sparsities at once, dense, on the work above",
 }
 
 
@@ -33,14 +48,29 @@ def write() -> None:
     lines = [
         "# Speed",
         "",
-        "Made by `make bench`. Runs took turns, each in a process of its own; medians where there are several rounds.",
+        "Made by `make bench`. Runs took turns; medians where there are several rounds.",
         "",
     ]
-    for name, part in (("speed", _peers), ("costs", _costs)):
-        path = RESULTS / f"{name}.json"
-        if path.exists():
-            lines += part(json.loads(path.read_text()))
+    speed, costs = _read("speed"), _read("costs")
+    if speed:
+        lines += [*_peers(speed), *_profile(speed)]
+    if speed and costs:
+        lines += _aims(speed["metrics"], costs)
+    if costs:
+        lines += _costs(costs)
     PAGE.write_text("\n".join(lines).rstrip() + "\n")
+
+
+def _read(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _floor(metric: str, found: dict[str, Any]) -> float:
+    """Return the seconds of the products that a metric needs."""
+    floor = found[metric]["floor"]
+    passes = (floor["weights"] + floor["attention"]) * PASSES[metric] / 2
+    return passes + (floor["gram"] if metric == "sparsegpt" else 0)
 
 
 def _peers(document: dict[str, Any]) -> list[str]:
@@ -57,32 +87,114 @@ def _peers(document: dict[str, Any]) -> list[str]:
         for who, run in found.items():
             if who == "floor":
                 continue
-            agreed = f"{run['agreement']:.3%}" if "agreement" in run else ""
+            agreed = f"{run['agreement']:.4%}" if "agreement" in run else ""
             above = (run["peak_bytes"] - run["imported_bytes"]) / 1e6
+            times = "" if "exact" in who else f"{run['seconds']:.1f} | {run['seconds'] / ours:.2f}"
             lines.append(
-                f"| `{metric}` | {who} | {run['seconds']:.1f} | {run['seconds'] / ours:.2f} | {agreed} | {above:.0f} | "
-                f"{run['peak_bytes'] / 1e6:.0f} |"
+                f"| `{metric}` | {who} | {times or ' | '} | {agreed} | {above:.0f} | {run['peak_bytes'] / 1e6:.0f} |"
             )
     lines += [
+        "",
+        *textwrap.wrap(FLOOR, 118),
         "",
         "| metric | floor, seconds | PruneForge over it | llm-compressor over it | plain loop over it |",
         "|---|---:|---:|---:|---:|",
     ]
     for metric, found in document["metrics"].items():
-        if metric == "magnitude":
-            continue
-        floor = found["floor"]["weights"] + found["floor"]["attention"]
-        floor += found["floor"]["gram"] if metric == "sparsegpt" else 0
-        over = [
-            f"{found[who]['seconds'] / floor:.2f}" if who in found else ""
-            for who in ("pruneforge", "llm-compressor", "plain")
-        ]
-        lines.append(f"| `{metric}` | {floor:.1f} | {' | '.join(over)} |")
+        if metric in PASSES:
+            floor = _floor(metric, document["metrics"])
+            over = [
+                f"{found[who]['seconds'] / floor:.2f}" if who in found else ""
+                for who in ("pruneforge", "llm-compressor", "plain")
+            ]
+            lines.append(f"| `{metric}` | {floor:.1f} | {' | '.join(over)} |")
     rounds = document["rounds"]
     lines += ["", f"{rounds} round{'s' if rounds > 1 else ''}. {_machine(document)}"]
     if document["peers"]:
         lines.append(f"Peers: {', '.join(f'{name} {version}' for name, version in document['peers'].items())}.")
     return [*lines, ""]
+
+
+def _profile(document: dict[str, Any]) -> list[str]:
+    return [
+        "## Where PruneForge's time goes",
+        "",
+        "Seconds of the last round.",
+        "",
+        f"| metric | {' | '.join(STAGES)} | rest |",
+        f"|---|{'---:|' * (len(STAGES) + 1)}",
+        *(
+            f"| `{metric}` | {_stages(found['pruneforge']['stages'], found['pruneforge']['all_seconds'][-1])} |"
+            for metric, found in document["metrics"].items()
+            if "stages" in found["pruneforge"]
+        ),
+        "",
+    ]
+
+
+def _stages(seconds: dict[str, float], total: float) -> str:
+    """Return the seconds of each stage, and those in none of them: opening, laying out files, finishing."""
+    rest = total - sum(seconds.get(stage, 0.0) for stage in STAGES)
+    return " | ".join([*(f"{seconds[stage]:.2f}" if stage in seconds else "" for stage in STAGES), f"{rest:.2f}"])
+
+
+class Aim(NamedTuple):
+    """A ratio that was aimed for: at least, or at most, `wanted`; and what it would be at the speed of the floor."""
+
+    what: str
+    at_least: bool
+    wanted: float
+    reached: float
+    at_floor: float | None = None
+
+    def row(self) -> str:
+        """Return the row of the table."""
+        met = self.reached >= self.wanted if self.at_least else self.reached <= self.wanted
+        bound = "at least" if self.at_least else "at most"
+        limit = "" if self.at_floor is None else f"{self.at_floor:.2f}"
+        return f"| {self.what} | {bound} {self.wanted} | {self.reached:.2f} | {'' if met else 'missed'} | {limit} |"
+
+
+def _aims(speed: dict[str, Any], costs: dict[str, Any]) -> list[str]:
+    """Return what was aimed for beside what was reached."""
+    aims = [aim for metric in speed for aim in _aims_of(metric, speed)]
+    if {"wanda", "gblm"} <= set(speed):
+        ratio = speed["gblm"]["pruneforge"]["seconds"] / speed["wanda"]["pruneforge"]["seconds"]
+        aims.append(Aim("`gblm`: time over that of `wanda`", False, 4.0, ratio))
+    passes = costs["vit"]["wanda"] / costs["vit"]["two forward passes"]
+    aims.append(Aim("`wanda` on DeiT-small: time over two bare forward passes", False, 1.3, passes))
+    for name, curve in costs["curves"].items():
+        metric, axis = name.split(" ")
+        if axis == "patterns":
+            ratio = curve["seconds"]["8"] / curve["seconds"]["1"]
+            aims.append(Aim(f"`{metric}`: eight sparsities at once over one", False, 1.3, ratio))
+    table = ["| figure | aim | reached | | at the floor |", "|---|---:|---:|---|---:|", *(aim.row() for aim in aims)]
+    return ["## Aims", "", *textwrap.wrap(AIMS, 118), "", *table, ""]
+
+
+def _aims_of(metric: str, speed: dict[str, Any]) -> list[Aim]:
+    """Return the aims of one metric beside the others."""
+    found = speed[metric]
+    ours, plain, peer = found["pruneforge"], found["plain"]["seconds"], found.get("llm-compressor")
+    floor = _floor(metric, speed) if metric in PASSES else None
+    what = f"`{metric}`: time of the plain loop over PruneForge's"
+    aims = [Aim(what, True, 3.0, plain / ours["seconds"], plain / floor if floor else None)]
+    if floor and metric in OVER_FLOOR:
+        aims.append(Aim(f"`{metric}`: time over the floor", False, OVER_FLOOR[metric], ours["seconds"] / floor))
+    if floor and peer:
+        there, wanted = found["pruneforge on llm-compressor's libraries"], OVER_PEER[metric]
+        what = f"`{metric}`: time of llm-compressor over PruneForge's"
+        aims += [
+            Aim(what, True, wanted, peer["seconds"] / ours["seconds"], peer["seconds"] / floor),
+            Aim(f"{what}, same libraries", True, wanted, peer["seconds"] / there["seconds"]),
+            Aim(
+                f"`{metric}`: peak memory over llm-compressor's, same libraries",
+                False,
+                1.0,
+                there["peak_bytes"] / peer["peak_bytes"],
+            ),
+        ]
+    return aims
 
 
 def _costs(document: dict[str, Any]) -> list[str]:
@@ -100,6 +212,11 @@ def _costs(document: dict[str, Any]) -> list[str]:
         metric, axis = name.split(" ")
         points = ", ".join(f"{size}: {seconds:.2f}" for size, seconds in curve["seconds"].items())
         lines.append(f"| `{metric}` | {AXES[axis]} | {points} | {curve['largest_residual_share']:.1%} |")
+    lines += ["", "One more run of each for its stages, in seconds:", ""]
+    lines += [f"| sparsities at once | {' | '.join(STAGES)} | rest |", f"|---|{'---:|' * (len(STAGES) + 1)}"]
+    for name, curve in document["curves"].items():
+        for size, stages in curve.get("stages", {}).items():
+            lines.append(f"| `{name.split(' ')[0]}`, {size} | {_stages(stages, stages['total'])} |")
     two, wanda = passes["two forward passes"], passes["wanda"]
     eager, quick = compiled["eager batch"], compiled["compiled batch"]
     work = 2 * SAMPLES * TOKENS // 1024 * SHAPE["num_hidden_layers"]

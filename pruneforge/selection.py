@@ -53,16 +53,14 @@ def prune_smallest_of_all(scores: Tensor, count: int) -> Tensor:
     """
     if count == 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    by_columns = not scores.is_contiguous()
-    in_memory = scores.T if by_columns else scores
-    flat = in_memory.reshape(1, -1)
-    threshold = kth_smallest(flat, count)
-    keep = flat > threshold
-    if flat.shape[1] - int(count_kept(keep)) == count:
-        keep = keep.view(in_memory.shape)
-        return keep.T if by_columns else keep
-    below = flat.shape[1] - int(count_kept(flat >= threshold))
-    return Threshold(threshold.item(), count - below).select(scores)
+    in_memory = scores if scores.is_contiguous() else scores.T
+    threshold = kth_smallest(in_memory.reshape(1, -1), count)
+    keep = in_memory > threshold
+    room = scores.numel() - count - int(count_kept(keep.reshape(1, -1)))
+    keep = keep if in_memory is scores else keep.T
+    if room:  # of the scores equal to the threshold, the last ones stay, by index however they lie in memory
+        keep[(scores == threshold).nonzero()[-room:].unbind(1)] = True
+    return keep
 
 
 def count_kept(mask: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def prune_columns(weight: Tensor, factor: Tensor, pattern: Pattern) -> tuple[Ten
     else:
         n, m = 0, 0
         scores = (weight / factor.diagonal()[:, None]).square_()
-        mask = pattern.within("layer").select(scores.T.contiguous()).T.contiguous().to(torch.int8)
+        mask = pattern.within("layer").select(scores.T).T.contiguous().to(torch.int8)
     factor = factor.contiguous()  # the factorisation leaves it column by column
     with torch.cuda.device(weight.device) if weight.is_cuda else nullcontext():  # else it runs on the current one
         _prune_tile[(triton.cdiv(rows, TILE),)](

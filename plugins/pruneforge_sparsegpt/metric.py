@@ -55,7 +55,7 @@ class SparseGPT(Metric):
             columns = slice(start, min(start + size, len(weight)))
             errors, mask[columns] = prune(weight[columns], factor[columns, columns], pattern)
             weight[columns.stop :].addmm_(factor[columns, columns.stop :].T, errors, alpha=-1)
-        return Pruned(mask.T.contiguous(), weight.T, (*notes, *slower))
+        return Pruned(mask.T.contiguous(), weight.T.contiguous(), (*notes, *slower))
 
     def _block_size(self, pattern: Pattern) -> int:
         """Columns a block: the option, rounded to whole groups of an N:M pattern."""

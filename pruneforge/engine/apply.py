@@ -116,7 +116,7 @@ class Applier:
         if self.group.size > 1:
             device, owner = layer.parameter.device, owners[layer.name]
             empty = torch.empty(layer.shape, dtype=torch.uint8, device=device)
-            sent = empty if mask is None else mask.to(device).byte()
+            sent = empty if mask is None else mask.to(device).contiguous().byte()
             self.group.send(sent, owner)
             self.group.send(layer.parameter.data, owner)
             mask = sent.bool().cpu()

@@ -255,6 +255,16 @@ def test_gradient_statistics_are_computed_once_for_a_model_and_its_data(tmp_path
     assert len(list(gradient_cache.rglob("*.safetensors"))) == 4 * len(files)
 
 
+def test_gradients_outlive_another_triton_and_a_run_does_not(tmp_path, gradient_cache, monkeypatch):
+    folder, batches = saved(tmp_path / "model"), tokens().split(3)
+    first = pruneforge.prune(folder, "gblm", 0.5, None, batches, output=tmp_path / "first")
+    monkeypatch.setattr("pruneforge.report.versions", lambda: first.report["versions"] | {"triton": "0.0"})
+    again = pruneforge.prune(folder, "gblm", 0.5, None, batches, output=tmp_path / "second")
+    assert again.report["measured"]["gradient_cache"] == {"reused": 21, "added_bytes": 0}
+    with pytest.raises(PruneForgeError, match=r'is another one: version of triton was .* is "0\.0" now'):
+        pruneforge.prune(folder, "gblm", 0.5, None, batches, output=tmp_path / "first", resume=True)
+
+
 def test_updated_weights_go_on_as_they_are_stored(tmp_path):
     folder = saved(tmp_path / "model", torch.bfloat16)
     settings = {"dtype": "float64", "output": tmp_path / "out"}
