@@ -25,6 +25,7 @@ format: .venv/ready
 bench: .venv/ready .venv-peers/ready
 	$(BIN)/python benchmarks/speed.py --peers .venv-peers/bin/python
 	$(BIN)/python benchmarks/costs.py
+	$(BIN)/python benchmarks/agreement.py
 
 clean:
 	rm -rf .venv .venv-peers

@@ -2,10 +2,10 @@
 
     python benchmarks/contenders.py WHO METRIC MODEL OUTPUT
 
-`benchmarks/speed.py` runs these in turn. WHO is pruneforge, llm-compressor, plain or plain-exact. Prints seconds, from
-the model's folder to pruned weights (PruneForge's are on disk by then, the others' in memory), and bytes of host
-memory: the peak, and what was held when the libraries were imported; and PruneForge's seconds by stage. OUTPUT
-receives the weights, to compare masks.
+`benchmarks/speed.py` runs these in turn. WHO is pruneforge, llm-compressor or plain. Prints seconds, from the model's
+folder to pruned weights (PruneForge's are on disk by then, the others' in memory), and bytes of host memory: the peak,
+and what was held when the libraries were imported; and PruneForge's seconds by stage. OUTPUT receives the weights, to
+compare masks.
 """
 
 from __future__ import annotations
@@ -67,22 +67,17 @@ def llm_compressor(metric: str, model: Path, output: Path) -> Run:
     return run
 
 
-def plain(metric: str, model: Path, output: Path, extra: int = 1) -> Run:
+def plain(metric: str, model: Path, output: Path) -> Run:
     """The loop of the research repositories."""
     import plain_loop
     from transformers import AutoModelForCausalLM
 
     def run() -> Callable[[], None]:
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval()
-        plain_loop.prune(loaded, metric, token_ids(), SPARSITY, extra)
+        plain_loop.prune(loaded, metric, token_ids(), SPARSITY)
         return lambda: save(loaded, output)
 
     return run
-
-
-def plain_exact(metric: str, model: Path, output: Path) -> Run:
-    """The same loop, pruning exactly the share asked for where no scores are equal."""
-    return plain(metric, model, output, extra=0)
 
 
 def save(model: nn.Module, output: Path) -> None:
@@ -102,7 +97,7 @@ def peak_bytes() -> int:
 
 def main() -> None:
     who, metric, model, output = sys.argv[1:]
-    make = {"pruneforge": pruneforge, "llm-compressor": llm_compressor, "plain": plain, "plain-exact": plain_exact}
+    make = {"pruneforge": pruneforge, "llm-compressor": llm_compressor, "plain": plain}
     run = make[who](metric, Path(model), Path(output))
     importlib.import_module("transformers.models.llama.modeling_llama")  # each needs it when it loads the model
     imported = peak_bytes()

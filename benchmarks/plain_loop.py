@@ -18,12 +18,12 @@ class Squares:
     """Wanda's statistic of one layer: the mean over samples of each column's squared norm."""
 
     def __init__(self, layer: nn.Linear) -> None:
-        self.value = torch.zeros(layer.in_features)
+        self.value = torch.zeros(layer.in_features, dtype=layer.weight.dtype)
         self.samples = 0
 
     def add(self, inputs: Tensor) -> None:
         """Add one sample's inputs."""
-        columns = inputs.reshape(-1, inputs.shape[-1]).t().float()
+        columns = inputs.reshape(-1, inputs.shape[-1]).t().to(self.value.dtype)
         self.value *= self.samples / (self.samples + 1)
         self.samples += 1
         self.value += torch.norm(columns, p=2, dim=1) ** 2 / self.samples
@@ -33,7 +33,7 @@ class Hessian:
     """SparseGPT's statistic of one layer."""
 
     def __init__(self, layer: nn.Linear) -> None:
-        self.value = torch.zeros(layer.in_features, layer.in_features)
+        self.value = torch.zeros(layer.in_features, layer.in_features, dtype=layer.weight.dtype)
         self.samples = 0
 
     def add(self, inputs: Tensor) -> None:
@@ -41,7 +41,7 @@ class Hessian:
         columns = inputs.reshape(-1, inputs.shape[-1]).t()
         self.value *= self.samples / (self.samples + 1)
         self.samples += 1
-        columns = (2 / self.samples) ** 0.5 * columns.float()
+        columns = (2 / self.samples) ** 0.5 * columns.to(self.value.dtype)
         self.value += columns.matmul(columns.t())
 
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import speed_page
 from safetensors import safe_open
@@ -31,8 +31,6 @@ HERE = ROOT / "benchmarks"
 RESULTS = HERE / "results" / "speed.json"
 METRICS = ("magnitude", "wanda", "sparsegpt", "gblm")
 PEER = {"wanda", "sparsegpt"}
-ONE_TOO_MANY = {"magnitude", "sparsegpt"}
-"""Metrics whose repositories prune one weight more than the sparsity says wherever they choose a threshold."""
 
 
 def call(python: Path | str, script: str, *arguments: Any) -> dict[str, Any]:
@@ -56,41 +54,29 @@ def agreement(ours: Path, theirs: Path) -> float:
     return same / total
 
 
-class Contender(NamedTuple):
-    """Who runs, by what `benchmarks/contenders.py` calls it, in which environment, and how often."""
-
-    who: str
-    python: Path | str
-    rounds: int
-
-
-def contenders(metric: str, peers: Path | None, rounds: int) -> dict[str, Contender]:
-    """Return who is compared for a metric, by name; PruneForge comes first."""
-    found = {
-        "pruneforge": Contender("pruneforge", sys.executable, rounds),
-        "plain": Contender("plain", sys.executable, rounds),
+def contenders(metric: str, peers: Path | None) -> dict[str, tuple[str, Path | str]]:
+    """Return who is compared for a metric, PruneForge first: what `benchmarks/contenders.py` calls it, and a Python."""
+    found: dict[str, tuple[str, Path | str]] = {
+        "pruneforge": ("pruneforge", sys.executable),
+        "plain": ("plain", sys.executable),
     }
-    if metric in ONE_TOO_MANY:
-        found["plain, exact counts"] = Contender("plain-exact", sys.executable, 1)  # for its masks, not its time
     if peers is not None and metric in PEER:
-        found["llm-compressor"] = Contender("llm-compressor", peers, rounds)
-        found["pruneforge on llm-compressor's libraries"] = Contender("pruneforge", peers, rounds)
+        found["llm-compressor"] = ("llm-compressor", peers)
+        found["pruneforge on llm-compressor's libraries"] = ("pruneforge", peers)
     return found
 
 
 def compare(metric: str, model: Path, scratch: Path, peers: Path | None, rounds: int) -> dict[str, Any]:
     """Return medians of each contender for one metric, and how far their masks agree with PruneForge's."""
-    racing = contenders(metric, peers, rounds)
+    racing = contenders(metric, peers)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in racing}
     agreed: dict[str, float] = {}
     for number in range(rounds):
-        for name, contender in racing.items():
-            if number >= contender.rounds:
-                continue
+        for name, (who, python) in racing.items():
             output = scratch / f"{metric}-{name}"
             shutil.rmtree(output, ignore_errors=True)
             shutil.rmtree(output.with_suffix(".cache"), ignore_errors=True)
-            runs[name].append(call(contender.python, "contenders.py", contender.who, metric, model, output))
+            runs[name].append(call(python, "contenders.py", who, metric, model, output))
             print(metric, number, name, runs[name][-1], flush=True)
             if name != "pruneforge" and number == 0:
                 agreed[name] = agreement(scratch / f"{metric}-pruneforge", output)

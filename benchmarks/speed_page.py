@@ -16,16 +16,18 @@ WORK = """A random LLaMA of 29.5 M parameters (hidden 512, 8 blocks) in float32,
 Every run is a process of its own. Seconds from the model's folder to pruned weights, the libraries imported before;
 PruneForge's time includes writing them. `plain` is [the loop of the research
 repositories](../benchmarks/plain_loop.py): one sample at a time, a statistic for each layer, full sorts, autograd over
-the whole model. Agreement is the share of weights on which a mask is the same as PruneForge's. The repositories and
-llm-compressor prune one weight too many wherever they choose one threshold, and in SparseGPT that moves all that is
-chosen later; `exact counts` is the plain loop without that, run once for its masks. Memory is the peak above what the
-imported libraries take; peaks and times compare best on the same libraries, so PruneForge runs on llm-compressor's as
-well."""
+the whole model. Agreement is the share of weights on which a mask is the same as PruneForge's (see below). Memory is
+the peak above what the imported libraries take; peaks and times compare best on the same libraries, so PruneForge runs
+on llm-compressor's as well."""
 FLOOR = """The floor is the bare matrix products, weights and attention, of two forward passes over all blocks, for
 SparseGPT with the Gram products, for GBLM with a forward and a backward pass more; timed on PruneForge's libraries
 before and after each metric's runs, for the machine's speed drifts. PruneForge computes less than that: calibration of
 a block ends before its last product, the last block is not propagated, and of a Gram matrix about two thirds are
 summed."""
+AGREEMENT = """Share of weights on which the plain loop prunes what PruneForge does, in the first and the last block, on
+16 of the samples. The repositories (and llm-compressor) prune one weight too many wherever one threshold serves many
+rows; `exact` is the plain loop without that. Where weights are updated, SparseGPT's, a difference in one weight moves
+all that is chosen after it, and more so from block to block; in float32 the order of sums is such a difference."""
 AIMS = """The last column is what PruneForge would reach at the speed of the floor, doing nothing but its products."""
 STAGES = ("capture", "gradients", "calibrate", "propagate", "prune", "write")
 PASSES = {"wanda": 2, "sparsegpt": 2, "gblm": 5}
@@ -54,6 +56,9 @@ def write() -> None:
     speed, costs = _read("speed"), _read("costs")
     if speed:
         lines += [*_peers(speed), *_profile(speed)]
+    agreed = _read("agreement")
+    if agreed:
+        lines += _agreement(agreed)
     if speed and costs:
         lines += _aims(speed["metrics"], costs)
     if costs:
@@ -89,9 +94,9 @@ def _peers(document: dict[str, Any]) -> list[str]:
                 continue
             agreed = f"{run['agreement']:.4%}" if "agreement" in run else ""
             above = (run["peak_bytes"] - run["imported_bytes"]) / 1e6
-            times = "" if "exact" in who else f"{run['seconds']:.1f} | {run['seconds'] / ours:.2f}"
             lines.append(
-                f"| `{metric}` | {who} | {times or ' | '} | {agreed} | {above:.0f} | {run['peak_bytes'] / 1e6:.0f} |"
+                f"| `{metric}` | {who} | {run['seconds']:.1f} | {run['seconds'] / ours:.2f} | {agreed} | {above:.0f} | "
+                f"{run['peak_bytes'] / 1e6:.0f} |"
             )
     lines += [
         "",
@@ -113,6 +118,16 @@ def _peers(document: dict[str, Any]) -> list[str]:
     if document["peers"]:
         lines.append(f"Peers: {', '.join(f'{name} {version}' for name, version in document['peers'].items())}.")
     return [*lines, ""]
+
+
+def _agreement(document: dict[str, Any]) -> list[str]:
+    cases = list(next(iter(document["metrics"].values())))
+    rows = [
+        f"| `{metric}` | {' | '.join(f'{found[case][0]:.4%}, {found[case][-1]:.4%}' for case in cases)} |"
+        for metric, found in document["metrics"].items()
+    ]
+    head = [f"| metric | {' | '.join(cases)} |", f"|---|{'---:|' * len(cases)}"]
+    return ["## Agreement", "", *textwrap.wrap(AGREEMENT, 118), "", *head, *rows, ""]
 
 
 def _profile(document: dict[str, Any]) -> list[str]:
