@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--metrics", nargs="+", default=["wanda", "sparsegpt"])
     arguments = parser.parse_args()
-    document: dict[str, Any] = {"base": BASE, "machine": machine(), "versions": versions()}
+    document: dict[str, Any] = {"base": BASE, "rounds": arguments.rounds, "machine": machine(), "versions": versions()}
     parts: dict[str, Callable[[Path], Any]] = {
         "vit": lambda scratch: vit(arguments.rounds),
         "compiling": lambda scratch: compiling(scratch, arguments.rounds),

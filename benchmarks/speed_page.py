@@ -26,9 +26,13 @@ a block ends before its last product, the last block is not propagated, and of a
 summed."""
 AGREEMENT = """Share of weights on which the plain loop prunes what PruneForge does, in the first and the last block, on
 16 of the samples. The repositories (and llm-compressor) prune one weight too many wherever one threshold serves many
-rows; `exact` is the plain loop without that. Where weights are updated, SparseGPT's, a difference in one weight moves
-all that is chosen after it, and more so from block to block; in float32 the order of sums is such a difference."""
-AIMS = """The last column is what PruneForge would reach at the speed of the floor, doing nothing but its products."""
+rows; `exact` is the plain loop without that. A difference in one weight moves what later blocks see, and in SparseGPT
+all that is chosen after it; in float32 the order of sums makes such differences."""
+AIMS = """The last column is what PruneForge would reach at the speed of the floor, doing nothing but its products.
+Where a ratio to another contender is missed, the stages above say where the time is: calibrate and propagate are the
+forward passes. GBLM runs every block forward once more than the plain loop, because it holds the graph of one block at
+a time, which lets models larger than memory through. Of several sparsities each needs a column loop of its own in
+SparseGPT."""
 STAGES = ("capture", "gradients", "calibrate", "propagate", "prune", "write")
 PASSES = {"wanda": 2, "sparsegpt": 2, "gblm": 5}
 """Forward passes whose products a metric needs; a backward pass has those of two."""
@@ -113,8 +117,7 @@ def _peers(document: dict[str, Any]) -> list[str]:
                 for who in ("pruneforge", "llm-compressor", "plain")
             ]
             lines.append(f"| `{metric}` | {floor:.1f} | {' | '.join(over)} |")
-    rounds = document["rounds"]
-    lines += ["", f"{rounds} round{'s' if rounds > 1 else ''}. {_machine(document)}"]
+    lines += ["", _machine(document)]
     if document["peers"]:
         lines.append(f"Peers: {', '.join(f'{name} {version}' for name, version in document['peers'].items())}.")
     return [*lines, ""]
@@ -256,9 +259,9 @@ def _costs(document: dict[str, Any]) -> list[str]:
 
 
 def _machine(document: dict[str, Any]) -> str:
-    system, packages = document["machine"], document["versions"]
+    system, packages, rounds = document["machine"], document["versions"], document["rounds"]
     return (
-        f"Machine: {system['processor']}, {system['cores']} cores, {system['threads']} threads, "
-        f"{', '.join(system['accelerators']) or 'no accelerator'}; torch {packages['torch']}, "
-        f"transformers {packages['transformers']}, timm {packages['timm']}."
+        f"{rounds} round{'s' if rounds > 1 else ''}. Machine: {system['processor']}, {system['cores']} cores, "
+        f"{system['threads']} threads, {', '.join(system['accelerators']) or 'no accelerator'}; "
+        f"torch {packages['torch']}, transformers {packages['transformers']}, timm {packages['timm']}."
     )
