@@ -202,15 +202,12 @@ def _aims_of(metric: str, speed: dict[str, Any]) -> list[Aim]:
     if floor and peer:
         there, wanted = found["pruneforge on llm-compressor's libraries"], OVER_PEER[metric]
         what = f"`{metric}`: time of llm-compressor over PruneForge's"
+        memory = f"`{metric}`: peak memory over llm-compressor's"
         aims += [
             Aim(what, True, wanted, peer["seconds"] / ours["seconds"], peer["seconds"] / floor),
             Aim(f"{what}, same libraries", True, wanted, peer["seconds"] / there["seconds"]),
-            Aim(
-                f"`{metric}`: peak memory over llm-compressor's, same libraries",
-                False,
-                1.0,
-                there["peak_bytes"] / peer["peak_bytes"],
-            ),
+            Aim(memory, False, 1.0, ours["peak_bytes"] / peer["peak_bytes"]),
+            Aim(f"{memory}, same libraries", False, 1.0, there["peak_bytes"] / peer["peak_bytes"]),
         ]
     return aims
 
