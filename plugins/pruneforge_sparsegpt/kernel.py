@@ -7,7 +7,6 @@ takes some rows through all columns of the block, and only then writes them back
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 import triton
@@ -16,27 +15,45 @@ from torch import Tensor
 
 from pruneforge.patterns import NM, Pattern
 
-TILE = 32
+TILE = 16
 """Rows of the layer that a program takes."""
 
-WIDEST = 256
-"""Columns that fit on chip with these rows."""
+WARPS = 8
+"""Warps of a program. With these two no variant that is sent spills registers in its loops, and a layer of 4096 rows
+makes 256 programs, which fill a large GPU."""
+
+WIDEST = {torch.float32: 256, torch.float64: 128}
+"""Columns whose values fit into registers with these rows, by dtype."""
+
+
+@triton.jit
+def _quotient(dividend: tl.tensor, divisor: tl.tensor) -> tl.tensor:
+    """Divide, rounded to the nearest; of float32 numbers `/` is only nearly so."""
+    if dividend.dtype == tl.float32:  # noqa: SIM108 - known when this is compiled: the other branch is not
+        result = tl.div_rn(dividend, divisor)
+    else:
+        result = dividend / divisor
+    return result
 
 
 @triton.jit
 def _prune_tile(
-    weight: Any,
-    errors: Any,
-    mask: Any,
-    factor: Any,
-    rows: Any,
-    columns: Any,
+    weight: tl.tensor,
+    errors: tl.tensor,
+    mask: tl.tensor,
+    factor: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
     n: tl.constexpr,
     m: tl.constexpr,
     width: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
-    """Prune `tile` rows of a block of columns in tensors [columns, rows]; with m = 0 the mask is given."""
+    """Prune `tile` rows of a block of columns in tensors [columns, rows]; with m = 0 the mask is given.
+
+    Triton compiles the annotations too: nothing may stand there that it does not know. Divisions are rounded to the
+    nearest and multiplications are not fused with additions, so that no version of Triton rounds otherwise.
+    """
     row = tl.program_id(0) * tile + tl.arange(0, tile)
     column = tl.arange(0, width)
     place = column[:, None] * rows + row[None, :]
@@ -48,7 +65,7 @@ def _prune_tile(
     for j in range(columns):
         if m > 0:  # noqa: SIM102 - known when this is compiled: without groups nothing of it is left
             if j % m == 0:
-                ratio = value / diagonal[:, None]
+                ratio = _quotient(value, diagonal[:, None])
                 score = ratio * ratio
                 # How many of its group are pruned before a weight: those smaller, and those equal before it.
                 before = tl.zeros([width, tile], dtype=tl.int32)
@@ -60,7 +77,7 @@ def _prune_tile(
                 keep = tl.where(chosen, (before >= m - n).to(tl.int32), keep)
         here = column[:, None] == j
         pivot = tl.load(factor + j * columns + j)
-        removed = tl.sum(tl.where(here & (keep == 0), value, 0.0), axis=0) / pivot
+        removed = _quotient(tl.sum(tl.where(here & (keep == 0), value, 0.0), axis=0), pivot)
         later = tl.load(factor + j * columns + column, mask=(column > j) & (column < columns), other=0.0)
         value -= later[:, None] * removed[None, :]
         value = tl.where(here & (keep == 0), 0.0, value)
@@ -94,6 +111,17 @@ def prune_columns(weight: Tensor, factor: Tensor, pattern: Pattern) -> tuple[Ten
     factor = factor.contiguous()  # the factorisation leaves it column by column
     with torch.cuda.device(weight.device) if weight.is_cuda else nullcontext():  # else it runs on the current one
         _prune_tile[(triton.cdiv(rows, TILE),)](
-            weight, errors, mask, factor, rows, columns, n, m, triton.next_power_of_2(columns), TILE
+            weight,
+            errors,
+            mask,
+            factor,
+            rows,
+            columns,
+            n,
+            m,
+            triton.next_power_of_2(columns),
+            TILE,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
         )
     return errors, mask.bool()

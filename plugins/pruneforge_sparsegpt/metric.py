@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -50,7 +51,7 @@ class SparseGPT(Metric):
         weight[dead] = 0
         mask = torch.empty_like(weight, dtype=torch.bool)
         size = self._block_size(pattern)
-        prune, slower = column_pruner(weight.device, size)
+        prune, slower = column_pruner(weight.device, weight.dtype, size, pattern)
         for start in range(0, len(weight), size):
             columns = slice(start, min(start + size, len(weight)))
             errors, mask[columns] = prune(weight[columns], factor[columns, columns], pattern)
@@ -108,19 +109,30 @@ def inverse_factor(matrix: Tensor) -> Tensor | None:
     return factor if all_finite(factor) else None
 
 
-def column_pruner(device: torch.device, size: int) -> tuple[PruneColumns, tuple[str, ...]]:
+@cache
+def column_pruner(
+    device: torch.device, dtype: torch.dtype, size: int, pattern: Pattern
+) -> tuple[PruneColumns, tuple[str, ...]]:
     """Return what prunes blocks of `size` columns on `device`, and why it is not the fastest there, if so.
 
-    On CUDA that is the Triton kernel; `prune_columns` does the same in plain torch, and on the CPU.
+    On CUDA that is the Triton kernel, if a trial of it runs: Triton compiles when it is first called, which takes a C
+    compiler, Python's headers and a GPU that it supports. `prune_columns` does the same in plain torch, and on the CPU.
     """
-    if device.type != "cuda":
+    if device.type == "cpu":
         return prune_columns, ()
+    slower = "columns are pruned in plain torch, at a lower speed"
     try:
         from pruneforge_sparsegpt import kernel
-    except ImportError:
-        return prune_columns, ("Triton is not installed, so columns are pruned in plain torch, at a lower speed",)
-    if size > kernel.WIDEST:
-        return prune_columns, (f"blocks of over {kernel.WIDEST} columns are pruned in plain torch, at a lower speed",)
+
+        if size > kernel.WIDEST[dtype]:
+            return prune_columns, (f"blocks are wider than {kernel.WIDEST[dtype]} columns, so {slower}",)
+        trial = torch.ones(size, kernel.TILE, dtype=dtype, device=device)
+        kernel.prune_columns(trial, torch.eye(size, dtype=dtype, device=device), pattern)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler or a driver raises
+        reason = " ".join(str(error).split())[-160:] or "no reason given"
+        return prune_columns, (f"Triton cannot run here ({type(error).__name__}: {reason}), so {slower}",)
     return kernel.prune_columns, ()
 
 

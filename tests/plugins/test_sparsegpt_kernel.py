@@ -5,14 +5,62 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
-from pruneforge.patterns import parse_pattern
-from pruneforge_sparsegpt.metric import inverse_factor, prune_columns
+from pruneforge.patterns import NM, parse_pattern
+from pruneforge_sparsegpt.metric import column_pruner, inverse_factor, prune_columns
 
 pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds")
+
+COMPILE = """
+import re, subprocess, sys, tempfile
+from importlib.util import module_from_spec, spec_from_file_location
+from itertools import product
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+spec = spec_from_file_location("kernel", sys.argv[1])
+kernel = module_from_spec(spec)
+spec.loader.exec_module(kernel)
+folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+GROUPS = [(0, 0), (2, 4), (1, 3), (8, 16)]  # the first for unstructured masks
+widths = {}
+for dtype, widest in kernel.WIDEST.items():
+    name = "fp" + str(dtype)[-2:]
+    widths[name] = [1 << power for power in range(widest.bit_length())]
+# Everywhere the widest, which take most registers; on one GPU every width, and a group of odd size.
+variants = [(c, d, g, w) for c, d, g in product((75, 80, 100, 120), widths, GROUPS[:2]) for w in widths[d][-2:]]
+variants += [(90, d, g, w) for d, g in product(widths, GROUPS) for w in widths[d]]
+for capability, dtype, (n, m), width in variants[: int(sys.argv[2])]:
+    pointers = {"weight": "*" + dtype, "errors": "*" + dtype, "mask": "*i8", "factor": "*" + dtype}
+    constants = {"n": n, "m": m, "width": width, "tile": kernel.TILE}
+    signature = {**pointers, "rows": "i32", "columns": "i32", **dict.fromkeys(constants, "constexpr")}
+    names = list(signature)
+    source = ASTSource(
+        kernel._prune_tile,
+        signature,
+        {(names.index(name),): value for name, value in constants.items()},
+        {(place,): [["tt.divisibility", 16]] for place in range(4)},
+    )
+    options = {"num_warps": kernel.WARPS, "enable_fp_fusion": False}
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        command = [folder / "cuobjdump", "--dump-resource-usage", file.name]
+        used = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, spilled = (int(re.search(what + r":(\\d+)", used)[1]) for what in ("REG", "STACK"))
+    fused = "fma.rn" in made.asm["ptx"] or "div.full" in made.asm["ptx"]
+    print(capability, dtype, n, m, width, registers, spilled, made.metadata.shared, int(fused))
+"""
+SPILLED = 16
+"""Bytes a thread that may be spilled: a register or two around a division, outside the loops."""
 
 PATTERNS = ["0.5", "0", "0.9", "2:4", "4:8", "1:4"]
 COLUMNS = [128, 96, 24]
@@ -108,3 +156,55 @@ def test_plain_torch_prunes_as_the_slow_loop_does(pattern, cases):
         assert torch.equal(found_mask, mask)
         torch.testing.assert_close(found, weight, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(found_errors, errors, rtol=1e-9, atol=1e-9)
+
+
+def compiled(kernel_file: Path, folder: Path, most: int = 1000) -> subprocess.CompletedProcess[str]:
+    """Compile the kernel for GPUs that need not be there, in a process without the interpreter."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder)
+    command = [sys.executable, "-c", COMPILE, str(kernel_file), str(most)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def kernel_file() -> Path:
+    spec = find_spec("pruneforge_sparsegpt.kernel")
+    assert spec is not None
+    return Path(str(spec.origin))
+
+
+def test_the_kernel_compiles_for_every_gpu_without_spilling_or_fusing(tmp_path):
+    done = compiled(kernel_file(), tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert len(rows) == 4 * 2 * 2 * 2 + 4 * (9 + 8)
+    print("capability dtype n m columns registers spilled shared fused")  # pytest -rP shows them
+    for row in rows:
+        print(*row)
+        spilled, shared, fused = (int(value) for value in row[6:])
+        assert spilled <= SPILLED, row
+        assert shared <= 48 * 1024, row  # what every GPU gives a program that does not ask for more
+        assert not fused, row
+
+
+def test_an_annotation_that_triton_refuses_is_seen(tmp_path):
+    text = kernel_file().read_text()
+    assert "    rows: tl.tensor,\n" in text
+    planted = tmp_path / "kernel.py"
+    planted.write_text(
+        text.replace("    rows: tl.tensor,\n", "    rows: Any,\n").replace(
+            "import torch\n", "import torch\nfrom typing import Any\n", 1
+        )
+    )
+    done = compiled(planted, tmp_path / "cache", most=1)
+    assert done.returncode != 0
+    assert "Any" in done.stderr
+
+
+def test_without_a_gpu_that_triton_can_use_columns_are_pruned_in_plain_torch_and_the_reason_is_given():
+    if torch.cuda.is_available():
+        pytest.skip("Triton works here")
+    prune, notes = column_pruner(torch.device("meta"), torch.float32, 128, NM(2, 4))
+    assert prune is prune_columns
+    assert len(notes) == 1
+    assert notes[0].startswith("Triton cannot run here (")
+    assert notes[0].endswith("so columns are pruned in plain torch, at a lower speed")
