@@ -1,49 +1,121 @@
-"""The arithmetic of a run: full float32, and narrower units where they lose nothing."""
+"""The arithmetic of a run: full float32, narrower units where they lose nothing, and its own random numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-NARROW = {("cpu", torch.bfloat16): "medium"}
-"""By device and dtype, the precision whose units hold every value of that dtype and add up in float32."""
+CUDA: Any = torch.backends.cuda  # parts of them are missing from torch before 2.9, and from its type hints
+CUDNN: Any = torch.backends.cudnn
+MKLDNN: Any = torch.backends.mkldnn
+
+NARROW = {("cpu", torch.bfloat16): "bf16"}
+"""By device and dtype, the units that hold every value of that dtype and add up in float32.
+
+CUDA's tensor cores hold bfloat16 and float16 whole too, but round their sums toward zero; they are left out until
+masks are shown not to change (`make bench-cuda` compares them).
+"""
+
+LEGACY = {"ieee": "highest", "tf32": "high", "bf16": "medium"}
+"""Names of the same precisions in the interface that torch had before 2.9."""
 
 
 @contextmanager
-def exact_arithmetic(seed: int) -> Iterator[None]:
-    """Full float32 products, and random numbers of the run's own that leave the caller's alone."""
-    convolution = torch.backends.cudnn.allow_tf32
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), _precision("highest"):
-        torch.manual_seed(seed)
-        torch.backends.cudnn.allow_tf32 = False
-        try:
-            yield
-        finally:
-            torch.backends.cudnn.allow_tf32 = convolution
+def exact_arithmetic(seed: int, device: torch.device) -> Iterator[None]:
+    """Full float32 products, repeatable kernels, and random numbers of the run's own that leave the caller's alone.
+
+    Args:
+        seed: Seed of the random numbers.
+        device: Where the run computes. It is the current one within the context, and no other device is touched, so a
+            run on the CPU does not initialise CUDA.
+    """
+    on_cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_cuda else []), ExitStack() as settings:
+        if on_cuda:
+            settings.enter_context(torch.cuda.device(device))
+        settings.enter_context(_precision(CUDA.matmul, "ieee"))
+        settings.enter_context(_precision(MKLDNN.matmul, "ieee"))
+        settings.enter_context(_convolutions())
+        seed_random_numbers(seed, device)
+        yield
+
+
+def seed_random_numbers(seed: int, device: torch.device) -> None:
+    """Seed the generators of the CPU and of `device`; unlike `torch.manual_seed`, those of no other device."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
 @contextmanager
 def products_of(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """Allow float32 products of values that came from `dtype` to run on units that are made for it.
 
-    Such a value fits these units whole, a product of two fits float32, and sums are float32: the result is as exact as
+    bfloat16 is exact in these units, a product of two fits float32, and sums are float32: the result is as exact as
     that of float32 units, and several times as fast.
     """
     precision = NARROW.get((device.type, dtype))
     if precision is None:
         yield
     else:
-        with _precision(precision):
+        with _precision(MKLDNN.matmul, precision):
             yield
 
 
 @contextmanager
-def _precision(name: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
+def repeatable_gradients(device: torch.device) -> Iterator[None]:
+    """Compute attention, within the context, by kernels whose backward pass gives the same bits each time.
+
+    On CUDA the backward passes of flash and memory-efficient attention add with atomics, in whatever order threads
+    come; plain matrix products do not. They take memory for every pair of tokens of a sample.
+    """
+    if device.type == "cuda":
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def _precision(backend: Any, name: str) -> Iterator[None]:
+    """Set the units of float32 products of one backend; before torch 2.9 there was one setting for all."""
+    if not hasattr(torch.backends, "fp32_precision"):
+        legacy = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(LEGACY[name])
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(legacy)
+        return
+    # The older setters raise once a program has used the newer ones, as transformers does for its `tf32` argument.
+    before = backend.fp32_precision
+    backend.fp32_precision = name
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        backend.fp32_precision = "none"  # inherited from the settings above it, if that gives what it was
+        if backend.fp32_precision != before:
+            backend.fp32_precision = before
+
+
+@contextmanager
+def _convolutions() -> Iterator[None]:
+    """Full float32 convolutions, by the algorithm that is repeatable and not the one that a trial found fastest."""
+    before = CUDNN.deterministic, CUDNN.benchmark
+    CUDNN.deterministic, CUDNN.benchmark = True, False
+    try:
+        if hasattr(torch.backends, "fp32_precision"):
+            with _precision(CUDNN.conv, "ieee"), _precision(CUDNN.rnn, "ieee"), _precision(MKLDNN.conv, "ieee"):
+                yield
+        else:
+            legacy, CUDNN.allow_tf32 = CUDNN.allow_tf32, False
+            try:
+                yield
+            finally:
+                CUDNN.allow_tf32 = legacy
+    finally:
+        CUDNN.deterministic, CUDNN.benchmark = before

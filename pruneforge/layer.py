@@ -24,7 +24,20 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def all_finite(tensor: Tensor) -> bool:
     """Return whether no value is infinite or NaN, in one pass and without a temporary."""
-    return not tensor.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
+    return bool(finite_flag(tensor))
+
+
+def finite_flag(tensor: Tensor) -> Tensor:
+    """Return what `all_finite` does as a tensor [] on the tensor's device, for which the host need not wait."""
+    if not tensor.numel():
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    low, high = torch.aminmax(tensor)
+    return torch.isfinite(low) & torch.isfinite(high)
+
+
+def first_false(flags: Sequence[Tensor]) -> int | None:
+    """Return the place of the first flag [] that is false, if one is; the host waits once for all of them."""
+    return next((place for place, flag in enumerate(torch.stack(list(flags)).tolist()) if not flag), None)
 
 
 def zeroed(weight: Tensor, mask: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pruneforge.adapter import Block
 from pruneforge.batch import Batch
 from pruneforge.engine.group import Group
 from pruneforge.errors import PruneForgeError
-from pruneforge.layer import Layer, WeightUses, all_finite
+from pruneforge.layer import Layer, WeightUses, all_finite, finite_flag, first_false
 from pruneforge.statistics import InputStatistic, Statistic, empty_statistics
 
 
@@ -112,17 +112,28 @@ class InputRecorder:
         for statistic in known.statistics.values():
             if not all_finite(statistic.total):
                 raise PruneForgeError(
-                    f"non-finite activations reach layer {layer.name!r}; check the model's weights and the "
-                    "calibration data, or run with --dtype float32"
+                    f"non-finite activations reach layer {layer.name!r}; {mend_non_finite(self._batch)}"
                 )
         return dict(known.statistics.items()), known.shared
 
 
+def mend_non_finite(batch: Batch | None) -> str:
+    """Return what a user can do about non-finite activations, the last of which came from `batch`."""
+    if batch is not None and batch.valid is not None:
+        return (
+            "batches are padded, and eager attention gives NaN in float64 where a row is masked whole, at padding on "
+            "the left: pad on the right, load the model with attn_implementation='sdpa', or use float32"
+        )
+    return "check the model's weights and the calibration data, or run with --dtype float32"
+
+
 def check_weights(block: Block) -> None:
     """Raise if a weight of a visited block is not finite, naming the layer."""
-    for layer in block.layers:
-        if not all_finite(layer.parameter):
-            raise PruneForgeError(f"layer {layer.name!r} has non-finite weights; the checkpoint is damaged")
+    if not block.layers:
+        return
+    first = first_false([finite_flag(layer.parameter) for layer in block.layers])
+    if first is not None:
+        raise PruneForgeError(f"layer {block.layers[first].name!r} has non-finite weights; the checkpoint is damaged")
 
 
 def valid_tokens(inputs: Tensor, batch: Batch, layer: Layer) -> Tensor:
@@ -138,4 +149,4 @@ def valid_tokens(inputs: Tensor, batch: Batch, layer: Layer) -> Tensor:
             f"layer {layer.name!r} sees {tuple(inputs.shape[:2])} tokens where the batch has "
             f"{tuple(batch.valid.shape)}, so padding cannot be left out; calibrate with batches of equal lengths"
         )
-    return inputs[batch.valid]
+    return inputs.flatten(0, 1).index_select(0, batch.places)
