@@ -15,6 +15,12 @@ from torch import Tensor
 CHUNK = 1 << 22
 """Scores that a thread selects from at a time."""
 
+FEW_ROWS = 16
+"""Rows that a GPU selects from together, each with many thread blocks."""
+
+KEYS = 1 << 24
+"""Scores whose bits are looked at together: integers of 64 bits, and what is made of them, take ten times as much."""
+
 
 def prune_smallest(scores: Tensor, count: int) -> Tensor:
     """Return the mask that prunes exactly the `count` smallest scores of each row.
@@ -32,10 +38,12 @@ def prune_smallest(scores: Tensor, count: int) -> Tensor:
     keep = scores > threshold
     # Of the scores equal to the threshold, the last ones stay: those that the count leaves room for.
     room = (scores.shape[1] - count) - count_kept(keep)
-    if room.any():
+    if keep.device.type != "cpu":
+        keep |= _last(scores == threshold, room)
+    elif room.any():
         rows, columns = (scores == threshold).nonzero(as_tuple=True)
         ends = torch.bincount(rows, minlength=len(scores)).cumsum(0)
-        after = ends[rows] - 1 - torch.arange(len(rows), device=rows.device)  # how many of its row's come later
+        after = ends[rows] - 1 - torch.arange(len(rows))  # how many of its row's come later
         stays = after < room[rows]
         keep[rows[stays], columns[stays]] = True
     return keep
@@ -56,11 +64,23 @@ def prune_smallest_of_all(scores: Tensor, count: int) -> Tensor:
     in_memory = scores if scores.is_contiguous() else scores.T
     threshold = kth_smallest(in_memory.reshape(1, -1), count)
     keep = in_memory > threshold
-    room = scores.numel() - count - int(count_kept(keep.reshape(1, -1)))
+    room = scores.numel() - count - count_kept(keep.reshape(1, -1))
     keep = keep if in_memory is scores else keep.T
-    if room:  # of the scores equal to the threshold, the last ones stay, by index however they lie in memory
-        keep[(scores == threshold).nonzero()[-room:].unbind(1)] = True
+    # Of the scores equal to the threshold, the last ones stay, by index however they lie in memory.
+    if keep.device.type != "cpu":
+        keep |= _last((scores == threshold).reshape(1, -1), room).view_as(keep)
+    elif room.any():
+        keep[(scores == threshold).nonzero()[-int(room) :].unbind(1)] = True
     return keep
+
+
+def _last(ties: Tensor, room: Tensor) -> Tensor:
+    """Return the last `room` [rows] of the ties in each row of a boolean matrix [rows, columns].
+
+    Counts through the whole matrix, so that the host need not wait for the device to know how many there are.
+    """
+    place = ties.cumsum(1, dtype=torch.int32)
+    return ties & (place > place[:, -1:] - room[:, None])
 
 
 def count_kept(mask: Tensor) -> Tensor:
@@ -77,6 +97,9 @@ def kth_smallest(scores: Tensor, k: int) -> Tensor:
     times as fast as torch's own selection, and without its indices.
     """
     if scores.device.type != "cpu":
+        # kthvalue gives each row to one thread block, which leaves the rest of a GPU idle where rows are few and long.
+        if len(scores) <= FEW_ROWS:
+            return scores.topk(k, dim=1, largest=False, sorted=False).values.amax(1)
         return scores.kthvalue(k, dim=1).values
     found = torch.empty(len(scores), dtype=scores.dtype)
     step = max(1, CHUNK // max(1, scores.shape[1]))
@@ -131,9 +154,9 @@ def smallest(scores: Callable[[], Iterable[Tensor]], count: int) -> Threshold:
     prefix, remaining, passed, width, dtype = 0, count, 0, 32, torch.float32
     while passed < width:
         histogram = torch.zeros(1 << 16, dtype=torch.int64)
-        for tensor in scores():
-            dtype, width = tensor.dtype, 8 * tensor.element_size()
-            key = _ordered_bits(tensor)
+        for part in (part for tensor in scores() for part in tensor.flatten().split(KEYS)):
+            dtype, width = part.dtype, 8 * part.element_size()
+            key = _ordered_bits(part)
             if passed:
                 key = key[(key >> (width - passed)) == prefix] & ((1 << (width - passed)) - 1)
             digit = key >> (width - passed - 16)

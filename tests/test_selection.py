@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruneforge import PruneForgeError
+from pruneforge import PruneForgeError, selection
 from pruneforge.patterns import NM, Unstructured, parse_pattern, pruned_count
 from pruneforge.selection import prune_smallest, prune_smallest_of_all, smallest
 
@@ -41,14 +41,18 @@ def test_a_layer_is_pruned_exactly_with_ties_by_index_however_it_lies_in_memory(
     assert torch.equal(mask.flatten(), by_sorting(scores.flatten(), count))
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(values, min_size=1, max_size=20), min_size=1, max_size=4), st.integers(1, 80), dtypes)
 def test_threshold_over_several_tensors_equals_one_sort(rows, count, dtype):
     tensors = [torch.tensor(row, dtype=dtype) for row in rows]
     everything = torch.cat(tensors)
     count = min(count, len(everything))
-    threshold = smallest(lambda: tensors, count)
-    mask = torch.cat([threshold.select(tensor) for tensor in tensors])
-    assert torch.equal(mask, by_sorting(everything, count))
+    for keys in (selection.KEYS, 3):  # all of them together, and a few at a time
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(selection, "KEYS", keys)
+            threshold = smallest(lambda: tensors, count)
+        mask = torch.cat([threshold.select(tensor) for tensor in tensors])
+        assert torch.equal(mask, by_sorting(everything, count))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
