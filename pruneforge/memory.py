@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from pruneforge.errors import UnfinishedError
 
 
 class PeakMemory:
@@ -24,11 +28,29 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
 
     def read(self) -> dict[str, Any]:
-        """Return peak bytes of host memory, of device memory on CUDA, and what the host figure covers."""
+        """Return peak bytes of host memory and what they cover; on CUDA, of the device's tensors and torch's pools."""
         found: dict[str, Any] = {"host_bytes": _peak(), "host_covers": "run" if self._reset else "process"}
         if self._device.type == "cuda":
             found["device_bytes"] = torch.cuda.max_memory_allocated(self._device)
+            found["device_reserved_bytes"] = torch.cuda.max_memory_reserved(self._device)
         return found
+
+
+@contextmanager
+def one_line_for_full_devices() -> Iterator[None]:
+    """Convert torch's error about a device without room into one line.
+
+    Raises:
+        UnfinishedError: The device is full.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        raise UnfinishedError(
+            f"the device has no room left: {reason}; free some of it and go on with --resume, or begin anew with a "
+            "smaller --batch-size or --device-memory-budget"
+        ) from error
 
 
 def resident_bytes() -> int:

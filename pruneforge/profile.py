@@ -64,8 +64,8 @@ def _time(sample: Sample) -> float:
 class Profile:
     """Times the stages of a run; with `memory`, looks at its memory all the while.
 
-    Stages within stages count in both. With `memory`, a stage on a CUDA device ends when its work is done there;
-    otherwise when it is handed over, so that nothing waits for the measurement.
+    Nested stages count twice. A CUDA device works behind the host: with `memory`, a stage ends when its work is done
+    there; without, when it is handed over, so that nothing waits for the measurement, but for what `settle` says.
 
     Attributes:
         spans: What was done, in the order it ended.
@@ -79,15 +79,30 @@ class Profile:
         self._device = device if device is not None and device.type == "cuda" else None
 
     @contextmanager
-    def stage(self, name: str, block: int | None = None) -> Iterator[None]:
-        """Note how long the context takes."""
+    def stage(self, name: str, block: int | None = None, wait: bool = True) -> Iterator[None]:
+        """Note how long the context takes.
+
+        Args:
+            name: What is done.
+            block: For which block.
+            wait: Whether its work may go on in the current stream of a CUDA device when the context ends.
+        """
         start = time.perf_counter()
         try:
             yield
         finally:
-            if self.memory and self._device is not None:
-                torch.cuda.current_stream(self._device).synchronize()  # this thread's own work, no other's
+            if wait and self.memory and self._device is not None:
+                torch.cuda.current_stream(self._device).synchronize()
             self.spans.append(Span(name, block, start, time.perf_counter() - start, threading.get_ident()))
+
+    def settle(self, name: str, block: int | None = None) -> None:
+        """Wait for what was handed over to a CUDA device, in the name of the stage that did most of it.
+
+        Called once a block and stage, it keeps the work of one stage from being counted in the next that waits.
+        """
+        if self._device is not None:
+            with self.stage(name, block, wait=False):
+                torch.cuda.current_stream(self._device).synchronize()
 
     @contextmanager
     def watching(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ import itertools
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from pruneforge.checkpoint.rewrite import writing
 from pruneforge.checkpoint.shards import as_bytes
+from pruneforge.engine.transfers import Transfer, Transfers, bytes_in_host_memory
 from pruneforge.errors import UnfinishedError
 
 
@@ -74,22 +76,45 @@ class Store:
             "host": Home(host_bytes),
             "disk": Home(float("inf")),
         }
+        self._transfers = Transfers(device)
         self._folder = folder
         self._numbers = itertools.count()
 
     def keep(self, tensor: Tensor) -> Kept:
         """Return a tensor's place; it is given up when nothing refers to what is returned."""
-        size = tensor.numel() * tensor.element_size()
-        name = next(name for name, home in self.homes.items() if home.take(size))
-        home = self.homes[name]
+        on_host = bytes_in_host_memory(tensor, self._transfers.pinned)
+        sizes = {"device": tensor.nbytes, "host": on_host, "disk": tensor.nbytes}
+        name = next(name for name, home in self.homes.items() if home.take(sizes[name]))
+        home, size = self.homes[name], sizes[name]
         if name == "disk":
-            path = self._write(tensor)
-            kept = Kept(self, None, path, tensor.dtype, tuple(tensor.shape))
+            strides = tensor.stride()
+            order = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])  # as it lies in memory
+            path = self._write(tensor.permute(order))
+            kept = Kept(self, None, path, tensor.dtype, tuple(tensor.shape), order)
             weakref.finalize(kept, _forget, path, home, size)
         else:
-            kept = Kept(self, tensor if name == "device" else tensor.to("cpu"), None, tensor.dtype, tuple(tensor.shape))
+            held = Transfer(tensor) if name == "device" else self._transfers.to_host(tensor)
+            kept = Kept(self, held, None, tensor.dtype, tuple(tensor.shape))
             weakref.finalize(kept, home.release, size)
         return kept
+
+    def each(self, kept: Iterable[Kept]) -> Iterator[Tensor]:
+        """Yield tensors on the device, in order; each is fetched while the caller works with the one before."""
+        coming: Transfer | None = None
+        for following in kept:
+            begun = following.fetch()
+            if coming is not None:
+                yield coming.on_device()
+            coming = begun
+        if coming is not None:
+            yield coming.on_device()
+
+    def to_device(self, source: Transfer | Tensor) -> Transfer:
+        """Begin to bring a tensor to the device, where it may be already."""
+        tensor = source.tensor if isinstance(source, Transfer) else source
+        if tensor.device == self.device:
+            return Transfer(tensor)
+        return self._transfers.to_device(source)
 
     def close(self) -> None:
         """Remove what is on disk."""
@@ -115,15 +140,20 @@ class Kept:
     """
 
     store: Store
-    _tensor: Tensor | None
+    _held: Transfer | None
     path: Path | None
     dtype: torch.dtype
     shape: tuple[int, ...]
+    _order: Sequence[int] = ()
 
     def get(self) -> Tensor:
         """Return the tensor on the store's device."""
-        if self._tensor is not None:
-            return self._tensor.to(self.store.device)
+        return self.fetch().on_device()
+
+    def fetch(self) -> Transfer:
+        """Begin to bring the tensor to the store's device."""
+        if self._held is not None:
+            return self.store.to_device(self._held)
         assert self.path is not None
         try:
             data = torch.from_numpy(np.fromfile(self.path, np.uint8))
@@ -131,7 +161,8 @@ class Kept:
             raise UnfinishedError(
                 f"{str(self.path)!r} cannot be read: {error.strerror}; go on with --resume"
             ) from error
-        return data.view(self.dtype).view(self.shape).to(self.store.device)
+        as_written = data.view(self.dtype).view([self.shape[dim] for dim in self._order])
+        return self.store.to_device(as_written.permute([self._order.index(dim) for dim in range(len(self._order))]))
 
 
 def _forget(path: Path, home: Home, size: int) -> None:

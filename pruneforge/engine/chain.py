@@ -54,6 +54,13 @@ class Activations:
         self.kept = self.kept.store.keep(value)
 
 
+def with_hidden_states(batches: Sequence[Activations]) -> Iterator[tuple[Activations, Tensor]]:
+    """Yield each batch and its input of the next block on the device, the next one fetched meanwhile."""
+    if batches:
+        store = batches[0].kept.store
+        yield from zip(batches, store.each(batch.kept for batch in batches), strict=True)
+
+
 StandIn = Callable[[int, Tensor, Call], Any]
 
 

@@ -17,7 +17,7 @@ from pruneforge.adapter import Block
 from pruneforge.batch import Batch
 from pruneforge.engine.apply import Applier, BlockStatistics
 from pruneforge.engine.calibrate import InputRecorder, check_weights
-from pruneforge.engine.chain import Activations, Chain
+from pruneforge.engine.chain import Activations, Chain, with_hidden_states
 from pruneforge.engine.gradient_store import GradientStore, InMemoryGradients
 from pruneforge.engine.gradients import gradient_statistics
 from pruneforge.engine.group import Group
@@ -168,8 +168,7 @@ class _Loop:
         block = self.chain.blocks[index]
         check_weights(block)
         recorder = InputRecorder(block, self.input_kinds, stop=not self.dense)
-        for batch in self.activations:
-            hidden = batch.hidden
+        for batch, hidden in with_hidden_states(self.activations):
             if through is not None:
                 with self.profile.stage("propagate", through):
                     hidden = batch.hidden = self.chain.run_block(through, hidden, batch)
@@ -179,6 +178,7 @@ class _Loop:
                 output = self.chain.run_block(index, hidden, batch)
                 if self.dense:
                     batch.hidden = output
+        self.profile.settle("calibrate", index)
         recorder.merge(self.group)
         return {layer.name: LayerStatistics(*recorder.statistics(layer)) for layer in block.layers}
 
@@ -202,17 +202,18 @@ class _Loop:
     @torch.no_grad()
     def propagate(self, index: int) -> None:
         """Run every batch through a pruned block, for the next block's inputs."""
-        for batch in self.activations:
+        for batch, hidden in with_hidden_states(self.activations):
             with self.profile.stage("propagate", index):
-                batch.hidden = self.chain.run_block(index, batch.hidden, batch)
+                batch.hidden = self.chain.run_block(index, hidden, batch)
+        self.profile.settle("propagate", index)
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
         """Make the next block's inputs of a block's outputs, for every batch, where the model has code between."""
         if self.activations and self.chain.continues(index):
             with self.profile.stage("propagate", index), self.chain.between(index):
-                for batch in self.activations:
-                    batch.hidden = self.chain.transition(index, batch.hidden, batch)
+                for batch, hidden in with_hidden_states(self.activations):
+                    batch.hidden = self.chain.transition(index, hidden, batch)
 
     def visited_scores(self, run: Run, collected: Sequence[tuple[Block, BlockStatistics]]) -> Iterator[Tensor]:
         """Yield the scores of every layer, in the order of the model, made anew and held one at a time."""

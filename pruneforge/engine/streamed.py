@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from pruneforge.adapter import Block
 from pruneforge.checkpoint.rewrite import Rewrite
 from pruneforge.checkpoint.shards import Checkpoint, Stored
+from pruneforge.engine.transfers import Transfer, Transfers, thread_initializer
 from pruneforge.errors import PruneForgeError
 from pruneforge.profile import Profile
 
-Parts = list[tuple[nn.Parameter, Tensor]]
+Parts = list[tuple[nn.Parameter, Transfer]]
 
 
 class Streamed:
@@ -62,8 +63,8 @@ class Streamed:
             for part, name in _buffers(module)
             if not any(part is other for found in self._buffers.values() for other, _ in found)
         ]
-        self._reader = ThreadPoolExecutor(1, "pruneforge-reader")
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._reader = ThreadPoolExecutor(1, "pruneforge-reader", initializer=thread_initializer(device))
+        self._transfers = Transfers(device)
         self._last = -1
         self._held: list[int] = []
         self._outside_held = 0
@@ -121,7 +122,7 @@ class Streamed:
             self._ahead = (following, pruned, task)
 
     def _read_block(self, index: int, pruned: bool) -> Parts:
-        with self._profile.stage("read", index):
+        with self._profile.stage("read", index, wait=False):  # for the device: reading ends when its own copies have
             return self._read(list(self._blocks[index].module.parameters()), pruned)
 
     def _read(self, parameters: Sequence[nn.Parameter], pruned: bool) -> Parts:
@@ -131,13 +132,9 @@ class Streamed:
             if pruned and self._rewrite is not None and self._rewrite.changes(stored.name):
                 value = self._rewrite.read(stored.name)
             else:
-                value = self._checkpoint.read(stored, pinned=self._side is not None)
-            if self._side is not None:
-                with torch.cuda.stream(self._side):
-                    value = value.to(self.device, non_blocking=True).to(parameter.dtype)
-            parts.append((parameter, value.to(parameter.dtype)))
-        if self._side is not None:
-            self._side.synchronize()
+                value = self._checkpoint.read(stored, pinned=self._transfers.pinned)
+            parts.append((parameter, self._transfers.to_device(value, parameter.dtype)))
+        self._transfers.finish()
         return parts
 
     @contextmanager
@@ -149,10 +146,8 @@ class Streamed:
             homes.append((module, name, value))
             module._buffers[name] = value.to(self.device)
         present = [parameter for parameter, _ in parts]
-        for parameter, value in parts:
-            if self._side is not None:
-                value.record_stream(torch.cuda.current_stream(self.device))
-            parameter.data = value
+        for parameter, transfer in parts:
+            parameter.data = transfer.on_device()
         parts.clear()
         try:
             yield

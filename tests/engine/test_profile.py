@@ -36,7 +36,7 @@ def test_a_profile_has_every_stage_of_every_block_and_opens_as_a_trace(metric, t
         1e6 * result.report["measured"]["seconds"]["calibrate"], abs=1e3
     )
     assert all({"name", "ph", "ts", "dur", "pid", "tid"} <= set(event) for event in spans)
-    assert len({event["tid"] for event in spans}) == 2  # the blocks are read by a thread of their own
+    assert len({event["tid"] for event in spans}) == 3  # blocks are read by a thread of their own, written by another
     counters = [event for event in trace if event["ph"] == "C"]
     assert counters
     assert all(event["args"]["MiB"] > 50 for event in counters)
