@@ -41,10 +41,9 @@ def pruneforge_block_pruned(run: Run, result: BlockResult) -> None:
     """Observe that a block has its masks, before the next block is calibrated.
 
     `result` holds the block's name and position, the mask of each of its layers, and the metric's notes; the block's
-    weights are there while this is called. Called once a block (and pattern, if a run has several), in the order of the
-    model, but not for blocks that
-    an earlier process of a resumed run has finished; in each process of several. Return nothing, and treat masks and
-    weights as read only.
+    weights are there while this is called, and a streamed run may still be writing them. Called once a block (and
+    pattern, if a run has several), in the order of the model, but not for blocks that an earlier process of a resumed
+    run has finished; in each process of several. Return nothing, and treat masks and weights as read only.
     """
 
 

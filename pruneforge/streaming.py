@@ -6,7 +6,8 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pruneforge import report as reports
 from pruneforge.budget import Budgets
 from pruneforge.calibration import Calibration
 from pruneforge.checkpoint import masks
+from pruneforge.checkpoint.behind import Behind
 from pruneforge.checkpoint.journal import FILE as JOURNAL
 from pruneforge.checkpoint.journal import Journal, difference
 from pruneforge.checkpoint.output import check_output
@@ -29,6 +31,7 @@ from pruneforge.engine.group import Group
 from pruneforge.engine.loop import prune_blocks
 from pruneforge.engine.run import BlockResult, Run
 from pruneforge.engine.streamed import Streamed, stored_layers
+from pruneforge.engine.transfers import Transfer, Transfers, thread_initializer
 from pruneforge.errors import PruneForgeError, UnfinishedError
 from pruneforge.layer import all_finite, zeroed
 from pruneforge.model import LoadedModel
@@ -209,7 +212,7 @@ def prune_streamed(
     assert loaded.checkpoint is not None
     first = outputs[0]
     runs, blocks, profile = [output.run for output in outputs], first.run.blocks, first.run.profile
-    host, on_device = budgets.for_activations(blocks, first.run.metric, loaded.module, device, len(outputs))
+    host, on_device = budgets.for_activations(blocks, first.run.metric, loaded, data.batches, device, len(outputs))
     with ExitStack() as opened:
         for output in outputs:
             opened.enter_context(output.opened(resume, group))
@@ -220,20 +223,29 @@ def prune_streamed(
             files = GradientFiles(gradients, gradient_identity(first.recipe, fingerprint, data, loaded, device))
             residency = Streamed(loaded.module, blocks, device, loaded.checkpoint, first.rewrite, profile)
 
+            transfers, writer = Transfers(device), Behind("pruneforge-writer", thread_initializer(device))
+
             def finished(run: Run, result: BlockResult) -> None:
                 output = next(output for output in outputs if output.run is run)
-                tensors = output.stored(result)
+                stored = output.stored(result)
                 if group.first:
-                    output.keep(tensors, result)
+                    writer.wait()  # one block is held for it, no more
+                    # Copies on CUDA; on the CPU the block's own tensors, which nothing changes before they are written.
+                    copies = {name: transfers.to_host(tensor) for name, tensor in stored.items()}
+                    writer.start(partial(write, output, result, copies))
+                if run is not runs[-1]:
+                    writer.wait()  # the next pattern is made from the same weights, in place
                 block_pruned(run, result)
 
-            try:
+            def write(output: Output, result: BlockResult, copies: dict[str, Transfer]) -> None:
+                with profile.stage("write", result.index, wait=False):
+                    output.keep({name: copy.on_host() for name, copy in copies.items()}, result)
+
+            with closing(store), closing(residency), closing(writer):
                 if any(run.finished < len(blocks) for run in runs):
                     chain = Chain(loaded.module, loaded.adapter, blocks, residency, store)
                     prune_blocks(runs, chain, data.batches, progress, finished, files, group)
-            finally:
-                residency.close()
-                store.close()
+                writer.wait()
             for run in runs:
                 run.gradient_cache = {"reused": files.reused, "added_bytes": files.written}
                 run.activations = {name: home.peak for name, home in store.homes.items()}
@@ -259,7 +271,7 @@ def run_identity(
         "batch size": data.description.get("batch_size"),
         "calibration data": {"fingerprint": data.description.get("fingerprint")},
         "processes": group.size,
-        "device": device.type,
+        "device": device_name(device),
         "version of": _versions(DECIDING),
     }
 
@@ -275,9 +287,14 @@ def gradient_identity(
         "calibration data": data.description.get("fingerprint"),
         "loss": data.description.get("loss"),
         "adapter": {"name": loaded.adapter.name, "options": recipe.adapter_options},
-        "device": device.type,
+        "device": device_name(device),
         "version of": _versions(DECIDING_GRADIENTS),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the kind of device, and the model of a GPU: another one may round otherwise."""
+    return f"cuda, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pruneforge.adapter import Block
+from pruneforge.arithmetic import seed_random_numbers
 from pruneforge.engine.chain import Chain
 from pruneforge.engine.group import Group
 from pruneforge.engine.run import BlockResult, Run
@@ -57,8 +58,7 @@ class Applier:
         pruned = {name: mask.numel() - int(mask.count_nonzero()) for name, mask in masks.items()}
         run.warnings += notes
         run.pruned.update(pruned)
-        with run.profile.stage("write", index):
-            self.block_pruned(run, BlockResult(index, block, masks, pruned, notes, updated))
+        self.block_pruned(run, BlockResult(index, block, masks, pruned, notes, updated))
 
     @torch.no_grad()
     def find_threshold(self, run: Run, layers: Sequence[Layer], scores: Callable[[], Iterable[Tensor]]) -> None:
@@ -86,7 +86,7 @@ class Applier:
         noted: dict[str, _Noted] = {}
         # A threshold over several layers is applied in their order, and cheaply: by every process for itself.
         owners = self._owners(block, stats) if threshold is None else dict.fromkeys(stats, self.group.rank)
-        error: PruneForgeError | None = None
+        error: Exception | None = None
         try:
             for layer in block.layers:
                 if owners[layer.name] == self.group.rank:
@@ -95,7 +95,7 @@ class Applier:
                     layer.write(pruned.mask, pruned.weight)
                     masks[layer.name] = pruned.mask.cpu()
                     noted[layer.name] = _Noted(pruned.notes, pruned.weight is not None)
-        except PruneForgeError as raised:
+        except Exception as raised:  # whatever a metric raises, or a device that is full
             error = raised
         noted = self.group.agree(error, noted)
         if threshold is None:
@@ -158,4 +158,4 @@ def _exact_threshold(run: Run, layers: Sequence[Layer], scores: Callable[[], Ite
 
 def _reseed(run: Run, layer: Layer) -> None:
     """Give each layer random numbers of its own, whichever layers came before it in this process."""
-    torch.manual_seed(run.seed * 0x9E3779B1 + zlib.crc32(layer.name.encode()))
+    seed_random_numbers(run.seed * 0x9E3779B1 + zlib.crc32(layer.name.encode()), layer.parameter.device)

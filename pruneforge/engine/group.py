@@ -5,16 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.utils._pytree import tree_map
 
 from pruneforge.errors import PruneForgeError, UnfinishedError
 from pruneforge.statistics import Statistic
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for one another: the first one reads a whole checkpoint while the others wait. NCCL's own
+ten minutes would end them by a signal, with no error that says why."""
 
 
 class Group:
@@ -59,21 +65,34 @@ class Group:
                 statistic.samples, statistic.tokens = counts.tolist()
                 return
             states: list[Any] = [None] * self.size
-            dist.all_gather_object(states, statistic.state_dict())
+            # Through host memory: a tensor on a device would come back on the sender's.
+            dist.all_gather_object(states, tree_map(_on_host, statistic.state_dict()))
         statistic.load_state_dict(states[0])
         for state in states[1:]:
             other = type(statistic).__new__(type(statistic))
             other.load_state_dict(state)
             statistic.merge(other)
+        statistic.to(device)
 
-    def agree(self, error: PruneForgeError | None, found: dict[str, T]) -> dict[str, T]:
-        """Return what all processes found, or raise the first error of any.
+    def agree(self, error: Exception | None, found: dict[str, T]) -> dict[str, T]:
+        """Return what all processes found, or raise in all of them if one had an error.
+
+        Without it the others would wait for the one that failed until they are killed.
 
         Raises:
-            PruneForgeError: That of the first process that had one.
+            Exception: This process's own error.
+            PruneForgeError: That of the first other process that had one.
+            UnfinishedError: Another process had an error of another kind; it is named.
         """
+        told = error
+        if error is not None and not isinstance(error, PruneForgeError):  # others may not be able to unpickle it
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            told = UnfinishedError(f"process {self.rank} of the run failed: {reason}")
         joint: dict[str, T] = {}
-        for other, theirs in self.gather((error, found)):
+        outcomes = self.gather((told, found))
+        if error is not None:
+            raise error
+        for other, theirs in outcomes:
             if other is not None:
                 raise other
             joint |= theirs
@@ -120,12 +139,24 @@ def joined(device: torch.device) -> Iterator[Group]:
     started = not dist.is_initialized()
     if started:
         with _others():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            if device.type == "cuda":
+                dist.init_process_group("nccl", timeout=PATIENCE, device_id=device)
+            else:
+                dist.init_process_group("gloo", timeout=PATIENCE)
     try:
         yield Group(dist.get_rank(), dist.get_world_size())
-    finally:
+    except BaseException:
+        # To leave a group of NCCL in order takes all of it, and the others wait for this process elsewhere.
+        abort = getattr(dist.distributed_c10d, "_abort_process_group", None) if device.type == "cuda" else None
         if started:
-            dist.destroy_process_group()
+            (abort or dist.destroy_process_group)()
+        raise
+    if started:
+        dist.destroy_process_group()
+
+
+def _on_host(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 @contextmanager
@@ -133,6 +164,8 @@ def _others() -> Iterator[None]:
     """Turn what torch says of a lost process into one line."""
     try:
         yield
+    except torch.OutOfMemoryError:  # a RuntimeError too, and nobody else's
+        raise
     except (RuntimeError, dist.DistBackendError) as error:
         reason = " ".join(str(error).split())[-160:]
         raise UnfinishedError(f"another process of the run ended or cannot be reached: {reason}") from error
