@@ -113,6 +113,20 @@ class Adapter(Configurable, ABC):
     def losses(self, output: Any, batch: Batch) -> Tensor:
         """Return each sample's own mean loss [samples], differentiable, for what `forward` returned."""
 
+    def logits_a_token(self, module: nn.Module) -> int:
+        """Return how many logits the head makes of each token; 0 where they are few, as those of whole images.
+
+        The engine leaves room for them where a gradient of the loss is wanted, and runs the head on fewer samples.
+        """
+        return 0
+
+    def attention_heads(self, module: nn.Module) -> int:
+        """Return how many attention heads a block has; 0 where samples have few tokens, as images do.
+
+        Where a gradient is wanted on a device, the engine leaves room for a number for each head and pair of tokens.
+        """
+        return 0
+
     @abstractmethod
     def context_length(self, module: nn.Module) -> int | None:
         """Return the longest sequence the model takes, or `None` where that has no meaning."""

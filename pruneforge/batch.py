@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ class Batch:
         valid: Boolean [samples, tokens], `False` at tokens that count nowhere (padding); `None` if all count.
         targets: What the loss compares with, in the adapter's own form.
         loss: What the loss of a sample is, for the report.
+        tokens: How many tokens a sample has, padding included; 0 where they are few.
     """
 
     inputs: dict[str, Tensor]
@@ -26,9 +27,28 @@ class Batch:
     valid: Tensor | None = None
     targets: Tensor | None = None
     loss: str = ""
+    tokens: int = 0
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Where the tokens that count stand among all of the batch, int64 [tokens that count].
+
+        Found once for a batch: on a device the host has to wait for it.
+        """
+        assert self.valid is not None
+        return self.valid.flatten().nonzero().flatten()
+
+    def part(self, samples: slice) -> Batch:
+        """Return some of the samples as a batch."""
+        inputs = {key: value[samples] for key, value in self.inputs.items()}
+        size = len(range(*samples.indices(self.size)))
+        valid = None if self.valid is None else self.valid[samples]
+        targets = None if self.targets is None else self.targets[samples]
+        return replace(self, inputs=inputs, size=size, valid=valid, targets=targets)
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with its tensors on `device`."""
-        move: Callable[[Tensor | None], Tensor | None] = lambda t: None if t is None else t.to(device)  # noqa: E731
         inputs = {key: value.to(device) for key, value in self.inputs.items()}
-        return replace(self, inputs=inputs, valid=move(self.valid), targets=move(self.targets))
+        valid = None if self.valid is None else self.valid.to(device)
+        targets = None if self.targets is None else self.targets.to(device)
+        return replace(self, inputs=inputs, valid=valid, targets=targets)

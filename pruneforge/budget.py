@@ -12,20 +12,30 @@ import torch
 from torch import nn
 
 from pruneforge.adapter import Block
+from pruneforge.batch import Batch
+from pruneforge.engine.transfers import bytes_in_host_memory
 from pruneforge.errors import PruneForgeError
 from pruneforge.layer import accumulation_dtype
 from pruneforge.memory import resident_bytes
 from pruneforge.metric import Metric
-from pruneforge.statistics import empty_statistics
+from pruneforge.model import LoadedModel
+from pruneforge.statistics import GradientStatistic, empty_statistics
 
 SHARE_OF_FREE = 0.8
 """How much of the memory that is free at the start a run takes for itself unless it is told."""
 
-TOKENS_A_BATCH = {"cpu": 1024, "cuda": 4096}
-"""Tokens that go through a block together, by kind of device: on a CPU so few that they stay near its caches."""
+TOKENS_ON_CPU, TOKENS_ON_DEVICE = 1024, 4096
+"""Tokens that go through a block together: on a CPU so few that they stay near its caches."""
 
 SHARE_OF_BATCH = 0.125
 """How much of a budget the working memory of one batch may take."""
+
+BYTES_A_VALUE = 20
+"""What a logit, or a number of attention for a pair of tokens, takes where a gradient is wanted: in the model's dtype
+and in float32, the softmax, and the gradients of these."""
+
+HEAD_LOGITS = 1 << 27
+"""Logits that the head makes at a time, unless one sample has more."""
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -56,14 +66,21 @@ class Budgets:
 
         What happens to be free has no say in it, since the sums of other batches round otherwise.
         """
-        usual = TOKENS_A_BATCH[device.type]
-        budget = self.device if device.type == "cuda" else None if self.host is None else self.host // _sharing()
+        usual = usual_tokens_a_batch(device)
+        on_cpu = None if self.host is None else self.host // _sharing()
+        budget = on_cpu if device.type == "cpu" else self.device
         if budget is None:
             return usual
         return max(1, min(usual, int(SHARE_OF_BATCH * budget / bytes_a_token(blocks))))
 
     def for_activations(
-        self, blocks: Sequence[Block], metric: Metric, module: nn.Module, device: torch.device, patterns: int = 1
+        self,
+        blocks: Sequence[Block],
+        metric: Metric,
+        model: LoadedModel,
+        batches: Sequence[Batch],
+        device: torch.device,
+        patterns: int = 1,
     ) -> tuple[int, int]:
         """Return what hidden states may take in host memory and on the device, in bytes.
 
@@ -73,20 +90,49 @@ class Budgets:
         Raises:
             PruneForgeError: A budget does not even hold those.
         """
-        weights, working = fixed_bytes(blocks, metric, module)
+        weights, working = fixed_bytes(blocks, metric, model.module)
+        if any(issubclass(kind, GradientStatistic) for kind in metric.requires):
+            head, attention = gradient_bytes(model, batches, device)
+            working = max(working + attention, head)
         if patterns > 1:
             working += max(sum(layer.parameter.nbytes for layer in block.layers) for block in blocks)
         resident = resident_bytes()
         here = _sharing()
         host = resident + SHARE_OF_FREE * free_bytes() / here if self.host is None else self.host / here
+        # A finished block is held in host memory until it is written; pinned, it takes up to twice as much.
+        pinned = device.type == "cuda"
+        written = max(sum(bytes_in_host_memory(p, pinned) for p in block.module.parameters()) for block in blocks)
         if device.type == "cpu":
-            return _left(host, resident + weights + working, "memory budget", self.host), 0
-        free, _ = torch.cuda.mem_get_info(device)
-        on_device = SHARE_OF_FREE * free if self.device is None else self.device
+            return _left(host, resident + weights + working + written, "memory budget", self.host), 0
+        on_device = SHARE_OF_FREE * free_on_device(device) if self.device is None else self.device
         return (
-            _left(host, resident + weights, "memory budget", self.host),
+            _left(host, resident + weights + written, "memory budget", self.host),
             _left(on_device, weights + working, "device memory budget", self.device),
         )
+
+
+def usual_tokens_a_batch(device: torch.device) -> int:
+    """Return how many tokens go through a block together where memory is no question."""
+    return TOKENS_ON_CPU if device.type == "cpu" else TOKENS_ON_DEVICE
+
+
+def gradient_bytes(model: LoadedModel, batches: Sequence[Batch], device: torch.device) -> tuple[int, int]:
+    """Return what gradients take besides sums: for the head's logits, and for attention where it is not fused."""
+    logits, heads = model.adapter.logits_a_token(model.module), model.adapter.attention_heads(model.module)
+    head = max((_head_logits(batch, logits) for batch in batches), default=0)
+    pairs = max((batch.size * batch.tokens**2 for batch in batches), default=0) if device.type != "cpu" else 0
+    return head * BYTES_A_VALUE, heads * pairs * BYTES_A_VALUE
+
+
+def _head_logits(batch: Batch, logits_a_token: int) -> int:
+    """Return the most logits that the head makes of a batch at a time."""
+    sample = batch.tokens * logits_a_token
+    return sample * min(batch.size, samples_through_head(sample))
+
+
+def samples_through_head(logits: int) -> int:
+    """Return how many samples of so many logits each pass the head together."""
+    return max(1, HEAD_LOGITS // max(1, logits))
 
 
 def fixed_bytes(blocks: Sequence[Block], metric: Metric, module: nn.Module) -> tuple[int, int]:
@@ -130,6 +176,12 @@ def free_bytes() -> int:
     if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
         free = min(free, int(limit.read_text()) - int(used.read_text()))
     return max(0, free)
+
+
+def free_on_device(device: torch.device) -> int:
+    """Return how much memory of a CUDA device is free, with what torch holds there and does not use."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _sharing() -> int:

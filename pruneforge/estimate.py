@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from pruneforge.arithmetic import exact_arithmetic
+from pruneforge.arithmetic import exact_arithmetic, seed_random_numbers
 from pruneforge.calibration import Calibration, Data
 from pruneforge.checkpoint.rewrite import Rewrite
 from pruneforge.engine.calibrate import InputRecorder
@@ -22,10 +23,10 @@ from pruneforge.engine.residency import InMemory, Residency
 from pruneforge.engine.run import Run
 from pruneforge.engine.streamed import Streamed, stored_layers
 from pruneforge.job import Job, make_job
-from pruneforge.memory import PeakMemory
+from pruneforge.memory import PeakMemory, one_line_for_full_devices
 from pruneforge.metric import Metric
 from pruneforge.model import LoadedModel, in_evaluation_mode
-from pruneforge.statistics import GradientStatistic, InputStatistic, LayerStatistics, Statistic, empty_statistics
+from pruneforge.statistics import GradientStatistic, InputStatistic, LayerStatistics, empty_statistics
 
 T = TypeVar("T")
 META = torch.device("meta")
@@ -80,11 +81,16 @@ def estimate(
     job = make_job(model, metric, calibration, **settings)
     peak = PeakMemory(job.device)
     loaded, data, (run,) = job.prepare(Group(), job.progress, on_disk=not isinstance(model, nn.Module))
-    with exact_arithmetic(run.seed), in_evaluation_mode(loaded.module), torch.no_grad():
+    with (
+        exact_arithmetic(run.seed, job.device),
+        in_evaluation_mode(loaded.module),
+        torch.no_grad(),
+        one_line_for_full_devices(),
+    ):
         seconds, waiting = _probe(job, loaded, data, run)
     measured = peak.read()
     on_device = job.device.type == "cuda"
-    host_room, device_room = job.budgets.for_activations(run.blocks, run.metric, loaded.module, job.device)
+    host_room, device_room = job.budgets.for_activations(run.blocks, run.metric, loaded, data.batches, job.device)
     waits_on_device = min(waiting, device_room)
     waits_on_host = min(waiting - waits_on_device, host_room)
     layers = [layer for block in run.blocks for layer in block.layers]
@@ -114,12 +120,13 @@ def _probe(job: Job, loaded: LoadedModel, data: Calibration, run: Run) -> tuple[
         residency = Streamed(loaded.module, run.blocks, job.device, loaded.checkpoint)
     else:
         residency = InMemory(loaded.module, run.blocks, job.device)
+    timed = partial(_timed, device=job.device)
     chain = Chain(loaded.module, loaded.adapter, run.blocks, residency)
     block, blocks, batches = run.blocks[0], len(run.blocks), len(data.batches)
     seconds: dict[str, float] = {}
     captured: list[Activations] = []
     if data.batches:
-        captured, taken = _timed(lambda: chain.capture(data.batches[:1]))
+        captured, taken = timed(lambda: chain.capture(data.batches[:1]))
         seconds["capture"] = taken * batches
     start = time.perf_counter()
     with residency.visit(block):
@@ -133,20 +140,23 @@ def _probe(job: Job, loaded: LoadedModel, data: Calibration, run: Run) -> tuple[
         gradients: dict[str, dict[Any, Any]] = {layer.name: {} for layer in block.layers}
         kinds = [kind for kind in run.metric.requires if issubclass(kind, GradientStatistic)]
         if captured:
-            output, taken = _timed(calibrate)
-            _, plain = _timed(lambda: chain.run_block(0, captured[0].hidden, captured[0]))
+            output, taken = timed(calibrate)
+            _, plain = timed(lambda: chain.run_block(0, captured[0].hidden, captured[0]))
             seconds["calibrate"] = taken * batches * blocks
             seconds["propagate"] = plain * batches * (blocks - 1) if run.propagate == "pruned" else 0.0
             if kinds:
                 taken = _probe_gradients(chain, captured[0], output, kinds, gradients)
                 seconds["gradients"] = (plain + taken) * batches * blocks + 2 * reading * blocks
-        with run.profile.stage("prune"):
+
+        def prune() -> None:
+            shared: dict[int, dict[Any, Any]] = {}  # by input; made anew each time, since this is timed
             for layer in block.layers:
-                found: tuple[dict[type[Statistic], Statistic], dict[Any, Any]] = recorder.statistics(layer)
-                stats = LayerStatistics(*found).joined(gradients[layer.name])
-                torch.manual_seed(run.seed)
+                statistics, of_input = recorder.statistics(layer)
+                stats = LayerStatistics(statistics, shared.setdefault(id(of_input), {})).joined(gradients[layer.name])
+                seed_random_numbers(run.seed, job.device)
                 run.metric.prune_layer(layer, stats, run.pattern)
-        seconds["prune"] = run.profile.seconds()["prune"] * blocks
+
+        seconds["prune"] = timed(prune)[1] * blocks
     seconds["read"] = reading * blocks
     if isinstance(residency, Streamed):
         residency.close()
@@ -166,12 +176,23 @@ def _probe_gradients(
         _, passes = block_gradients(chain, 0, activations.hidden, activations, torch.full_like(output, 1e-3))
         update(layers, found, passes, activations.batch.size, 1.0)
 
-    return _timed(run)[1]
+    return _timed(run, chain.residency.device)[1]
 
 
-def _timed(work: Callable[[], T]) -> tuple[T, float]:
+def _timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """Return what some work gives and the seconds it takes; on a device, when done for the second time.
+
+    The first time there also makes contexts, loads libraries and compiles kernels, which a run does once.
+    """
+    if device.type != "cpu":
+        work()
+    _wait_for(device)
     start = time.perf_counter()
     result = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    _wait_for(device)
     return result, time.perf_counter() - start
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

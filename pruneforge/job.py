@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pruneforge.calibration import Calibration, Data, collect, create_source
 from pruneforge.checkpoint.journal import FILE as JOURNAL
 from pruneforge.checkpoint.masks import save_masks
 from pruneforge.checkpoint.output import check_output, new_folder
+from pruneforge.engine.activations import Store
 from pruneforge.engine.chain import Chain
 from pruneforge.engine.gradient_store import cache_folder
 from pruneforge.engine.group import Group, joined
@@ -24,7 +26,7 @@ from pruneforge.engine.loop import prune_blocks
 from pruneforge.engine.residency import InMemory
 from pruneforge.engine.run import BlockResult, Run
 from pruneforge.errors import PruneForgeError
-from pruneforge.memory import PeakMemory
+from pruneforge.memory import PeakMemory, one_line_for_full_devices
 from pruneforge.metric import Metric
 from pruneforge.model import LoadedModel, in_evaluation_mode, load_model, parse_device, parse_dtype
 from pruneforge.plan import Variant, make_metric, make_pattern, make_recipe, make_variants, without
@@ -90,9 +92,10 @@ class Job:
             for run in runs:
                 self.plugins.hook.pruneforge_run_started(run=run)
             with (
-                exact_arithmetic(runs[0].seed),
+                exact_arithmetic(runs[0].seed, self.device),
                 in_evaluation_mode(loaded.module),
                 runs[0].profile.watching(),
+                one_line_for_full_devices(),
             ):
                 if loaded.checkpoint is None:
                     return [self._in_memory(loaded, data, runs[0], group, progress, peak)]
@@ -160,8 +163,11 @@ class Job:
 
         with run.profile.stage("total"):
             residency = InMemory(loaded.module, run.blocks, self.device)
-            chain = Chain(loaded.module, loaded.adapter, run.blocks, residency)
-            prune_blocks([run], chain, data.batches, progress, block_pruned, group=group)
+            host, on_device = self.budgets.for_activations(run.blocks, run.metric, loaded, data.batches, self.device)
+            with closing(Store(self.device, on_device, host)) as store:
+                chain = Chain(loaded.module, loaded.adapter, run.blocks, residency, store)
+                prune_blocks([run], chain, data.batches, progress, block_pruned, group=group)
+            run.activations = {name: home.peak for name, home in store.homes.items()}
         report = self._report(variant, loaded, data, run, fingerprint, peak, {})
         if variant.output is not None and group.first:
             with new_folder(variant.output) as folder:

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -106,8 +107,8 @@ class ImageNet(Evaluator):
         found: dict[int, Tensor] = {}
         losses: list[float] = []
         reading = Reading()
-        kind = subject.device.type
-        with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=self.options.amp):
+        amp = torch.autocast(subject.device.type, torch.bfloat16) if self.options.amp else nullcontext()
+        with torch.inference_mode(), amp:
             for items in subject.progress.track(loader, "imagenet"):
                 for place, loaded in items:
                     reading.note(images.name(chosen[place]), loaded, processor.mode, source.options.strict)

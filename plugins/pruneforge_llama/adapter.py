@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from pruneforge import Adapter, Batch, Block, PruneForgeError
 from pruneforge.adapter import Skeleton
@@ -28,6 +29,9 @@ SHAPES = (
     ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
 )
 """Names of the linear layers of a block: separate, or fused as in Phi-3."""
+
+PART = 1 << 24
+"""Logits that are float32 at a time."""
 
 
 class Llama(Adapter):
@@ -96,7 +100,8 @@ class Llama(Adapter):
             raise PruneForgeError(f"a batch is {ids.shape[1]} tokens long, and the model's context is {context}")
         inputs["input_ids"] = ids.long()
         valid = _valid(inputs.get("attention_mask"), ids)
-        return Batch(inputs, size=len(ids), valid=valid, loss="mean cross-entropy of the next token")
+        loss = "mean cross-entropy of the next token"
+        return Batch(inputs, size=len(ids), valid=valid, loss=loss, tokens=ids.shape[1])
 
     def forward(self, module: nn.Module, batch: Batch) -> Any:
         """Run the model without a cache."""
@@ -105,18 +110,41 @@ class Llama(Adapter):
     def losses(self, output: Any, batch: Batch) -> Tensor:
         """Return each sequence's mean cross-entropy of the next token [samples], in float32 or better."""
         ids = batch.inputs["input_ids"]
-        logits = output.logits[:, :-1]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        losses = _token_losses(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).view(len(ids), -1)
         if batch.valid is None:
             return losses.mean(dim=1)
         counted = batch.valid[:, 1:] & batch.valid[:, :-1]
         # Not a product: what stands at padding may be no number at all.
         return torch.where(counted, losses, 0).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
 
+    def logits_a_token(self, module: Any) -> int:
+        """Return the size of the vocabulary."""
+        return int(module.get_output_embeddings().weight.shape[0])
+
+    def attention_heads(self, module: Any) -> int:
+        """Return the number of query heads."""
+        return int(module.config.get_text_config().num_attention_heads)
+
     def context_length(self, module: Any) -> int | None:
         """Return the number of positions the configuration names."""
         return getattr(module.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return each token's cross-entropy [tokens] of `logits` [tokens, vocabulary], in float32 or better.
+
+    A few tokens at a time, and once more in the backward pass: logits in float32, their softmax and its gradient would
+    take six times the memory of bfloat16 logits.
+    """
+    step = max(1, PART // logits.shape[-1])
+    parts = list(zip(logits.split(step), targets.split(step), strict=True))
+    if len(parts) == 1:
+        return _cross_entropy(*parts[0])
+    return torch.cat([checkpoint(_cross_entropy, *p, use_reentrant=False, preserve_rng_state=False) for p in parts])
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
 
 
 def _tokenizer(reference: str) -> Any:

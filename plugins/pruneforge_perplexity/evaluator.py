@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from pruneforge import Evaluator, Options, PruneForgeError, TextSource
-from pruneforge.budget import TOKENS_A_BATCH
+from pruneforge.budget import usual_tokens_a_batch
 from pruneforge.calibration import LONGEST_DEFAULT, create_source
 from pruneforge.evaluator import Subject
 from pruneforge.overlap import shared
@@ -74,7 +74,7 @@ class Perplexity(Evaluator):
     def _losses(self, subject: Subject, windows: torch.Tensor) -> torch.Tensor:
         """Return each window's mean loss [windows], float64 on the CPU."""
         model = subject.model
-        size = subject.batch_size or max(1, TOKENS_A_BATCH[subject.device.type] // windows.shape[1])
+        size = subject.batch_size or max(1, usual_tokens_a_batch(subject.device) // windows.shape[1])
         losses = []
         with torch.no_grad():
             for chunk in subject.progress.track(windows.split(size), "perplexity"):

@@ -14,22 +14,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pruneforge.arithmetic import products_of
+from pruneforge.arithmetic import products_of, repeatable_gradients
+from pruneforge.budget import samples_through_head
 from pruneforge.engine.activations import Kept
-from pruneforge.engine.calibrate import InputRecorder, check_weights
+from pruneforge.engine.calibrate import InputRecorder, check_weights, mend_non_finite
 from pruneforge.engine.chain import Activations, Chain
 from pruneforge.engine.gradient_store import Gradients, GradientStore, Kind
 from pruneforge.engine.group import Group
 from pruneforge.errors import PruneForgeError
-from pruneforge.layer import Layer, WeightUses, accumulation_dtype, all_finite
+from pruneforge.layer import Layer, WeightUses, accumulation_dtype, all_finite, finite_flag, first_false
 from pruneforge.progress import Progress
 from pruneforge.statistics import ColumnSquares, empty_statistics
 
 LOSS_SCALE = {torch.float16: 2.0**12}
 """Keeps small gradients of half-precision models from vanishing; a power of two, taken out again exactly."""
 
-CACHED = {"cpu": 1 << 19, "cuda": 1 << 26}
-"""Values of a sample's gradient that are made at a time, by kind of device."""
+CACHED_ON_CPU, CACHED_ON_DEVICE = 1 << 19, 1 << 26
+"""Values of a sample's gradient that are made at a time."""
 
 
 def gradient_statistics(
@@ -67,13 +68,13 @@ def gradient_statistics(
         block = chain.blocks[index]
         with chain.residency.visit(block):
             found: Gradients = {layer.name: empty_statistics(layer, missing[index]) for layer in block.layers}
-            for number, batch in enumerate(activations):
-                hidden = inputs[index][number].get()
-                down, gradients = block_gradients(chain, index, hidden, batch, upstream[number].get())
+            passing = zip(activations, chain.store.each(inputs[index]), chain.store.each(upstream), strict=True)
+            for number, (batch, hidden, arriving) in enumerate(passing):
+                down, gradients = block_gradients(chain, index, hidden, batch, arriving)
                 upstream[number] = chain.store.keep(down)
                 if missing[index]:
                     update(block.layers, found, gradients, batch.batch.size, scale)
-                del hidden, down, gradients  # not held through the next batch's passes
+                del hidden, arriving, down, gradients  # not held through the next batch's passes
         inputs[index] = []
         if missing[index]:
             _merge(found, group, chain.residency.device)
@@ -112,7 +113,8 @@ def update(
             pairs = [(dy / scale, x) for dy, x in pairs]
         statistics = list(found[layer.name].values())
         out_features, in_features = layer.shape
-        together = CACHED[layer.parameter.device.type] // in_features
+        cached = CACHED_ON_CPU if layer.parameter.device.type == "cpu" else CACHED_ON_DEVICE
+        together = cached // in_features
         step = max(1, min(out_features, together)) if all(s.by_rows for s in statistics) else out_features
         buffer = torch.empty(step, in_features, dtype=dtype, device=layer.parameter.device)
         for start in range(0, out_features, step):
@@ -146,18 +148,21 @@ def _forward_sweep(
     for index in progress.track(range(len(chain.blocks)), "forward for gradients"):
         block = chain.blocks[index]
         outputs: list[Kept] = []
+        finite: list[Tensor] = []
         with chain.residency.visit(block):
             check_weights(block)
-            for before, batch in zip(inputs[-1], activations, strict=True):
-                after = chain.run_block(index, before.get(), batch)
-                if not all_finite(after):
-                    _name_the_layer(chain, index, before.get(), batch)
+            for before, batch in zip(chain.store.each(inputs[-1]), activations, strict=True):
+                after = chain.run_block(index, before, batch)
+                finite.append(finite_flag(after))
                 outputs.append(chain.store.keep(after))
+            first = first_false(finite)
+            if first is not None:
+                _name_the_layer(chain, index, inputs[-1][first].get(), activations[first])
         with chain.between(index) as continues:
             if continues:
                 outputs = [
-                    chain.store.keep(chain.transition(index, output.get(), batch))
-                    for output, batch in zip(outputs, activations, strict=True)
+                    chain.store.keep(chain.transition(index, output, batch))
+                    for output, batch in zip(chain.store.each(outputs), activations, strict=True)
                 ]
         inputs.append(outputs)
     return inputs[:-1], inputs[-1]
@@ -170,20 +175,37 @@ def _name_the_layer(chain: Chain, index: int, hidden: Tensor, batch: Activations
         chain.run_block(index, hidden, batch)
     for layer in chain.blocks[index].layers:
         recorder.statistics(layer)
-    raise PruneForgeError(f"non-finite activations leave block {chain.blocks[index].name!r}; run with --dtype float32")
+    raise PruneForgeError(
+        f"non-finite activations leave block {chain.blocks[index].name!r}; {mend_non_finite(batch.batch)}"
+    )
 
 
 def _head_gradients(
     chain: Chain, activations: Sequence[Activations], outputs: Sequence[Kept], scale: float
 ) -> list[Kept]:
+    """Return the gradient of each batch's summed losses with respect to the last hidden states.
+
+    Logits take far more memory than anything else of a token where the vocabulary is large, so a batch may pass the
+    head a few samples at a time.
+    """
     gradients: list[Kept] = []
-    with chain.residency.stem_and_head(), torch.enable_grad():
-        for number, batch in enumerate(activations):
-            hidden = outputs[number].get().detach().requires_grad_()
-            losses = chain.losses(hidden, batch.batch)
-            if not torch.isfinite(losses).all():
-                raise PruneForgeError(f"the loss of calibration batch {number} is not finite")
-            gradients.append(chain.store.keep(*torch.autograd.grad(losses.sum() * scale, hidden)))
+    finite: list[Tensor] = []
+    with chain.residency.stem_and_head(), torch.enable_grad(), repeatable_gradients(chain.residency.device):
+        for batch, output in zip(activations, chain.store.each(outputs), strict=True):
+            together = samples_through_head(batch.batch.tokens * chain.adapter.logits_a_token(chain.module))
+            parts: list[Tensor] = []
+            losses: list[Tensor] = []
+            for start in range(0, batch.batch.size, together):
+                some = slice(start, start + together)
+                hidden = output[some].detach().requires_grad_()
+                loss = chain.losses(hidden, batch.batch.part(some))
+                parts += torch.autograd.grad(loss.sum() * scale, hidden)
+                losses.append(loss.detach())
+            finite.append(finite_flag(torch.cat(losses)))
+            gradients.append(chain.store.keep(torch.cat(parts) if len(parts) > 1 else parts[0]))
+    first = first_false(finite)
+    if first is not None:
+        raise PruneForgeError(f"the loss of calibration batch {first} is not finite")
     return gradients
 
 
@@ -195,7 +217,7 @@ def block_gradients(
     hidden = hidden.detach().requires_grad_()
     passes: list[tuple[str, Tensor, Tensor]] = []
     uses = WeightUses(layers, after=lambda layer, x, y: passes.append((layer.name, x.detach(), y)))
-    with chain.between(index):
+    with chain.between(index), repeatable_gradients(chain.residency.device):
         with torch.enable_grad():
             with uses:
                 output = chain.run_block(index, hidden, batch)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pruneforge
-from pruneforge import ColumnSquares, Gram, Layer, LayerStatistics
+from pruneforge import ColumnSquares, Gram, Layer, LayerStatistics, budget
 from pruneforge.arithmetic import exact_arithmetic
 from pruneforge.budget import Budgets
 from pruneforge.engine import gradients
@@ -65,8 +65,20 @@ def test_gblm_with_alpha_zero_is_wanda(pattern):
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_gradients_made_a_few_rows_at_a_time_add_up_alike(norm, monkeypatch):
     expected = masks("gblm", tokens().split(2), options={"norm": norm})
-    monkeypatch.setitem(gradients.CACHED, "cpu", 1000)  # 15 or 6 rows of tiny layers
+    monkeypatch.setattr(gradients, "CACHED_ON_CPU", 1000)  # 15 or 6 rows of tiny layers
     assert_same(masks("gblm", tokens().split(2), options={"norm": norm}), expected)
+
+
+@pytest.mark.parametrize("side", [None, "left"])
+def test_a_batch_that_passes_the_head_a_few_samples_at_a_time_gives_the_same_gradients(side, monkeypatch):
+    ids, pad = tokens(), torch.full((6, 5), 7)
+    batch = {"input_ids": ids}
+    if side:
+        mask = torch.cat([pad * 0, ids * 0 + 1], 1)
+        batch = {"input_ids": torch.cat([pad, ids], 1), "attention_mask": mask}
+    expected = masks("gblm", [batch])
+    monkeypatch.setattr(budget, "HEAD_LOGITS", 4 * 29 * 96)  # four samples, then two
+    assert_same(masks("gblm", [batch]), expected)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -306,7 +318,7 @@ def test_sums_over_narrow_inputs_are_as_exact_as_float32(dtype, columns):
     torch.manual_seed(0)
     inputs = torch.randn(3, 700, columns).mul(torch.logspace(-3, 1, columns)).to(dtype)
     precision = torch.get_float32_matmul_precision()
-    with exact_arithmetic(0):
+    with exact_arithmetic(0, torch.device("cpu")):
         found = {kind: kind((1, columns), torch.float32, inputs.device) for kind in (Gram, ColumnSquares)}
         for number, batch in enumerate(inputs):
             for statistic in found.values():

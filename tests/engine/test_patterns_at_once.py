@@ -15,6 +15,7 @@ from pruneforge import PruneForgeError
 from pruneforge.budget import Budgets
 from pruneforge.checkpoint.rewrite import Rewrite
 from pruneforge.hookspecs import hookimpl
+from pruneforge.model import LoadedModel
 from pruneforge.plugins import plugins
 
 PATTERNS = [0.3, 0.5, "2:4"]
@@ -146,12 +147,13 @@ def test_nothing_is_laid_out_before_every_folder_is_known_to_take_its_run(model,
 
 def test_the_dense_copy_that_several_patterns_need_counts_in_the_budget(monkeypatch):
     monkeypatch.setattr("pruneforge.budget.resident_bytes", lambda: 0)  # it changes from one moment to the next
-    module = tiny_llama(torch.float32)
-    blocks = plugins().registry.create("adapter", "llama").blocks(module)
+    adapter = plugins().registry.create("adapter", "llama")
+    model = LoadedModel(tiny_llama(torch.float32), adapter, None, "tiny")
+    blocks = adapter.blocks(model.module)
     metric = plugins().registry.create("metric", "wanda")
     budgets, cpu = Budgets(host=1 << 40), torch.device("cpu")
-    one, _ = budgets.for_activations(blocks, metric, module, cpu)
-    two, _ = budgets.for_activations(blocks, metric, module, cpu, patterns=2)
+    one, _ = budgets.for_activations(blocks, metric, model, [], cpu)
+    two, _ = budgets.for_activations(blocks, metric, model, [], cpu, patterns=2)
     assert one - two == sum(layer.parameter.nbytes for layer in blocks[0].layers)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from types import SimpleNamespace
 
 import pytest
 import reference
@@ -12,6 +14,8 @@ from conftest import tiny_llama, tokens
 
 import pruneforge
 from pruneforge import PruneForgeError
+from pruneforge.budget import Budgets
+from pruneforge.model import LoadedModel
 from pruneforge.plugins import plugins
 
 SMALL = {
@@ -200,3 +204,47 @@ def test_training_mode_and_forward_are_restored():
     assert len(calls) == 4  # forward and backward for gradients, calibrate, propagate
     assert all("forward" not in vars(layer) for layer in model.model.layers if layer is not patched)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_losses_made_a_few_tokens_at_a_time_are_those_of_plain_cross_entropy(dtype, monkeypatch):
+    adapter = plugins().registry.create("adapter", "llama")
+    module = sys.modules["pruneforge_llama.adapter"]
+    ids = tokens(3, 10)
+    logits = torch.randn(3, 10, 96, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    wide = logits.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+    rows = [torch.nn.functional.cross_entropy(wide[n, :-1], ids[n, 1:]) for n in range(3)]
+    (expected,) = torch.autograd.grad(sum(rows), wide)
+    monkeypatch.setattr(module, "PART", 5 * 96)  # 27 tokens in parts of 5
+    batch = adapter.batch(ids, tiny_llama())
+    losses = adapter.losses(SimpleNamespace(logits=logits), batch)
+    (found,) = torch.autograd.grad(losses.sum(), logits)
+    torch.testing.assert_close(losses, torch.stack(rows))
+    torch.testing.assert_close(found, expected.to(dtype))
+
+
+def test_logits_and_attention_count_in_the_budget_of_a_metric_that_looks_at_gradients(monkeypatch):
+    adapter = plugins().registry.create("adapter", "llama")
+    narrow, wide = (LoadedModel(tiny_llama(vocab_size=size), adapter, None, "tiny") for size in (96, 96_000))
+    monkeypatch.setattr("pruneforge.budget.resident_bytes", lambda: 0)  # it changes from one moment to the next
+    cpu, on_device = torch.device("cpu"), torch.device("meta")
+    monkeypatch.setattr("pruneforge.budget.free_on_device", lambda device: 1 << 44)
+
+    def left(model, name, device=cpu, samples=64, length=64):
+        blocks, metric = adapter.blocks(model.module), plugins().registry.create("metric", name)
+        batch = adapter.batch(torch.zeros(samples, length, dtype=torch.int64), model.module)
+        return sum(Budgets(1 << 40, 1 << 40).for_activations(blocks, metric, model, [batch], device))
+
+    def outside(model):  # embedding and head, where they take more than a second block
+        block = sum(p.nbytes for p in model.module.model.layers[0].parameters())
+        return max(block, 2 * model.module.lm_head.weight.nbytes + model.module.model.norm.weight.nbytes)
+
+    more = outside(wide) - outside(narrow)
+    assert left(narrow, "wanda") - left(wide, "wanda") == more
+    # One sample has 6.1 M logits, so 21 of the 64 pass the head together, which takes more than a block's sums.
+    assert left(wide, "wanda") - left(wide, "gblm") > 19 * 21 * 64 * 96_000
+    assert left(wide, "gblm", samples=21) == left(wide, "gblm", samples=64)
+    # On a device attention takes a number for each of four heads and each pair of tokens, of every sample.
+    attention = 20 * 4 * 64**2
+    assert left(narrow, "gblm", on_device, 1) - left(narrow, "gblm", on_device, 2) == attention
+    assert left(narrow, "gblm", cpu, 1) == left(narrow, "gblm", cpu, 2)
