@@ -96,36 +96,3 @@ def test_weights_are_needed_only_while_their_block_is_visited(metric, scope, pro
         assert torch.equal(masks[name], mask), name
     for ours, theirs in zip(model.parameters(), expected.model.parameters(), strict=True):
         torch.testing.assert_close(residency.away[id(ours)], theirs.data)
-
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-
-@needs_cuda
-@pytest.mark.parametrize("scope", [None, "block", "model"])
-@pytest.mark.parametrize("metric", METRICS)
-def test_cuda_gives_the_masks_of_the_cpu_and_returns_the_model(metric, scope):
-    if scope and metric == "sparsegpt":
-        pytest.skip("chooses its own comparison groups")
-    options = {"scope": scope} if scope else {}
-    found = [
-        pruneforge.prune(
-            tiny_llama(), metric, 0.5, None, tokens().split(3), options=options, propagate="dense", device=device
-        )
-        for device in ("cpu", "cuda:0")
-    ]
-    assert all(p.device.type == "cpu" for p in found[1].model.parameters())
-    for name, mask in found[0].masks.items():
-        assert torch.equal(found[1].masks[name], mask), name
-    assert found[1].report["measured"]["peak_memory"]["device_bytes"] > 0
-
-
-@needs_cuda
-def test_a_model_on_cuda_stays_there_and_is_evaluated_there(checkpoint):
-    result = pruneforge.prune(
-        checkpoint, "wanda", 0.5, "2:4", "python-docs", samples=4, seqlen=64, device="cuda", dtype="float32"
-    )
-    assert pruneforge.evaluate(result, "perplexity", data="python-docs", limit=2, device="cuda")["windows"] == 2
-    model = tiny_llama().cuda()
-    pruneforge.prune(model, "gblm", 0.5, None, [tokens().cuda()], device="cuda")
-    assert all(p.device.type == "cuda" for p in model.parameters())
