@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import commands
 import pytest
 import torch
 import yaml
@@ -21,12 +22,9 @@ def run(*arguments: object):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def shell(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+def shell(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command in a process of its own."""
-    command = [sys.executable, "-m", "pruneforge", *(str(argument) for argument in arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200", **environment}
-    )
+    return commands.run(*arguments, COLUMNS="200", **environment)
 
 
 PRUNE = ("--metric", "wanda", "--sparsity", "0.5", "--calibration", "python-docs", "--samples", 4, "--seqlen", 64)
@@ -127,7 +125,9 @@ def test_a_plugin_that_fails_is_shown_and_the_rest_works(tmp_path):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 9\n")
     (info / "entry_points.txt").write_text("[pruneforge]\nbroken = broken_plugin\n")
     (tmp_path / "broken_plugin.py").write_text("raise RuntimeError('rotten')\n")
-    done = shell("plugins", "--json", PYTHONPATH=str(tmp_path))
+    command = [sys.executable, "-m", "pruneforge", "plugins", "--json"]  # Python reads the variable when it starts
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     listed = json.loads(done.stdout)
     broken = next(plugin for plugin in listed["plugins"] if plugin["name"] == "broken")
     assert (broken["origin"], broken["version"]) == ("broken", "9")

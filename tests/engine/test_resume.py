@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from conftest import CHECKPOINT, outcome, tiny_llama, tokens
@@ -27,16 +28,22 @@ KILLER = Path(__file__).parent / "killer.py"
 SETTINGS = ["--sparsity", "0.5", "--calibration", "python-docs", "--samples", "4", "--seqlen", "64", "-p", str(KILLER)]
 
 
-def command(output, metric, *more, processes=1, model=CHECKPOINT):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    runner = [sys.executable, *(torchrun if processes > 1 else []), "-m", "pruneforge"]
-    return [*runner, "prune", str(model), "--metric", metric, *SETTINGS, "--output", str(output), *more]
+def arguments(output, metric, *more, model=CHECKPOINT):
+    return ["prune", model, "--metric", metric, *SETTINGS, "--output", output, *more]
 
 
-def prune(output, metric, *more, kill_at=0, processes=1, model=CHECKPOINT, **environment):
-    environment = {**os.environ, "KILL_AT": str(kill_at), **environment}
-    arguments = command(output, metric, *more, processes=processes, model=model)
-    return subprocess.run(arguments, env=environment, capture_output=True, text=True)
+def prune(output, metric, *more, kill_at=0, model=CHECKPOINT, **environment):
+    return commands.run(*arguments(output, metric, *more, model=model), KILL_AT=str(kill_at), **environment)
+
+
+def prune_together(processes, output, metric, *more, kill_at=0, model=CHECKPOINT, **environment):
+    asked = arguments(output, metric, *more, model=model)
+    return commands.run_together(processes, *asked, KILL_AT=str(kill_at), **environment)
+
+
+def succeeded(ranks):
+    assert [done.returncode for done in ranks] == [0] * len(ranks), [done.stderr for done in ranks]
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +178,7 @@ def test_a_full_disk_leaves_a_run_that_can_go_on(tmp_path):
             if result.index == self.block:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
 
-    for block, left in ((None, False), (0, True)):
+    for block, left in ((None, False), (1, True)):  # by then the first block is on the disk
         observer = Fills(block)
         plugins().register(observer)
         if block is None:
@@ -236,29 +243,32 @@ def test_processes_share_a_run_and_make_its_masks(processes, dtype, agreement, t
         output = tmp_path / f"{metric}-shared"
         cache = str(tmp_path / "cache-shared")
         more = ("--samples", "16", "--gradient-cache", cache)
-        shared = prune(output, metric, *more, processes=processes, model=model)
-        assert shared.returncode == 0, shared.stderr
-        assert shared.stdout.count("pruned ") == 1
+        shared = prune_together(processes, output, metric, *more, model=model)
+        assert succeeded(shared)
+        assert sum(done.stdout.count("pruned ") for done in shared) == 1
         masks = [pruneforge.load(folder).masks for folder in (tmp_path / metric, output)]
         same = sum(int((masks[0][name] == masks[1][name]).sum()) for name in masks[0])
         assert same / sum(mask.numel() for mask in masks[0].values()) >= agreement
 
 
 def test_a_process_that_dies_ends_the_run_which_can_go_on(tmp_path):
-    whole = prune(tmp_path / "whole", "wanda", processes=2)
-    assert whole.returncode == 0, whole.stderr
-    output = tmp_path / "out"
-    for rank, at in (("0", 14), ("1", -2)):  # the second process writes nothing, and dies in a block instead
-        killed = prune(output, "wanda", "--resume", kill_at=at, KILL_RANK=rank, processes=2)
-        assert killed.returncode != 0
-        assert "SIGKILL" in killed.stderr
-        assert (output / "journal.jsonl").exists()
-    done = prune(output, "wanda", "--resume", processes=2)
+    whole = tmp_path / "whole"  # by torchrun itself; the others have processes with the variables that it sets
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "pruneforge", *map(str, arguments(whole, "wanda"))]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert outcome(output) == outcome(tmp_path / "whole")
-    refused = prune(output, "wanda", "--resume", "--batch-size", "64", processes=2)
-    assert refused.returncode != 0
-    assert "is another one: recipe batch_size was null and is 64 now" in refused.stderr
+    output = tmp_path / "out"
+    for rank, at in ((0, 14), (1, -2)):  # the second process writes nothing, and dies in a block instead
+        ranks = prune_together(2, output, "wanda", "--resume", kill_at=at, KILL_RANK=str(rank))
+        assert ranks[rank].returncode == -signal.SIGKILL
+        assert ranks[1 - rank].returncode == 2
+        assert "another process of the run ended or cannot be reached" in ranks[1 - rank].stderr
+        assert (output / "journal.jsonl").exists()
+    assert succeeded(prune_together(2, output, "wanda", "--resume"))
+    assert outcome(output) == outcome(whole)
+    refused = prune_together(2, output, "wanda", "--resume", "--batch-size", "64")
+    assert [done.returncode for done in refused] != [0, 0]
+    assert "is another one: recipe batch_size was null and is 64 now" in refused[0].stderr
 
 
 @pytest.mark.parametrize("metric", ["wanda", "gblm"])
