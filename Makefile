@@ -2,13 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types format bench clean
+.PHONY: demo test test-cuda lint types format bench bench-cuda clean
 
 demo: .venv/ready
 	$(BIN)/pruneforge demo
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+# On a machine with a GPU; fails where there is none instead of skipping everything.
+test-cuda: .venv/ready
+	$(BIN)/python -c "import torch; torch.cuda.is_available() or exit('make test-cuda: torch sees no CUDA device')"
+	$(BIN)/python -m pytest -m cuda
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -26,6 +31,10 @@ bench: .venv/ready .venv-peers/ready
 	$(BIN)/python benchmarks/speed.py --peers .venv-peers/bin/python
 	$(BIN)/python benchmarks/costs.py
 	$(BIN)/python benchmarks/agreement.py
+
+# On a machine with a GPU: a checkpoint of 7B shape, 128 samples of 2048 tokens, every metric; 30 GB of disk.
+bench-cuda: .venv/ready
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf .venv .venv-peers

@@ -5,6 +5,10 @@
 The work is that of `benchmarks/workload.py`. Contenders take turns, every run is a process of its own, and medians
 count. Agreement is the share of weights that another contender prunes or keeps as PruneForge does. Writes
 `benchmarks/results/speed.json` after each metric, and `docs/speed.md` from it and `benchmarks/results/costs.json`.
+
+    python benchmarks/speed.py --before CHECKOUT --metrics NAME
+
+compares with another checkout of PruneForge alone, in turns, and writes `benchmarks/results/before.json`.
 """
 
 from __future__ import annotations
@@ -29,13 +33,15 @@ from pruneforge.report import machine, versions
 ROOT = Path(__file__).parents[1]
 HERE = ROOT / "benchmarks"
 RESULTS = HERE / "results" / "speed.json"
+BEFORE = HERE / "results" / "before.json"
 METRICS = ("magnitude", "wanda", "sparsegpt", "gblm")
 PEER = {"wanda", "sparsegpt"}
 
 
-def call(python: Path | str, script: str, *arguments: Any) -> dict[str, Any]:
-    """Run a script and return the JSON of its last line."""
+def call(python: Path | str, script: str, *arguments: Any, checkout: Path = ROOT) -> dict[str, Any]:
+    """Run a script, with the packages of a checkout, and return the JSON of its last line."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(checkout), str(checkout / "plugins")])
     command = [str(python), str(HERE / script), *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -91,15 +97,42 @@ def compare(metric: str, model: Path, scratch: Path, peers: Path | None, rounds:
     }
 
 
+def compare_with(checkout: Path, metrics: list[str], rounds: int) -> None:
+    """Time this checkout and another one in turns, and write how many times as long as before it takes."""
+    document: dict[str, Any] = {"machine": machine(), "versions": versions(), "rounds": rounds, "metrics": {}}
+    with tempfile.TemporaryDirectory() as scratch:
+        model = write_model(Path(scratch) / "model")
+        for metric in metrics:
+            taken: dict[str, list[dict[str, Any]]] = {"before": [], "now": []}
+            for _ in range(rounds):
+                for name, where in (("before", checkout.resolve()), ("now", ROOT)):
+                    output = Path(scratch) / name
+                    shutil.rmtree(output, ignore_errors=True)
+                    shutil.rmtree(output.with_suffix(".cache"), ignore_errors=True)
+                    run = call(sys.executable, "contenders.py", "pruneforge", metric, model, output, checkout=where)
+                    taken[name].append(run)
+                    print(metric, name, run["seconds"], flush=True)
+            seconds = {name: [round(run["seconds"], 2) for run in runs] for name, runs in taken.items()}
+            ratios = [now / before for now, before in zip(seconds["now"], seconds["before"], strict=True)]
+            same = agreement(Path(scratch) / "before", Path(scratch) / "now")
+            document["metrics"][metric] = {**seconds, "ratio": statistics.median(ratios), "agreement": same}
+            document["metrics"][metric]["stages"] = {name: runs[-1]["stages"] for name, runs in taken.items()}
+            BEFORE.write_text(json.dumps(document, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, help="Python of an environment that has benchmarks/peers.txt")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--metrics", nargs="+", default=list(METRICS))
+    parser.add_argument("--before", type=Path, help="another checkout to compare with, and with nothing else")
     parser.add_argument("--page", action="store_true", help="only write the page anew")
     arguments = parser.parse_args()
     if arguments.page:
         speed_page.write()
+        return
+    if arguments.before is not None:
+        compare_with(arguments.before, arguments.metrics, arguments.rounds)
         return
     if arguments.peers is None:
         print("no --peers: llm-compressor is left out", file=sys.stderr)

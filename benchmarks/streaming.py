@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from pruneforge.budget import usual_tokens_a_batch
+from pruneforge.profile import FILE as PROFILE_FILE
 from pruneforge.report import machine, versions
 
 ROOT = Path(__file__).parents[1]
@@ -97,7 +99,7 @@ def child(arguments: argparse.Namespace) -> None:
 
     torch.manual_seed(0)
     ids = torch.randint(SHAPE["vocab_size"], (arguments.samples, arguments.tokens))
-    batch = max(1, 1024 // arguments.tokens)  # as many tokens as a run takes by itself
+    batch = max(1, usual_tokens_a_batch(torch.device(arguments.device)) // arguments.tokens)  # as a run takes by itself
     report = pruneforge.prune(
         arguments.model,
         arguments.metric,
@@ -107,17 +109,33 @@ def child(arguments: argparse.Namespace) -> None:
         output=arguments.output,
         gradient_cache=arguments.output.parent / "gradients",
         device=arguments.device,
+        profile=arguments.profile,
     ).report
-    print(json.dumps({"measured": report["measured"], "reached": report["sparsity"]["reached"]}))
+    trace = arguments.output / PROFILE_FILE
+    hidden = reading_beside(json.loads(trace.read_text())["traceEvents"]) if trace.exists() else None
+    found = {"measured": report["measured"], "reached": report["sparsity"]["reached"], "reading_beside": hidden}
+    print(json.dumps(found))
 
 
-def measure(folder: Path, metric: str, depth: int, samples: int, tokens: int, device: str) -> dict[str, Any]:
+def reading_beside(events: list[dict[str, Any]]) -> float:
+    """Return the share of the time that reading takes in which the device works on another block."""
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for event in events:
+        if event.get("cat") in ("read", "calibrate", "propagate", "prune"):
+            spans[event["cat"] == "read"].append((event["ts"], event["ts"] + event["dur"]))
+    both = sum(max(0.0, min(r[1], w[1]) - max(r[0], w[0])) for r in spans[True] for w in spans[False])
+    return both / sum(stop - start for start, stop in spans[True])
+
+
+def measure(
+    folder: Path, metric: str, depth: int, samples: int, tokens: int, device: str, profile: bool = False
+) -> dict[str, Any]:
     """Prune in a process of its own, and return what it took."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         model = with_depth(folder, depth, Path(scratch) / "model")
         command = [sys.executable, __file__, "--child", "--folder", str(folder), "--model", str(model)]
         command += ["--metric", metric, "--samples", str(samples), "--tokens", str(tokens), "--device", device]
-        command += ["--output", str(Path(scratch) / "output")]
+        command += ["--output", str(Path(scratch) / "output"), *(["--profile"] if profile else [])]
         with open(Path(scratch) / "printed", "w+") as printed:
             process = subprocess.Popen(command, stdout=printed)
             _, status, usage = os.wait4(process.pid, 0)
@@ -134,9 +152,10 @@ def measure(folder: Path, metric: str, depth: int, samples: int, tokens: int, de
         "tokens": tokens,
         "device": device,
         "peak_gb": round(usage.ru_maxrss * 1024 / 1e9, 3),
-        "device_peak_gb": round(found["measured"]["peak_memory"].get("device_bytes", 0) / 1e9, 3),
+        "device_peak_gb": round(found["measured"]["peak_memory"].get("device_reserved_bytes", 0) / 1e9, 3),
         "seconds": seconds,
         "reached": found["reached"],
+        **({"reading_beside": found["reading_beside"]} if found["reading_beside"] is not None else {}),
     }
 
 
@@ -219,6 +238,7 @@ def main() -> None:
     for name in ("--model", "--output"):
         parser.add_argument(name, type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--metric", help=argparse.SUPPRESS)
+    parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
     for name in ("--samples", "--tokens"):
         parser.add_argument(name, type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
