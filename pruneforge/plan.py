@@ -17,7 +17,7 @@ from pruneforge.metric import Metric
 from pruneforge.patterns import NM, Pattern, parse_pattern
 from pruneforge.recipe import PruneRecipe
 from pruneforge.registry import Registry
-from pruneforge.statistics import InputStatistic
+from pruneforge.statistics import GradientStatistic, InputStatistic
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,18 @@ def make_metric(metric: str | Metric, options: Mapping[str, Any] | None, registr
     """Return the metric of a name with its options, or one that is made already.
 
     Raises:
-        PruneForgeError: There is none of that name, or the options are not its own.
+        PruneForgeError: There is none of that name, the options are not its own, or it requires what nothing feeds.
     """
-    if isinstance(metric, str):
-        return registry.create("metric", metric, options)
-    if options:
+    if not isinstance(metric, str) and options:
         raise PruneForgeError("options go with a metric's name; give a Metric its options when you make it")
-    return metric
+    made = registry.create("metric", metric, options) if isinstance(metric, str) else metric
+    for kind in made.requires:
+        if not issubclass(kind, InputStatistic | GradientStatistic):
+            raise PruneForgeError(
+                f"metric {made.name!r} requires {kind.__name__}, which is neither an InputStatistic nor a "
+                "GradientStatistic, so nothing would feed it"
+            )
+    return made
 
 
 def make_pattern(metric: Metric, sparsity: float | None, pattern: str | None, propagate: str) -> Pattern:

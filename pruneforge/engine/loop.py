@@ -76,12 +76,6 @@ def _check(run: Run, chain: Chain) -> None:
                     f"{' and '.join(repr(name) for name in sharing)} share one weight, which would be pruned twice; "
                     "untie them before pruning"
                 )
-    for kind in run.metric.requires:
-        if not issubclass(kind, InputStatistic | GradientStatistic):
-            raise PruneForgeError(
-                f"metric {run.metric.name!r} requires {kind.__name__}, which is neither an InputStatistic nor a "
-                "GradientStatistic, so nothing would feed it"
-            )
 
 
 class _Loop:
