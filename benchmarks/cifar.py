@@ -4,7 +4,7 @@
     python benchmarks/cifar.py --model runs/cifar-vit --data cifar10.zip
 
 Calibrates on 256 training images and measures on the test images. Writes `benchmarks/results/cifar.json`,
-`docs/cifar.png` and `docs/cifar.md`.
+`docs/results/cifar.png` and `docs/results/cifar.md`.
 """
 
 from __future__ import annotations
@@ -91,14 +91,14 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def page(results: dict[str, Any]) -> str:
-    """Return `docs/cifar.md`."""
+    """Return `docs/results/cifar.md`."""
     dense, where = results["dense"], results["machine"]
     lines = [
         "# A vision transformer on CIFAR-10",
         "",
         "Made by `python benchmarks/cifar.py --model runs/cifar-vit --data cifar10.zip`, on a model that "
         "`benchmarks/cifar_train.py` trained on 6,000 images. The numbers are in "
-        "[`benchmarks/results/cifar.json`](../benchmarks/results/cifar.json).",
+        "[`benchmarks/results/cifar.json`](../../benchmarks/results/cifar.json).",
         "",
         f"Top-1 accuracy (%) on {dense['images']:,} test images; dense: **{100 * dense['top1']:.1f}** "
         f"(95 % interval {100 * dense['interval'][0]:.1f} to {100 * dense['interval'][1]:.1f}). Calibration: 256 "
@@ -129,8 +129,8 @@ def main() -> None:
     arguments = parser.parse_args()
     results = measure(arguments.model, arguments.data)
     (ROOT / "benchmarks" / "results" / "cifar.json").write_text(json.dumps(results, indent=2) + "\n")
-    plot(results, ROOT / "docs" / "cifar.png")
-    (ROOT / "docs" / "cifar.md").write_text(page(results))
+    plot(results, ROOT / "docs" / "results" / "cifar.png")
+    (ROOT / "docs" / "results" / "cifar.md").write_text(page(results))
     print(page(results))
 
 

@@ -7,7 +7,7 @@ perplexity is measured on the second. Run
     python benchmarks/fidelity.py --data DIR
 
 with a folder that holds `stories260K/` and `tinystories.txt`. Writes `benchmarks/results/fidelity.json` and
-`docs/results.md`.
+`docs/results/fidelity.md`.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ def measure(data: Path) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return `docs/results.md`."""
+    """Return `docs/results/fidelity.md`."""
     rows = results["rows"]
     patterns = list(dict.fromkeys(row["pattern"] for row in rows[1:]))
     lines = [
-        "# Results",
+        "# Perplexity after pruning",
         "",
         "Made by `python benchmarks/fidelity.py --data DIR`; the numbers are in "
-        "[`benchmarks/results/fidelity.json`](../benchmarks/results/fidelity.json).",
+        "[`benchmarks/results/fidelity.json`](../../benchmarks/results/fidelity.json).",
         "",
         "## stories260K, a LLaMA-2 of 260 K parameters, on TinyStories",
         "",
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with stories260K/ and tinystories.txt")
     results = measure(parser.parse_args().data)
     (ROOT / "benchmarks" / "results" / "fidelity.json").write_text(json.dumps(results, indent=2) + "\n")
-    (ROOT / "docs" / "results.md").write_text(table(results))
+    (ROOT / "docs" / "results" / "fidelity.md").write_text(table(results))
     print(table(results))
 
 

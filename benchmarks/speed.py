@@ -4,7 +4,8 @@
 
 The work is that of `benchmarks/workload.py`. Contenders take turns, every run is a process of its own, and medians
 count. Agreement is the share of weights that another contender prunes or keeps as PruneForge does. Writes
-`benchmarks/results/speed.json` after each metric, and `docs/speed.md` from it and `benchmarks/results/costs.json`.
+`benchmarks/results/speed.json` after each metric, and `docs/results/speed.md` from it and
+`benchmarks/results/costs.json`.
 
     python benchmarks/speed.py --before CHECKOUT --metrics NAME
 

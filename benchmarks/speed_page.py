@@ -11,14 +11,14 @@ from workload import SAMPLES, SHAPE, TOKENS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "speed.md"
-WORK = """A random LLaMA of 29.5 M parameters (hidden 512, 8 blocks) in float32, 64 samples of 512 tokens, 50 %.
-Every run is a process of its own. Seconds from the model's folder to pruned weights, the libraries imported before;
+PAGE = ROOT / "docs" / "results" / "speed.md"
+WORK = """A random LLaMA of 29.5 M parameters (hidden 512, 8 blocks) in float32, 64 samples of 512 tokens, 50 %. Every
+run is a process of its own. Seconds from the model's folder to pruned weights, the libraries imported before;
 PruneForge's time includes writing them. `plain` is [the loop of the research
-repositories](../benchmarks/plain_loop.py): one sample at a time, a statistic for each layer, full sorts, autograd over
-the whole model. Agreement is the share of weights on which a mask is the same as PruneForge's (see below). Memory is
-the peak above what the imported libraries take; peaks and times compare best on the same libraries, so PruneForge runs
-on llm-compressor's as well."""
+repositories](../../benchmarks/plain_loop.py): one sample at a time, a statistic for each layer, full sorts, autograd
+over the whole model. Agreement is the share of weights on which a mask is the same as PruneForge's (see below). Memory
+is the peak above what the imported libraries take; peaks and times compare best on the same libraries, so PruneForge
+runs on llm-compressor's as well."""
 FLOOR = """The floor is the bare matrix products, weights and attention, of two forward passes over all blocks, for
 SparseGPT with the Gram products, for GBLM with a forward and a backward pass more; timed on PruneForge's libraries
 before and after each metric's runs, for the machine's speed drifts. PruneForge computes less than that: calibration of
@@ -50,7 +50,7 @@ AXES = {
 
 
 def write() -> None:
-    """Write `docs/speed.md` from what results there are."""
+    """Write `docs/results/speed.md` from what results there are."""
     lines = [
         "# Speed",
         "",

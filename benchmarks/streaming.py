@@ -5,7 +5,8 @@
 writes random bf16 weights (13.5 GB, shard by shard) to DIR, unless they are there, and prunes models of 4, 8, 16
 and 32 of their blocks with each metric, every run in a process of its own. Then a few blocks are pruned with more
 samples and longer ones. Peaks are what the kernel says of the process (`ru_maxrss`), imports included. Writes
-`benchmarks/results/streaming.json` after every run, goes on where it was stopped, and writes `docs/streaming.md`.
+`benchmarks/results/streaming.json` after every run, goes on where it was stopped, and writes
+`docs/results/streaming.md`.
 """
 
 from __future__ import annotations
@@ -199,7 +200,7 @@ def page(document: dict[str, Any]) -> str:
         "# Streaming a checkpoint of 7B shape",
         "",
         "Made by `python benchmarks/streaming.py --folder DIR`; the numbers are in",
-        "[`benchmarks/results/streaming.json`](../benchmarks/results/streaming.json). Random bf16 weights of",
+        "[`benchmarks/results/streaming.json`](../../benchmarks/results/streaming.json). Random bf16 weights of",
         f"LLaMA-2-7B's shape, {SAMPLES} samples of {TOKENS} tokens, 50 %. Peak is the process's own peak of resident",
         "memory, Python and its libraries included.",
         "",
@@ -256,7 +257,7 @@ def main() -> None:
         print(run, flush=True)
         document = {"shape": SHAPE, "runs": runs, "fits": fits(runs), "machine": machine(), "versions": versions()}
         RESULTS.write_text(json.dumps(document, indent=2) + "\n")
-    (ROOT / "docs" / "streaming.md").write_text(page(json.loads(RESULTS.read_text())))
+    (ROOT / "docs" / "results" / "streaming.md").write_text(page(json.loads(RESULTS.read_text())))
 
 
 if __name__ == "__main__":

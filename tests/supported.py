@@ -1,11 +1,11 @@
-"""Write docs/models.md, the table of architectures that the tests cover: `python tests/supported.py`."""
+"""Write docs/reference/models.md, the table of architectures that the tests cover: `python tests/supported.py`."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "models.md"
 
 
 def table() -> str:

@@ -244,7 +244,7 @@ def test_a_statistic_that_nothing_feeds_is_refused():
 
 
 def test_every_hook_is_documented_with_its_exact_signature():
-    text = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
+    text = (Path(__file__).parents[1] / "docs" / "guide" / "plugins.md").read_text()
     hooks = [f for name, f in vars(hookspecs).items() if name.startswith("pruneforge_")]
     assert len(hooks) == 4
     for hook in hooks:

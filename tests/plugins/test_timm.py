@@ -17,7 +17,7 @@ METRICS = ["magnitude", "wanda", "sparsegpt", "gblm"]
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 STAGES = {"depths": (1, 2, 1, 1), "dims": (8, 16, 16, 32)}
 
-# Family: timm name, arguments that make it tiny, side of its images. docs/models.md shows this table.
+# Family: timm name, arguments that make it tiny, side of its images. docs/reference/models.md shows this table.
 FAMILIES = {
     "ViT": ("vit_tiny_patch16_224", VIT, 32),
     "ViT, CLIP": ("vit_base_patch16_clip_224", VIT, 32),
