@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-cuda lint types format bench bench-cuda clean
+.PHONY: demo test test-cuda lint types format docs bench bench-cuda clean
 
 demo: .venv/ready
 	$(BIN)/pruneforge demo
@@ -26,6 +26,10 @@ format: .venv/ready
 	$(BIN)/ruff check --fix --quiet .
 	$(BIN)/ruff format .
 
+# A warning fails the build: a broken link, or a public name that is not documented.
+docs: .venv/docs
+	$(BIN)/python -m sphinx -W --keep-going -n -E -q docs docs/_build/html
+
 # Against llm-compressor, in an environment of its own, in which PruneForge runs too; an hour or so.
 bench: .venv/ready .venv-peers/ready
 	$(BIN)/python benchmarks/speed.py --peers .venv-peers/bin/python
@@ -37,12 +41,16 @@ bench-cuda: .venv/ready
 	$(BIN)/python benchmarks/gpu.py
 
 clean:
-	rm -rf .venv .venv-peers
+	rm -rf .venv .venv-peers docs/_build
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv/docs: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 .venv-peers/ready: benchmarks/peers.txt

@@ -64,7 +64,7 @@ def compare(
         progress: `True` for bars on a terminal.
 
     Returns:
-        A row for each case and metric: `model`, `metric`, `pattern`, `sparsity` reached, `loss`, `dense_loss`,
+        A row for each case and metric, with `model`, `metric`, `pattern`, `sparsity` reached, `loss`, `dense_loss`,
         `loss_increase` (relative to the dense loss), `accuracy` and `accuracy_lost` (shares; `None` where the task
         has no accuracy), `classes_lost` (the classes that pruning hurt most, with the accuracy each lost),
         `seconds`, `peak_memory_bytes`, `warnings`, and the evaluator's whole `results`.

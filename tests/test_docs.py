@@ -1,4 +1,4 @@
-"""The commands and programs in the documentation run, and its links work."""
+"""The commands and programs in the documentation run, its links work, and its generated parts can be made."""
 
 from __future__ import annotations
 
@@ -36,6 +36,19 @@ def test_links_between_the_pages_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)}: {target}"
+
+
+def test_the_generated_parts_can_be_made():
+    import pages
+
+    for page in DOCS:
+        assert "{generated}" not in pages.expand(page.read_text()), page
+
+
+def test_the_reference_documents_every_public_name():
+    import pages
+
+    assert not list(pages.api_problems())
 
 
 def test_the_table_of_architectures_is_that_of_the_tests():
