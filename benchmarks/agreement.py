@@ -21,7 +21,7 @@ from torch import Tensor
 from workload import token_ids, write_model
 
 import pruneforge
-from pruneforge.report import machine, versions
+from pruneforge.runs.provenance import machine, versions
 
 RESULTS = Path(__file__).parent / "results" / "agreement.json"
 METRICS = ("magnitude", "wanda", "sparsegpt", "gblm")

@@ -16,7 +16,7 @@ from typing import Any
 
 import pruneforge
 from pruneforge.progress import BarProgress
-from pruneforge.report import machine, versions
+from pruneforge.runs.provenance import machine, versions
 
 ROOT = Path(__file__).parents[1]
 SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)

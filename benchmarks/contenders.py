@@ -31,7 +31,7 @@ Run = Callable[[], Callable[[], None]]
 def pruneforge(metric: str, model: Path, output: Path) -> Run:
     """PruneForge as its users call it."""
     import pruneforge as pf
-    import pruneforge.job
+    import pruneforge.runs.job
 
     def run() -> Callable[[], None]:
         batches = token_ids().split(2)

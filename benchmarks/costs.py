@@ -24,7 +24,7 @@ import torch
 from workload import SAMPLES, SHAPE, TOKENS, token_ids, write_model
 
 import pruneforge
-from pruneforge.report import machine, versions
+from pruneforge.runs.provenance import machine, versions
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "costs.json"

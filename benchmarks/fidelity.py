@@ -20,7 +20,7 @@ from typing import Any
 import pruneforge
 from pruneforge.plugins import plugins
 from pruneforge.progress import BarProgress
-from pruneforge.report import machine, versions
+from pruneforge.runs.provenance import machine, versions
 
 ROOT = Path(__file__).parents[1]
 SETTINGS: tuple[tuple[float, str | None], ...] = ((0.5, None), (0.6, None), (0.5, "2:4"), (0.5, "4:8"))

@@ -24,9 +24,9 @@ import torch
 from streaming import BLOCKS, measure, write_checkpoint
 from torch import Tensor
 
-from pruneforge.arithmetic import exact_arithmetic
-from pruneforge.patterns import NM, Pattern, Unstructured
-from pruneforge.report import machine, versions
+from pruneforge.interfaces.patterns import NM, Pattern, Unstructured
+from pruneforge.numerics import exact_arithmetic
+from pruneforge.runs.provenance import machine, versions
 from pruneforge_sparsegpt import kernel
 from pruneforge_sparsegpt.metric import PruneColumns, inverse_factor, prune_columns
 

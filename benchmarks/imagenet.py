@@ -24,11 +24,11 @@ import torch
 from timm.models import save_for_hf
 
 import pruneforge
-from pruneforge.calibration import create_source
-from pruneforge.images import image_processor
-from pruneforge.model import load_model
+from pruneforge.data.images import image_processor
+from pruneforge.interfaces.source import create_source
 from pruneforge.plugins import plugins
-from pruneforge.report import machine, versions
+from pruneforge.runs.loading import load_model
+from pruneforge.runs.provenance import machine, versions
 
 ROOT = Path(__file__).parents[1]
 NAME = "deit_tiny_patch16_224"

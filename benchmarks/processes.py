@@ -20,7 +20,7 @@ from typing import Any
 
 from workload import token_ids, write_model
 
-from pruneforge.report import machine, versions
+from pruneforge.runs.provenance import machine, versions
 
 ROOT = Path(__file__).parents[1]
 METRICS = ("wanda", "sparsegpt", "gblm")

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pruneforge.report import machine, versions
+from pruneforge.runs.provenance import machine, versions
 
 ROOT = Path(__file__).parents[1]
 METRICS = ("gblm", "sparsegpt", "wanda")
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     arguments = parser.parse_args()
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["pruneforge.job", "transformers.models.llama.modeling_llama", "datasets"])
+    processes.set_forkserver_preload(["pruneforge.runs.job", "transformers.models.llama.modeling_llama", "datasets"])
     chance = random.Random(0)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:

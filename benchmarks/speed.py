@@ -29,7 +29,7 @@ import speed_page
 from safetensors import safe_open
 from workload import write_model
 
-from pruneforge.report import machine, versions
+from pruneforge.runs.provenance import machine, versions
 
 ROOT = Path(__file__).parents[1]
 HERE = ROOT / "benchmarks"

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pruneforge.budget import usual_tokens_a_batch
+from pruneforge.memory import usual_tokens_a_batch
 from pruneforge.profile import FILE as PROFILE_FILE
-from pruneforge.report import machine, versions
+from pruneforge.runs.provenance import machine, versions
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "streaming.json"
@@ -48,7 +48,7 @@ def write_checkpoint(folder: Path) -> None:
     """Write a shard for each block, and one for stem and head; whole shards that are there are kept."""
     from transformers import LlamaConfig
 
-    from pruneforge.checkpoint.rewrite import write_tensors
+    from pruneforge.checkpoint.durable import write_tensors
 
     folder.mkdir(parents=True, exist_ok=True)
     hidden, inner = SHAPE["hidden_size"], SHAPE["intermediate_size"]

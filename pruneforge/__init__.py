@@ -9,57 +9,70 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pruneforge.adapter import Adapter as Adapter
-    from pruneforge.adapter import Block as Block
-    from pruneforge.batch import Batch as Batch
-    from pruneforge.comparing import Case as Case
-    from pruneforge.comparing import compare as compare
-    from pruneforge.demo import Demo as Demo
+    from pruneforge.checkpoint.shards import Checkpoint as Checkpoint
+    from pruneforge.data.image_classifier import ImageClassifier as ImageClassifier
+    from pruneforge.data.images import ImageProcessor as ImageProcessor
+    from pruneforge.data.images import ImageSet as ImageSet
+    from pruneforge.data.images import ImageSource as ImageSource
+    from pruneforge.data.text import TextSource as TextSource
     from pruneforge.errors import PruneForgeError as PruneForgeError
-    from pruneforge.estimate import Estimate as Estimate
-    from pruneforge.estimate import estimate as estimate
-    from pruneforge.evaluating import evaluate as evaluate
-    from pruneforge.evaluator import Evaluator as Evaluator
-    from pruneforge.hookspecs import hookimpl as hookimpl
-    from pruneforge.images import ImageSource as ImageSource
-    from pruneforge.layer import Layer as Layer
-    from pruneforge.metric import Metric as Metric
-    from pruneforge.metric import Pruned as Pruned
-    from pruneforge.options import Options as Options
-    from pruneforge.pruning import load as load
-    from pruneforge.pruning import prune as prune
-    from pruneforge.pruning import prune_each as prune_each
-    from pruneforge.result import PruneResult as PruneResult
-    from pruneforge.source import Source as Source
-    from pruneforge.statistics import ColumnSquares as ColumnSquares
-    from pruneforge.statistics import GradientMagnitude as GradientMagnitude
-    from pruneforge.statistics import GradientSquares as GradientSquares
-    from pruneforge.statistics import GradientStatistic as GradientStatistic
-    from pruneforge.statistics import GradientSum as GradientSum
-    from pruneforge.statistics import Gram as Gram
-    from pruneforge.statistics import InputStatistic as InputStatistic
-    from pruneforge.statistics import LayerStatistics as LayerStatistics
-    from pruneforge.statistics import Statistic as Statistic
-    from pruneforge.text import TextSource as TextSource
+    from pruneforge.interfaces.adapter import Adapter as Adapter
+    from pruneforge.interfaces.adapter import Block as Block
+    from pruneforge.interfaces.adapter import LoadedModel as LoadedModel
+    from pruneforge.interfaces.adapter import Skeleton as Skeleton
+    from pruneforge.interfaces.batch import Batch as Batch
+    from pruneforge.interfaces.demo import Demo as Demo
+    from pruneforge.interfaces.evaluator import Evaluator as Evaluator
+    from pruneforge.interfaces.evaluator import Subject as Subject
+    from pruneforge.interfaces.hookspecs import hookimpl as hookimpl
+    from pruneforge.interfaces.layer import Layer as Layer
+    from pruneforge.interfaces.layer import PointwiseConvLayer as PointwiseConvLayer
+    from pruneforge.interfaces.layer import find_layers as find_layers
+    from pruneforge.interfaces.metric import Metric as Metric
+    from pruneforge.interfaces.metric import Pruned as Pruned
+    from pruneforge.interfaces.options import Options as Options
+    from pruneforge.interfaces.patterns import NM as NM
+    from pruneforge.interfaces.patterns import Pattern as Pattern
+    from pruneforge.interfaces.patterns import Unstructured as Unstructured
+    from pruneforge.interfaces.registry import Registry as Registry
+    from pruneforge.interfaces.source import Source as Source
+    from pruneforge.interfaces.statistics import ColumnSquares as ColumnSquares
+    from pruneforge.interfaces.statistics import GradientMagnitude as GradientMagnitude
+    from pruneforge.interfaces.statistics import GradientSquares as GradientSquares
+    from pruneforge.interfaces.statistics import GradientStatistic as GradientStatistic
+    from pruneforge.interfaces.statistics import GradientSum as GradientSum
+    from pruneforge.interfaces.statistics import Gram as Gram
+    from pruneforge.interfaces.statistics import InputStatistic as InputStatistic
+    from pruneforge.interfaces.statistics import LayerStatistics as LayerStatistics
+    from pruneforge.interfaces.statistics import Statistic as Statistic
+    from pruneforge.runs.compare import Case as Case
+    from pruneforge.runs.compare import compare as compare
+    from pruneforge.runs.estimate import Estimate as Estimate
+    from pruneforge.runs.estimate import estimate as estimate
+    from pruneforge.runs.evaluate import evaluate as evaluate
+    from pruneforge.runs.prune import load as load
+    from pruneforge.runs.prune import prune as prune
+    from pruneforge.runs.prune import prune_each as prune_each
+    from pruneforge.runs.result import PruneResult as PruneResult
 
 _MODULES = {
-    "adapter": ("Adapter", "Block"),
-    "batch": ("Batch",),
-    "comparing": ("Case", "compare"),
-    "demo": ("Demo",),
+    "checkpoint.shards": ("Checkpoint",),
+    "data.image_classifier": ("ImageClassifier",),
+    "data.images": ("ImageProcessor", "ImageSet", "ImageSource"),
+    "data.text": ("TextSource",),
     "errors": ("PruneForgeError",),
-    "estimate": ("Estimate", "estimate"),
-    "evaluating": ("evaluate",),
-    "evaluator": ("Evaluator",),
-    "hookspecs": ("hookimpl",),
-    "images": ("ImageSource",),
-    "layer": ("Layer",),
-    "metric": ("Metric", "Pruned"),
-    "options": ("Options",),
-    "pruning": ("load", "prune", "prune_each"),
-    "result": ("PruneResult",),
-    "source": ("Source",),
-    "statistics": (
+    "interfaces.adapter": ("Adapter", "Block", "LoadedModel", "Skeleton"),
+    "interfaces.batch": ("Batch",),
+    "interfaces.demo": ("Demo",),
+    "interfaces.evaluator": ("Evaluator", "Subject"),
+    "interfaces.hookspecs": ("hookimpl",),
+    "interfaces.layer": ("Layer", "PointwiseConvLayer", "find_layers"),
+    "interfaces.metric": ("Metric", "Pruned"),
+    "interfaces.options": ("Options",),
+    "interfaces.patterns": ("NM", "Pattern", "Unstructured"),
+    "interfaces.registry": ("Registry",),
+    "interfaces.source": ("Source",),
+    "interfaces.statistics": (
         "ColumnSquares",
         "GradientMagnitude",
         "GradientSquares",
@@ -70,7 +83,11 @@ _MODULES = {
         "LayerStatistics",
         "Statistic",
     ),
-    "text": ("TextSource",),
+    "runs.compare": ("Case", "compare"),
+    "runs.estimate": ("Estimate", "estimate"),
+    "runs.evaluate": ("evaluate",),
+    "runs.prune": ("load", "prune", "prune_each"),
+    "runs.result": ("PruneResult",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

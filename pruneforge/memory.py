@@ -48,8 +48,8 @@ def one_line_for_full_devices() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         reason = str(error).partition(". ")[0]
         raise UnfinishedError(
-            f"the device has no room left: {reason}; free some of it and go on with --resume, or begin anew with a "
-            "smaller --batch-size or --device-memory-budget"
+            f"the device has no room left: {reason}; free some of it and go on with `resume`, or begin anew with a "
+            "smaller `batch_size` or `device_memory_budget`"
         ) from error
 
 
@@ -77,3 +77,12 @@ def _peak() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+TOKENS_ON_CPU, TOKENS_ON_DEVICE = 1024, 4096
+"""Tokens that go through a block together: on a CPU so few that they stay near its caches."""
+
+
+def usual_tokens_a_batch(device: torch.device) -> int:
+    """Return how many tokens go through a block together where memory is no question."""
+    return TOKENS_ON_CPU if device.type == "cpu" else TOKENS_ON_DEVICE

@@ -16,13 +16,16 @@ from types import ModuleType
 
 import pluggy
 
-from pruneforge import hookspecs
 from pruneforge.errors import PruneForgeError, unknown_name
-from pruneforge.options import Configurable
-from pruneforge.registry import Registry
+from pruneforge.interfaces import hookspecs
+from pruneforge.interfaces.options import Configurable
+from pruneforge.interfaces.registry import Registry
 
 GROUP = "pruneforge"
 """The entry-point group, the same for first-party and third-party plugins."""
+
+DISTRIBUTION = "pruneforge-lab"
+"""What this project is called on the package index, where `pruneforge` is somebody else's."""
 
 VARIABLE = "PRUNEFORGE_PLUGINS"
 """Limits discovery: `a,b` loads only those, `-a,-b` all but those, the empty text none."""
@@ -120,7 +123,7 @@ class Plugins:
         try:
             module = load()  # type: ignore[operator]
             self._manager.register(module, name)
-            self.registry.plugin = name
+            self.registry.plugin, self.registry.distribution = name, origin
             if hasattr(module, "pruneforge_register"):
                 module.pruneforge_register(self.registry)
             else:
@@ -133,7 +136,7 @@ class Plugins:
         else:
             self.loaded.append(Plugin(name, origin, version))
         finally:
-            self.registry.plugin = "python"
+            self.registry.plugin, self.registry.distribution = "python", ""
 
 
 def _admitted(selection: str | None, installed: Iterable[str]) -> list[str]:
@@ -162,10 +165,10 @@ def _import_file(file: Path) -> ModuleType:
 
 
 def _register_classes(module: ModuleType, registry: Registry) -> None:
-    from pruneforge.adapter import Adapter
-    from pruneforge.evaluator import Evaluator
-    from pruneforge.metric import Metric
-    from pruneforge.source import Source
+    from pruneforge.interfaces.adapter import Adapter
+    from pruneforge.interfaces.evaluator import Evaluator
+    from pruneforge.interfaces.metric import Metric
+    from pruneforge.interfaces.source import Source
 
     bases = {Metric: registry.metric, Adapter: registry.adapter, Source: registry.source}
     bases[Evaluator] = registry.evaluator
@@ -176,9 +179,29 @@ def _register_classes(module: ModuleType, registry: Registry) -> None:
                 register(cls.__name__.lower(), cls)
 
 
+def check_distribution() -> None:
+    """Raise if the other project that is called `pruneforge` on the package index is installed.
+
+    Its package has the same import name, so each of the two overwrites files of the other.
+
+    Raises:
+        PruneForgeError: It is; the message says how to mend it.
+    """
+    try:
+        other = metadata.distribution("pruneforge")
+    except metadata.PackageNotFoundError:
+        return
+    if not any(point.group == GROUP for point in other.entry_points):
+        raise PruneForgeError(
+            f"the distribution 'pruneforge' {other.version} of another project is installed and shares this package's "
+            f"files; run pip uninstall pruneforge {DISTRIBUTION}, and install {DISTRIBUTION} again"
+        )
+
+
 @functools.cache
 def plugins() -> Plugins:
     """Return this process's plugins, discovered at the first call as `PRUNEFORGE_PLUGINS` says."""
+    check_distribution()
     found = Plugins()
     found.load_installed(os.environ.get(VARIABLE))
     return found

@@ -30,15 +30,19 @@ class Command:
     """
 
     def __init__(
-        self, arguments: Sequence[object], folder: Path | None = None, environment: Mapping[str, str] | None = None
+        self,
+        arguments: Sequence[object],
+        folder: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        code: str | None = None,
     ) -> None:
-        """Begin `pruneforge ARGUMENTS` in a folder, with what is in `environment` besides this process's own."""
+        """Begin `pruneforge ARGUMENTS`, or a program, in a folder; `environment` is added to this process's own."""
         self.arguments = [str(argument) for argument in arguments]
         self._printed = [tempfile.NamedTemporaryFile("r", prefix="pruneforge-test-") for _ in range(2)]  # noqa: SIM115
         everything = {**os.environ, **(environment or {})}
         files = [file.name for file in self._printed]
         self._process = _SERVER.Process(
-            target=_run, args=(self.arguments, str(folder or Path.cwd()), everything, files)
+            target=_run, args=(self.arguments, code, str(folder or Path.cwd()), everything, files)
         )
         self._process.start()
         self.pid = self._process.pid
@@ -61,6 +65,11 @@ def run(*arguments: object, folder: Path | None = None, **environment: str) -> s
     return Command(arguments, folder, environment).wait()
 
 
+def run_program(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a Python program in a folder to its end."""
+    return Command([], folder, code=code).wait()
+
+
 def run_together(processes: int, *arguments: object, **environment: str) -> list[subprocess.CompletedProcess[str]]:
     """Run a command in several processes that share its work, with the variables that `torchrun` sets."""
     with socket.socket() as listener:
@@ -73,7 +82,7 @@ def run_together(processes: int, *arguments: object, **environment: str) -> list
     return [command.wait() for command in ranks]
 
 
-def _run(arguments: list[str], folder: str, environment: dict[str, str], files: list[str]) -> None:
+def _run(arguments: list[str], code: str | None, folder: str, environment: dict[str, str], files: list[str]) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -83,10 +92,14 @@ def _run(arguments: list[str], folder: str, environment: dict[str, str], files: 
         os.close(file)
     sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
     sys.argv = ["pruneforge", *arguments]
-    from pruneforge.cli import main
-
     try:
-        main()
+        if code is not None:
+            sys.path.insert(0, folder)
+            exec(compile(code, "<program>", "exec"), {"__name__": "__main__"})
+        else:
+            from pruneforge.cli import main
+
+            main()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -13,11 +13,12 @@ from conftest import CHECKPOINT, outcome, tokens
 from device_cases import CASES, METRICS, assert_same_output, settings_of, small
 
 import pruneforge
-from pruneforge import PruneForgeError, selection
-from pruneforge.estimate import estimate
-from pruneforge.hookspecs import hookimpl
-from pruneforge.patterns import parse_pattern
+from pruneforge import PruneForgeError
+from pruneforge.interfaces import selection
+from pruneforge.interfaces.hookspecs import hookimpl
+from pruneforge.interfaces.patterns import parse_pattern
 from pruneforge.plugins import plugins
+from pruneforge.runs.estimate import estimate
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -85,7 +86,7 @@ def test_hidden_states_that_wait_in_host_memory_change_nothing(metric, tmp_path,
         )  # fmt: skip
 
     expected = run("there")
-    monkeypatch.setattr("pruneforge.budget.free_on_device", lambda device: 0)
+    monkeypatch.setattr("pruneforge.engine.budget.free_on_device", lambda device: 0)
     found = run("away")
     peaks = found.report["measured"]["activations_peak"]
     assert peaks["device"] == 0

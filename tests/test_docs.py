@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -16,20 +18,34 @@ GUIDES = [ROOT / "README.md", *DOCS]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / ".github").rglob("*.md")), *DOCS]
 
 
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_bash_and_python_block_runs(guide, tmp_path):
+def run_block(language: str, code: str, folder: Path) -> None:
+    """Run what a reader would type, a command after the other; those of ours in processes that are forked."""
     binaries = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
-    for language, file, code in re.findall(
-        r"```(bash|python|yaml)(?: file=(\S+))?\n(.*?)```", guide.read_text(), re.DOTALL
-    ):
+    lines = code.replace("\\\n", " ").splitlines() if language == "bash" else [code]
+    simple = all(re.match(r"pruneforge [^|>&$`;]*$|\s*(#.*)?$", line) for line in lines)
+    if language == "bash" and not simple:
+        lines = [code]
+    for line in lines:
+        if language == "python":
+            done = commands.run_program(line, folder)
+        elif simple:
+            words = shlex.split(line, comments=True)
+            done = commands.run(*words[1:], folder=folder) if words else None
+        else:
+            command = ["bash", "-euc", line]
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        assert done is None or done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_bash_and_python_block_runs(guide, tmp_path):
+    blocks = re.findall(r"```(bash|python|yaml)(?: file=(\S+))?\n(.*?)```", guide.read_text(), re.DOTALL)
+    for language, file, code in blocks:
         if file:
             (tmp_path / file).write_text(code)
-        if file or language == "yaml":
-            continue
-        command = ["bash", "-euc", code] if language == "bash" else [sys.executable, "-c", code]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+        elif language != "yaml":
+            run_block(language, code, tmp_path)
 
 
 def test_links_between_the_pages_lead_somewhere():
@@ -55,3 +71,13 @@ def test_the_table_of_architectures_is_that_of_the_tests():
     import supported
 
     assert supported.PAGE.read_text() == supported.table(), "run python tests/supported.py"
+
+
+def test_no_page_installs_the_other_project_of_this_name():
+    pages = [*GUIDES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "Makefile"))]
+    pages += [*(ROOT / ".github").rglob("*.*"), *(ROOT / "pruneforge").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")]
+    assert len(pages) > 50
+    for page in pages:
+        for line in page.read_text().splitlines():
+            for command in re.findall(r"(?:pip3?|uv|pipx) (?:install|add)\b[^`]*", line):
+                assert not re.search(r"[\s'\"]pruneforge(?![-\w/])", command), f"{page.name}: {line}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from conftest import tiny_llama, tokens
 from pydantic import Field
 
 import pruneforge
-from pruneforge import Metric, Options, Pruned, PruneForgeError, Statistic, hookspecs
-from pruneforge.options import describe_options
+from pruneforge import Metric, Options, Pruned, PruneForgeError, Statistic
+from pruneforge.interfaces import hookspecs
+from pruneforge.interfaces.options import describe_options
 from pruneforge.plugins import Plugins
 
 NINE_LINES = '''
@@ -135,8 +137,8 @@ def test_one_broken_target_leaves_the_others_usable(fresh, tmp_path, monkeypatch
     fresh.load_installed()
     fresh.registry.adapter("aaa", "rotten_adapter:Rotten")
     fresh.registry.source("aaa", "rotten_adapter:Rotten")
-    from pruneforge.calibration import create_source
-    from pruneforge.model import load_model
+    from pruneforge.interfaces.source import create_source
+    from pruneforge.runs.loading import load_model
 
     assert load_model(tiny_llama(), "auto", None, fresh.registry).adapter.name == "llama"
     text = tmp_path / "text.txt"
@@ -289,3 +291,26 @@ def test_options_class_is_shared_by_every_kind():
             assert issubclass(cls.Options, Options)
             assert inspect.getdoc(cls), entry.name
             assert all(option["description"] for option in describe_options(cls)), entry.name
+
+
+def test_what_needs_a_library_that_is_not_there_says_which_extra_brings_it(fresh):
+    fresh.registry.distribution = "some-plugin"
+    fresh.registry.metric("far", "no_such_package.metric:Far", library="no_such_library", extra="far")
+    with pytest.raises(PruneForgeError) as error:
+        fresh.registry.create("metric", "far")
+    assert str(error.value) == (
+        "metric 'far' needs no_such_library, which is not installed; it comes with the extra 'far': "
+        "pip install 'some-plugin[far]', or '.[far]' in a clone"
+    )
+
+
+def test_the_other_project_of_this_name_is_refused(tmp_path):
+    info = tmp_path / "pruneforge-0.1.4.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pruneforge\nVersion: 0.1.4\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "pruneforge", "plugins"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("pruneforge: the distribution 'pruneforge' 0.1.4 of another project is installed")
+    assert len(done.stderr.splitlines()) == 1

@@ -1,15 +1,15 @@
-"""What a process that runs `pruneforge` imports, so that those that are forked from it have it already."""
+"""What a process that runs `pruneforge` imports, so that those that are forked from it have it already.
 
-import importlib
+But for the command line itself, which asks for the width of the terminal when it is imported.
+"""
+
+import importlib.util
 from importlib import metadata
 
 import pruneforge
-import pruneforge.cli
 
 for name in pruneforge.__all__:
     getattr(pruneforge, name)
-for name in ("prune", "evaluate", "compare", "plugins", "doctor", "demo"):
-    importlib.import_module(f"pruneforge.cli.{name}")
 for name in ("transformers", "transformers.models.llama.modeling_llama", "timm", "tokenizers", "triton"):
     importlib.import_module(name)
 for point in metadata.entry_points(group="pruneforge"):

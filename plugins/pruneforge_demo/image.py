@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from pruneforge import Demo
-from pruneforge.images import ImageSet, ImageSource
+from pruneforge import Demo, ImageSet, ImageSource
 from pruneforge_demo import digits
 
 

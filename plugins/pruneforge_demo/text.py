@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from pruneforge import Demo, TextSource
-from pruneforge.text import Part
+from pruneforge.data.text import Part
 from pruneforge_demo import corpus
 
 

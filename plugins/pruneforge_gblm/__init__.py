@@ -1,7 +1,6 @@
 """GBLM-Pruner: gradients in the score."""
 
-from pruneforge.hookspecs import hookimpl
-from pruneforge.registry import Registry
+from pruneforge import Registry, hookimpl
 
 
 @hookimpl

@@ -1,7 +1,6 @@
 """Top-1 and top-5 accuracy of image classifiers."""
 
-from pruneforge.hookspecs import hookimpl
-from pruneforge.registry import Registry
+from pruneforge import Registry, hookimpl
 
 
 @hookimpl

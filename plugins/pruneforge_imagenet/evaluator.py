@@ -16,11 +16,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pruneforge import Evaluator, Options, PruneForgeError
-from pruneforge.calibration import create_source
-from pruneforge.evaluator import Subject
-from pruneforge.images import (
-    ImageClassifier,
+from pruneforge import Evaluator, ImageClassifier, Options, PruneForgeError, Subject
+from pruneforge.data.images import (
     ImageProcessor,
     ImageSet,
     ImageSource,
@@ -60,7 +57,7 @@ class ImageNet(Evaluator):
 
     def evaluate(self, subject: Subject) -> dict[str, Any]:
         """Return accuracies with 95 % intervals, images a second, and accuracy by class."""
-        source = create_source(self.options.data, self.options.source_options, subject.registry)
+        source = subject.source(self.options.data, self.options.source_options)
         if not isinstance(source, ImageSource):
             raise PruneForgeError(f"imagenet needs images, and source {source.name!r} gives none")
         processor = image_processor(subject.model.processor)

@@ -1,7 +1,6 @@
 """Image sources: folders, archives, and image data sets of the Hub."""
 
-from pruneforge.hookspecs import hookimpl
-from pruneforge.registry import Registry
+from pruneforge import Registry, hookimpl
 
 
 @hookimpl

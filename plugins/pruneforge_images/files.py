@@ -12,8 +12,7 @@ from typing import Any
 from PIL import Image
 from pydantic import Field
 
-from pruneforge import PruneForgeError
-from pruneforge.images import ImageSet, ImageSource
+from pruneforge import ImageSet, ImageSource, PruneForgeError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
@@ -88,7 +87,7 @@ class _Files(ImageSet):
             if other != parent:
                 raise PruneForgeError(
                     f"{str(self.path)!r} holds class {parent.name!r} twice, in {str(other)!r} and {str(parent)!r}; "
-                    "name the split with --source-option split=NAME"
+                    "name the split with `source_options` split=NAME"
                 )
 
     def __len__(self) -> int:

@@ -10,8 +10,7 @@ from typing import Any
 from PIL import Image
 from pydantic import Field
 
-from pruneforge import PruneForgeError
-from pruneforge.images import ImageSet, ImageSource
+from pruneforge import ImageSet, ImageSource, PruneForgeError
 
 
 class ImageHub(ImageSource):

@@ -1,7 +1,6 @@
 """Causal language models of LLaMA's block shape."""
 
-from pruneforge.hookspecs import hookimpl
-from pruneforge.registry import Registry
+from pruneforge import Registry, hookimpl
 
 
 @hookimpl

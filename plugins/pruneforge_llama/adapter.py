@@ -17,10 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pruneforge import Adapter, Batch, Block, PruneForgeError
-from pruneforge.adapter import Skeleton
-from pruneforge.layer import find_layers
-from pruneforge.pretrained import load_pretrained, save_pretrained, skeleton, vacant_pretrained
+from pruneforge import Adapter, Batch, Block, PruneForgeError, Skeleton, find_layers
+from pruneforge_transformers.checkpoints import load_pretrained, save_pretrained, skeleton, vacant_pretrained
 
 AUTO = "AutoModelForCausalLM"
 

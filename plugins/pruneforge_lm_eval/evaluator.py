@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from pruneforge import Evaluator, Options, PruneForgeError
-from pruneforge.evaluator import Subject
+from pruneforge import Evaluator, Options, PruneForgeError, Subject
 
 ZERO_SHOT_7 = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """The seven tasks of the published zero-shot tables."""
@@ -114,7 +113,7 @@ def _check_known(names: list[str], manager: Any) -> None:
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
         raise PruneForgeError(
-            f"lm-eval knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists them, --include-path adds local ones"
+            f"lm-eval knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists them, `include_path` adds local ones"
         )
 
 

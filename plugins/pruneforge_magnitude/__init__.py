@@ -1,7 +1,6 @@
 """Magnitude pruning."""
 
-from pruneforge.hookspecs import hookimpl
-from pruneforge.registry import Registry
+from pruneforge import Registry, hookimpl
 
 
 @hookimpl

@@ -1,7 +1,6 @@
 """Perplexity by the published protocol."""
 
-from pruneforge.hookspecs import hookimpl
-from pruneforge.registry import Registry
+from pruneforge import Registry, hookimpl
 
 
 @hookimpl

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from pruneforge import Evaluator, Options, PruneForgeError, TextSource
-from pruneforge.budget import usual_tokens_a_batch
-from pruneforge.calibration import LONGEST_DEFAULT, create_source
-from pruneforge.evaluator import Subject
-from pruneforge.overlap import shared
-from pruneforge.text import tokenize
+from pruneforge import Evaluator, Options, PruneForgeError, Subject, TextSource
+from pruneforge.data.overlap import shared
+from pruneforge.data.text import tokenize
+
+LONGEST = 2048
+"""Tokens a window unless more are asked for: the published length. A model's own context can be far longer."""
 
 
 class Perplexity(Evaluator):
@@ -37,12 +37,12 @@ class Perplexity(Evaluator):
 
     def evaluate(self, subject: Subject) -> dict[str, Any]:
         """Return perplexity, loss, and what they were measured on."""
-        source = create_source(self.options.data, self.options.source_options, subject.registry)
+        source = subject.source(self.options.data, self.options.source_options)
         if not isinstance(source, TextSource):
             raise PruneForgeError(f"perplexity needs text, and source {source.name!r} gives none")
         model = subject.model
         context = model.adapter.context_length(model.module)
-        window = self.options.window or min(context or LONGEST_DEFAULT, LONGEST_DEFAULT)
+        window = self.options.window or min(context or LONGEST, LONGEST)
         if context and window > context:
             raise PruneForgeError(f"window {window} is longer than the model's context of {context} tokens")
         documents = source.documents("evaluation")
@@ -51,7 +51,7 @@ class Perplexity(Evaluator):
         if count == 0:
             raise PruneForgeError(
                 f"{self.options.data!r} holds {len(tokens)} tokens, less than one window of {window}; "
-                "use a shorter --window or more text"
+                "use a shorter `window` or more text"
             )
         scored = min(count, self.options.limit or count)
         windows = tokens[: scored * window].view(scored, window)
@@ -74,7 +74,7 @@ class Perplexity(Evaluator):
     def _losses(self, subject: Subject, windows: torch.Tensor) -> torch.Tensor:
         """Return each window's mean loss [windows], float64 on the CPU."""
         model = subject.model
-        size = subject.batch_size or max(1, usual_tokens_a_batch(subject.device) // windows.shape[1])
+        size = subject.samples_a_batch(windows.shape[1])
         losses = []
         with torch.no_grad():
             for chunk in subject.progress.track(windows.split(size), "perplexity"):

@@ -1,7 +1,6 @@
 """SparseGPT: pruning by layer-wise reconstruction."""
 
-from pruneforge.hookspecs import hookimpl
-from pruneforge.registry import Registry
+from pruneforge import Registry, hookimpl
 
 
 @hookimpl

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pruneforge.patterns import NM, Pattern
+from pruneforge import NM, Pattern
 
 TILE = 16
 """Rows of the layer that a program takes."""

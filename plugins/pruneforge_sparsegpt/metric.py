@@ -10,9 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pruneforge import Gram, Layer, LayerStatistics, Metric, Options, Pruned, PruneForgeError
-from pruneforge.layer import all_finite
-from pruneforge.patterns import NM, Pattern
+from pruneforge import NM, Gram, Layer, LayerStatistics, Metric, Options, Pattern, Pruned, PruneForgeError
 
 PruneColumns = Callable[[Tensor, Tensor, Pattern], tuple[Tensor, Tensor]]
 
@@ -85,7 +83,7 @@ class SparseGPT(Metric):
             damping *= 10
         raise PruneForgeError(
             f"the Hessian of layer {name!r} cannot be factorised even with damping {damping / 10:g}; "
-            "use more calibration samples, or --dtype float64"
+            "use more calibration samples, or `dtype` float64"
         )
 
 
@@ -106,7 +104,7 @@ def inverse_factor(matrix: Tensor) -> Tensor | None:
     inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
     del lower
     factor = inverse.flip(0, 1)
-    return factor if all_finite(factor) else None
+    return factor if factor.isfinite().all() else None
 
 
 @cache

@@ -1,7 +1,6 @@
 """Text sources: the published calibration sets, any text data set of the Hub, and local files."""
 
-from pruneforge.hookspecs import hookimpl
-from pruneforge.registry import Registry
+from pruneforge import Registry, hookimpl
 
 
 @hookimpl

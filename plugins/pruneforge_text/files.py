@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from pruneforge import PruneForgeError, TextSource
-from pruneforge.text import Part
+from pruneforge.data.text import Part
 from pruneforge_text.slices import split_slice
 
 SUFFIXES = (".txt", ".text", ".md", ".jsonl", ".json", ".parquet")
@@ -80,7 +80,7 @@ class TextFile(TextSource):
             if not isinstance(text, str):
                 raise PruneForgeError(
                     f"line {number} of {str(path)!r} is no JSON object with a text in field {self.options.column!r}; "
-                    "name another with --source-option column=NAME"
+                    "name another with `source_options` column=NAME"
                 )
             documents.append(text)
         return documents

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from pruneforge import PruneForgeError, TextSource
-from pruneforge.text import Part
+from pruneforge.data.text import Part
 from pruneforge_text.slices import Slice, split_slice
 
 
@@ -41,7 +41,7 @@ class _HubText(TextSource):
             reason = " ".join(str(error).split())[:300]
             raise PruneForgeError(
                 f"source {self.name!r} cannot be loaded ({location['path']}): {reason}; "
-                "give a local file with --calibration or --data instead, or try again"
+                "give a local file with `calibration` or `data` instead, or try again"
             ) from error
         if self.field not in rows.column_names:
             raise PruneForgeError(

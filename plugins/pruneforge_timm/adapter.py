@@ -13,11 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from pruneforge import Block, PruneForgeError
-from pruneforge.adapter import Skeleton
-from pruneforge.batch import Batch
-from pruneforge.images import ImageClassifier, ImageProcessor
-from pruneforge.layer import find_layers
+from pruneforge import Batch, Block, ImageClassifier, ImageProcessor, PruneForgeError, Skeleton, find_layers
 
 PREFIX = "timm:"
 """Before the name of a pretrained model; `hf-hub:` names a repository, as in timm itself."""

@@ -1,7 +1,6 @@
 """Vision transformers of transformers."""
 
-from pruneforge.hookspecs import hookimpl
-from pruneforge.registry import Registry
+from pruneforge import Registry, hookimpl
 
 
 @hookimpl

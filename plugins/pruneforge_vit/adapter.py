@@ -10,12 +10,14 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from pruneforge import Block, PruneForgeError
-from pruneforge.adapter import Skeleton
-from pruneforge.batch import Batch
-from pruneforge.images import ImageClassifier, ImageProcessor
-from pruneforge.layer import find_layers
-from pruneforge.pretrained import first_line, load_pretrained, save_pretrained, skeleton, vacant_pretrained
+from pruneforge import Batch, Block, ImageClassifier, ImageProcessor, PruneForgeError, Skeleton, find_layers
+from pruneforge_transformers.checkpoints import (
+    first_line,
+    load_pretrained,
+    save_pretrained,
+    skeleton,
+    vacant_pretrained,
+)
 
 AUTO = "AutoModelForImageClassification"
 

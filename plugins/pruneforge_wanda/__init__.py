@@ -1,7 +1,6 @@
 """Wanda: pruning by weights and activations."""
 
-from pruneforge.hookspecs import hookimpl
-from pruneforge.registry import Registry
+from pruneforge import Registry, hookimpl
 
 
 @hookimpl

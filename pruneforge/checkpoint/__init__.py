@@ -1,1 +1,1 @@
-"""What a run writes: an ordinary model folder, the masks, the report."""
+"""Checkpoint files: read, rewrite, masks, journal, durable writes."""

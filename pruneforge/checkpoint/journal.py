@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pruneforge.checkpoint.rewrite import sync, writing
+from pruneforge.checkpoint.durable import sync, writing
 from pruneforge.errors import PruneForgeError
 
 FILE = "journal.jsonl"
@@ -53,7 +53,7 @@ class Journal:
             self.resumed = bool(lines)
             if lines and not resume:
                 raise PruneForgeError(
-                    f"output folder {str(folder)!r} holds an unfinished run; go on with --resume, or empty the folder"
+                    f"output folder {str(folder)!r} holds an unfinished run; go on with `resume`, or empty the folder"
                 )
             wanted = json.loads(json.dumps({"format": FORMAT, **run}))
             if not lines:

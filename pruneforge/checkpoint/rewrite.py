@@ -9,17 +9,14 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from pruneforge.checkpoint import masks
-from pruneforge.checkpoint.shards import Checkpoint, Stored, as_bytes, header, read_header, read_tensor
-from pruneforge.errors import UnfinishedError
-
-PARTIAL = ".partial"
+from pruneforge.checkpoint.durable import PARTIAL, open_for_writing, sync, write_all, writing
+from pruneforge.checkpoint.shards import Checkpoint, Stored, as_bytes, read_header, read_tensor
 
 
 class Rewrite:
@@ -61,7 +58,7 @@ class Rewrite:
             for file in self.source.files:
                 self._lay_out(file)
             size = len(self._head) + sum(masks.packed_bytes(shape) for _, shape in self._layers.values())
-            with _open(self.folder / (masks.FILE + PARTIAL)) as target:
+            with open_for_writing(self.folder / (masks.FILE + PARTIAL)) as target:
                 _reserve(target, size)
                 os.pwrite(target, self._head, 0)
                 os.fsync(target)
@@ -71,7 +68,10 @@ class Rewrite:
         tensors = [stored for stored in self.source.tensors.values() if stored.file == file]
         changing = sorted((t for t in tensors if t.name in self._changing), key=lambda t: t.start)
         size = (self.source.folder / file).stat().st_size
-        with open(self.source.folder / file, "rb", buffering=0) as original, _open(self._partial(file)) as target:
+        with (
+            open(self.source.folder / file, "rb", buffering=0) as original,
+            open_for_writing(self._partial(file)) as target,
+        ):
             _reserve(target, size)
             start = 0
             for stored in changing:
@@ -101,9 +101,9 @@ class Rewrite:
                 self._places = {stored.name: stored for stored in read_header(partial)}
             packed = [(self._places[name].start, masks.pack(mask).data) for name, mask in kept.items()]
             for path, parts in [*touched.items(), (partial, packed)]:
-                with _open(path) as target:
+                with open_for_writing(path) as target:
                     for offset, data in parts:
-                        _write_all(target, data, offset)
+                        write_all(target, data, offset)
                     os.fsync(target)
 
     def changes(self, name: str) -> bool:
@@ -134,31 +134,6 @@ class Rewrite:
         return self.folder / (file + PARTIAL)
 
 
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn what the system says of a full or read-only disk into one line.
-
-    Raises:
-        UnfinishedError: Something could not be written.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise UnfinishedError(
-            f"output folder {str(folder)!r} cannot be written: {error.strerror or error}; "
-            "once it can, go on with --resume"
-        ) from error
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
 def _reserve(target: int, size: int) -> None:
     """Give a file its size, and its room on the disk where the system can."""
     if hasattr(os, "posix_fallocate"):
@@ -171,50 +146,5 @@ def _copy(source: int, target: int, start: int, stop: int) -> None:
         chunk = os.pread(source, min(stop - start, 1 << 24), start)
         if not chunk:
             raise OSError(errno.EIO, "the original became shorter while it was read")
-        _write_all(target, memoryview(chunk), start)
+        write_all(target, memoryview(chunk), start)
         start += len(chunk)
-
-
-def _write_all(target: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(target, data[done : done + (1 << 30)], offset + done)
-
-
-def sync(folder: Path) -> None:
-    """Make the small files of a folder, and their names, last through a power cut."""
-    for path in folder.iterdir():
-        if path.is_file() and path.stat().st_size < 1 << 24:
-            _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, whole or not at all, without a second copy of its tensors.
-
-    Raises:
-        UnfinishedError: The disk is full, or cannot be written.
-    """
-    head = header({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, metadata)
-    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")  # two runs may share a cache
-    with writing(path.parent):
-        try:
-            with _open(partial) as target:
-                _write_all(target, memoryview(head), 0)
-                offset = len(head)
-                for tensor in tensors.values():
-                    data = as_bytes(tensor.cpu().contiguous()).numpy().data
-                    _write_all(target, data, offset)
-                    offset += len(data)
-                os.fsync(target)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)

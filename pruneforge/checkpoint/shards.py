@@ -206,7 +206,7 @@ def read_tensor(path: Path, stored: Stored, pinned: bool = False) -> Tensor:
                 done += count
     except OSError as error:
         raise UnfinishedError(
-            f"{str(path)!r} cannot be read: {error.strerror}; once it can, go on with --resume"
+            f"{str(path)!r} cannot be read: {error.strerror}; once it can, go on with `resume`"
         ) from error
     return tensor
 

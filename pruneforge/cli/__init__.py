@@ -24,7 +24,7 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except PruneForgeError as error:
-            print(f"pruneforge: {error}", file=sys.stderr)
+            print(f"pruneforge: {common.with_flags(str(error), ctx)}", file=sys.stderr)
             raise typer.Exit(USER_ERROR) from None
         except _UsageError as error:
             print(f"pruneforge: {error.format_message().rstrip('.')}; see --help", file=sys.stderr)

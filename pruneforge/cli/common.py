@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,10 +23,22 @@ _REPEATED = {
 }
 
 
+def with_flags(text: str, ctx: typer.Context) -> str:
+    """Return a message with options as they are typed: messages name `source_options` as Python does."""
+    commands: Any = ctx.find_root().command
+    known = {str(parameter.name) for command in commands.commands.values() for parameter in command.params}
+
+    def flag(found: re.Match[str]) -> str:
+        name = _REPEATED.get(found[1], found[1])
+        return f"--{name.replace('_', '-')}" if name in known else found[0]
+
+    return re.sub(r"`(\w+)`", flag, text)
+
+
 def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
-    from pruneforge.recipe import read_config
+    from pruneforge.runs.recipe import read_config
 
     plural = {singular: plural for plural, singular in _REPEATED.items()}
     taken = {plural.get(str(p.name), str(p.name)) for p in ctx.command.params}

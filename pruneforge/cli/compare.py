@@ -38,7 +38,7 @@ def compare(
     options = common.assignments(option, "--option")
     common.quieten()
     common.load_plugin_files(plugin)
-    from pruneforge.comparing import compare as run
+    from pruneforge.runs.compare import compare as run
 
     rows = run(_cases(cases), metric, sparsity, pattern, options=options, device=device, seed=seed, progress=True)
     common.warn([f"{row['model']}, {row['metric']}: {text}" for row in rows for text in row["warnings"]])
@@ -68,7 +68,7 @@ def compare(
 def _cases(path: Path) -> list[Any]:
     import yaml
 
-    from pruneforge.comparing import Case
+    from pruneforge.runs.compare import Case
 
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))

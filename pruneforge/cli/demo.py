@@ -45,8 +45,8 @@ def demo(
 
 def run(subject: Any, metrics: list[str], device: str, progress: Any) -> list[dict[str, Any]]:
     """Return a row of results for the dense model and for each metric and pattern."""
-    from pruneforge.comparing import Case, compare
-    from pruneforge.evaluating import evaluate
+    from pruneforge.runs.compare import Case, compare
+    from pruneforge.runs.evaluate import evaluate
 
     case = Case(
         subject.checkpoint(),

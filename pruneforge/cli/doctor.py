@@ -38,9 +38,9 @@ def examine() -> dict[str, dict[str, Any]]:
     import torch
     from huggingface_hub import constants
 
+    from pruneforge.interfaces.registry import KINDS
     from pruneforge.plugins import plugins
-    from pruneforge.registry import KINDS
-    from pruneforge.report import machine, versions
+    from pruneforge.runs.provenance import machine, versions
 
     found = plugins()
     cache = Path(constants.HF_HUB_CACHE)

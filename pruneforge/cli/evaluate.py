@@ -59,7 +59,7 @@ def evaluate(
     source_options = common.assignments(source_option, "--source-option") | ({"strict": True} if strict else {})
     common.quieten()
     common.load_plugin_files(plugin)
-    from pruneforge.evaluating import evaluate as run
+    from pruneforge.runs.evaluate import evaluate as run
 
     outcome = run(
         model,

@@ -49,9 +49,9 @@ def plugins(as_json: common.Json = False, plugin: common.PluginFiles = None, con
 def describe() -> dict[str, Any]:
     """Return all plugins and everything they registered, as JSON types."""
     from pruneforge.errors import PruneForgeError
-    from pruneforge.options import describe_options
+    from pruneforge.interfaces.options import describe_options
+    from pruneforge.interfaces.registry import KINDS
     from pruneforge.plugins import plugins as found
-    from pruneforge.registry import KINDS
 
     registered = []
     for kind in KINDS:

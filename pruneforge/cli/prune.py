@@ -152,8 +152,8 @@ def prune(
         return
     if output is None:
         raise typer.BadParameter("Missing option '--output'")
-    from pruneforge import pruning
     from pruneforge.checkpoint.journal import FILE as JOURNAL
+    from pruneforge.runs import prune as pruning
 
     settings |= {"calibration": calibration, "profile": profile}
     try:
@@ -239,7 +239,7 @@ def _profile_table(rows: list[dict[str, Any]]) -> Any:
 def _estimate(model: str, metric: str, calibration: str | None, settings: dict[str, Any], as_json: bool) -> None:
     from rich.table import Table
 
-    from pruneforge.estimate import estimate
+    from pruneforge.runs.estimate import estimate
 
     found = estimate(model, metric, calibration, **settings)
     if as_json:

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruneforge.adapter import Adapter, Block
-from pruneforge.batch import Batch
-from pruneforge.engine.activations import Kept, Store
+from pruneforge.engine.hidden_states import Kept, Store
 from pruneforge.engine.residency import Residency
 from pruneforge.errors import PruneForgeError
+from pruneforge.interfaces.adapter import Adapter, Block
+from pruneforge.interfaces.batch import Batch
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pruneforge.adapter import Block
-from pruneforge.checkpoint.rewrite import write_tensors, writing
+from pruneforge.checkpoint.durable import write_tensors, writing
 from pruneforge.checkpoint.shards import read_header, read_tensor
 from pruneforge.errors import PruneForgeError, UnfinishedError
-from pruneforge.layer import accumulation_dtype
-from pruneforge.statistics import GradientStatistic
+from pruneforge.interfaces.adapter import Block
+from pruneforge.interfaces.statistics import GradientStatistic
+from pruneforge.numerics import accumulation_dtype
 
 Kind = type[GradientStatistic]
 Gradients = dict[str, dict[Kind, GradientStatistic]]
@@ -133,7 +133,7 @@ class GradientFiles:
             state = json.loads(described["__metadata__"]["state"])
         except (OSError, ValueError, KeyError) as error:
             raise UnfinishedError(
-                f"gradient statistics {str(path)!r} cannot be read; delete that folder, and go on with --resume"
+                f"gradient statistics {str(path)!r} cannot be read; delete that folder, and go on with `resume`"
             ) from error
         tensors = {stored.name: read_tensor(path, stored) for stored in read_header(path)}
         statistic = kind((0, 0), torch.float32, HOST)

@@ -14,17 +14,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pruneforge.arithmetic import products_of, repeatable_gradients
-from pruneforge.budget import samples_through_head
-from pruneforge.engine.activations import Kept
-from pruneforge.engine.calibrate import InputRecorder, check_weights, mend_non_finite
+from pruneforge.engine.budget import samples_through_head
 from pruneforge.engine.chain import Activations, Chain
 from pruneforge.engine.gradient_store import Gradients, GradientStore, Kind
-from pruneforge.engine.group import Group
+from pruneforge.engine.hidden_states import Kept
+from pruneforge.engine.processes import Group
+from pruneforge.engine.recorder import InputRecorder, WeightUses, check_weights, mend_non_finite
 from pruneforge.errors import PruneForgeError
-from pruneforge.layer import Layer, WeightUses, accumulation_dtype, all_finite, finite_flag, first_false
+from pruneforge.interfaces.layer import Layer
+from pruneforge.interfaces.statistics import ColumnSquares, empty_statistics
+from pruneforge.numerics import (
+    accumulation_dtype,
+    all_finite,
+    finite_flag,
+    first_false,
+    products_of,
+    repeatable_gradients,
+)
 from pruneforge.progress import Progress
-from pruneforge.statistics import ColumnSquares, empty_statistics
 
 LOSS_SCALE = {torch.float16: 2.0**12}
 """Keeps small gradients of half-precision models from vanishing; a power of two, taken out again exactly."""
@@ -136,7 +143,7 @@ def _merge(found: Gradients, group: Group, device: torch.device) -> None:
         for statistic in statistics.values():
             group.merge(statistic, device)
             if not all_finite(statistic.total):
-                raise PruneForgeError(f"non-finite gradients reach layer {name!r}; run with --dtype float32")
+                raise PruneForgeError(f"non-finite gradients reach layer {name!r}; run with `dtype` float32")
 
 
 @torch.no_grad()

@@ -13,18 +13,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pruneforge.adapter import Block
-from pruneforge.batch import Batch
-from pruneforge.engine.apply import Applier, BlockStatistics
-from pruneforge.engine.calibrate import InputRecorder, check_weights
 from pruneforge.engine.chain import Activations, Chain, with_hidden_states
 from pruneforge.engine.gradient_store import GradientStore, InMemoryGradients
 from pruneforge.engine.gradients import gradient_statistics
-from pruneforge.engine.group import Group
-from pruneforge.engine.run import BlockResult, Run
+from pruneforge.engine.masking import Applier, BlockStatistics
+from pruneforge.engine.processes import Group
+from pruneforge.engine.recorder import InputRecorder, check_weights
 from pruneforge.errors import PruneForgeError
+from pruneforge.interfaces.adapter import Block
+from pruneforge.interfaces.batch import Batch
+from pruneforge.interfaces.run import BlockResult, Run
+from pruneforge.interfaces.statistics import GradientStatistic, InputStatistic, LayerStatistics
 from pruneforge.progress import Progress
-from pruneforge.statistics import GradientStatistic, InputStatistic, LayerStatistics
 
 
 def prune_blocks(

@@ -10,8 +10,9 @@ from device_cases import CASES, METRICS, assert_same_output, padded, settings_of
 from simulated_device import DEVICE, OnDevice, SimulatedDevice, waits
 
 import pruneforge
-from pruneforge import Batch, Metric, PruneForgeError, selection
-from pruneforge.estimate import estimate
+from pruneforge import Batch, Metric, PruneForgeError
+from pruneforge.interfaces import selection
+from pruneforge.runs.estimate import estimate
 
 pytestmark = pytest.mark.skipif(simulated_device.MISSING is not None, reason=str(simulated_device.MISSING))
 
@@ -19,10 +20,10 @@ pytestmark = pytest.mark.skipif(simulated_device.MISSING is not None, reason=str
 @pytest.fixture
 def device(monkeypatch):
     """The device, as `--device` would name it if it were real."""
-    for module in ("job", "evaluating", "pruning"):
-        monkeypatch.setattr(f"pruneforge.{module}.parse_device", lambda name: DEVICE)
-    monkeypatch.setattr("pruneforge.budget.free_on_device", lambda device: 1 << 30)
-    for module in ("engine.streamed", "streaming"):
+    for module in ("job", "evaluate", "prune"):
+        monkeypatch.setattr(f"pruneforge.runs.{module}.parse_device", lambda name: DEVICE)
+    monkeypatch.setattr("pruneforge.engine.budget.free_on_device", lambda device: 1 << 30)
+    for module in ("engine.residency", "runs.streaming"):
         monkeypatch.setattr(f"pruneforge.{module}.thread_initializer", lambda device: SimulatedDevice().__enter__)
     monkeypatch.setattr(torch, "inference_mode", torch.no_grad)  # which tensors of a backend in Python do not survive
     waits.clear()
@@ -90,7 +91,7 @@ def test_selection_is_that_of_the_cpu_and_the_host_does_not_wait(shape, values, 
 
 @pytest.mark.parametrize(("room", "place"), [(1 << 30, "device"), (0, "host")])
 def test_hidden_states_wait_on_the_device_while_they_fit(room, place, device, monkeypatch):
-    monkeypatch.setattr("pruneforge.budget.free_on_device", lambda device: room)
+    monkeypatch.setattr("pruneforge.engine.budget.free_on_device", lambda device: room)
     found = pruneforge.prune(small(), "gblm", 0.5, calibration=tokens().split(2))
     peaks = found.report["measured"]["activations_peak"]
     assert [name for name, peak in peaks.items() if peak] == [place]

@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pruneforge
-from pruneforge import ColumnSquares, Gram, Layer, LayerStatistics, budget
-from pruneforge.arithmetic import exact_arithmetic
-from pruneforge.budget import Budgets
-from pruneforge.engine import gradients
-from pruneforge.patterns import NM, Unstructured, pruned_count
+from pruneforge import ColumnSquares, Gram, Layer, LayerStatistics
+from pruneforge.engine import budget, gradients
+from pruneforge.engine.budget import Budgets
+from pruneforge.interfaces.patterns import NM, Unstructured, pruned_count
+from pruneforge.numerics import exact_arithmetic
 from pruneforge.plugins import plugins
 
 CALIBRATED = ["wanda", "sparsegpt", "gblm"]
@@ -346,7 +346,7 @@ def test_a_small_budget_makes_smaller_batches():
 
 
 def test_observers_see_the_run_and_cannot_change_it():
-    from pruneforge.hookspecs import hookimpl
+    from pruneforge.interfaces.hookspecs import hookimpl
     from pruneforge.plugins import plugins
 
     class Observer:

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 import pruneforge
 from pruneforge import PruneForgeError
-from pruneforge.budget import Budgets
 from pruneforge.checkpoint.rewrite import Rewrite
-from pruneforge.hookspecs import hookimpl
-from pruneforge.model import LoadedModel
+from pruneforge.engine.budget import Budgets
+from pruneforge.interfaces.adapter import LoadedModel
+from pruneforge.interfaces.hookspecs import hookimpl
 from pruneforge.plugins import plugins
 
 PATTERNS = [0.3, 0.5, "2:4"]
@@ -96,7 +96,7 @@ def test_an_interrupted_run_goes_on_for_each_pattern_from_its_own_block(pattern,
 @pytest.mark.parametrize(
     ("patterns", "settings", "message"),
     [
-        ([0.3, 0.5], {"propagate": "pruned"}, "add --propagate dense"),
+        ([0.3, 0.5], {"propagate": "pruned"}, "add `propagate` dense"),
         ([0.5, 0.5], {}, "pattern 0.5 is asked for twice"),
         ([], {}, "no pattern is asked for"),
         ([0.5, "3:2"], {}, "pattern '3:2' keeps 3 of every 2"),
@@ -146,7 +146,7 @@ def test_nothing_is_laid_out_before_every_folder_is_known_to_take_its_run(model,
 
 
 def test_the_dense_copy_that_several_patterns_need_counts_in_the_budget(monkeypatch):
-    monkeypatch.setattr("pruneforge.budget.resident_bytes", lambda: 0)  # it changes from one moment to the next
+    monkeypatch.setattr("pruneforge.engine.budget.resident_bytes", lambda: 0)  # it changes from one moment to the next
     adapter = plugins().registry.create("adapter", "llama")
     model = LoadedModel(tiny_llama(torch.float32), adapter, None, "tiny")
     blocks = adapter.blocks(model.module)

@@ -10,11 +10,11 @@ from conftest import tiny_llama, tokens
 from torch import nn
 
 import pruneforge
-from pruneforge.adapter import Block
-from pruneforge.batch import Batch
-from pruneforge.engine.calibrate import InputRecorder
-from pruneforge.layer import find_layers
-from pruneforge.statistics import ColumnSquares
+from pruneforge.engine.recorder import InputRecorder
+from pruneforge.interfaces.adapter import Block
+from pruneforge.interfaces.batch import Batch
+from pruneforge.interfaces.layer import find_layers
+from pruneforge.interfaces.statistics import ColumnSquares
 
 
 @pytest.mark.parametrize("metric", ["wanda", "gblm"])

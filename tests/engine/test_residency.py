@@ -10,11 +10,11 @@ import torch
 from conftest import tiny_llama, tokens
 
 import pruneforge
-from pruneforge.adapter import Adapter
 from pruneforge.engine.chain import Chain
 from pruneforge.engine.loop import prune_blocks
-from pruneforge.engine.run import Run
-from pruneforge.patterns import Unstructured
+from pruneforge.interfaces.adapter import Adapter
+from pruneforge.interfaces.patterns import Unstructured
+from pruneforge.interfaces.run import Run
 from pruneforge.plugins import plugins
 from pruneforge.progress import Progress
 

@@ -21,7 +21,7 @@ import pruneforge
 from pruneforge import PruneForgeError
 from pruneforge.checkpoint.journal import Journal
 from pruneforge.checkpoint.shards import Checkpoint
-from pruneforge.hookspecs import hookimpl
+from pruneforge.interfaces.hookspecs import hookimpl
 from pruneforge.plugins import plugins
 
 KILLER = Path(__file__).parent / "killer.py"
@@ -124,7 +124,7 @@ def test_an_interrupted_run_goes_on_only_as_the_same_run(tmp_path, monkeypatch):
         assert said in str(error.value)
         assert {path.name: path.read_bytes() for path in output.iterdir()} == left
 
-    refused("holds an unfinished run; go on with --resume", resume=False)
+    refused("holds an unfinished run; go on with `resume`", resume=False)
     refused("another one: recipe sparsity was 0.5 and is 0.6 now", sparsity=0.6)
     refused('another one: recipe metric was "wanda" and is "magnitude" now', metric="magnitude")
     refused("another one: recipe seed was 0 and is 1 now", seed=1)

@@ -16,14 +16,15 @@ from timm.models import save_for_hf
 
 import pruneforge
 from pruneforge import PruneForgeError
-from pruneforge.adapter import Adapter
 from pruneforge.checkpoint.shards import Checkpoint
-from pruneforge.engine.activations import Store
+from pruneforge.checkpoint.skeleton import vacate
 from pruneforge.engine.chain import Chain
+from pruneforge.engine.hidden_states import Store
 from pruneforge.engine.loop import prune_blocks
-from pruneforge.engine.run import Run
-from pruneforge.engine.streamed import Streamed, vacate
-from pruneforge.patterns import Unstructured
+from pruneforge.engine.residency import Streamed
+from pruneforge.interfaces.adapter import Adapter
+from pruneforge.interfaces.patterns import Unstructured
+from pruneforge.interfaces.run import Run
 from pruneforge.plugins import plugins
 from pruneforge.progress import Progress
 
@@ -258,7 +259,7 @@ def test_gradient_statistics_are_computed_once_for_a_model_and_its_data(tmp_path
 def test_gradients_outlive_another_triton_and_a_run_does_not(tmp_path, gradient_cache, monkeypatch):
     folder, batches = saved(tmp_path / "model"), tokens().split(3)
     first = pruneforge.prune(folder, "gblm", 0.5, None, batches, output=tmp_path / "first")
-    monkeypatch.setattr("pruneforge.report.versions", lambda: first.report["versions"] | {"triton": "0.0"})
+    monkeypatch.setattr("pruneforge.runs.provenance.versions", lambda: first.report["versions"] | {"triton": "0.0"})
     again = pruneforge.prune(folder, "gblm", 0.5, None, batches, output=tmp_path / "second")
     assert again.report["measured"]["gradient_cache"] == {"reused": 21, "added_bytes": 0}
     with pytest.raises(PruneForgeError, match=r'is another one: version of triton was .* is "0\.0" now'):

@@ -18,10 +18,9 @@ from timm.models import save_for_hf
 
 import pruneforge
 from pruneforge import PruneForgeError
-from pruneforge.calibration import create_source
-from pruneforge.images import class_indices, draw_order
+from pruneforge.data.images import class_indices, draw_order
+from pruneforge.interfaces.source import Request, create_source
 from pruneforge.plugins import plugins
-from pruneforge.source import Request
 
 CLASSES = ["cat", "dog", "owl"]
 EACH = 8

@@ -14,8 +14,8 @@ from conftest import tiny_llama, tokens
 
 import pruneforge
 from pruneforge import PruneForgeError
-from pruneforge.budget import Budgets
-from pruneforge.model import LoadedModel
+from pruneforge.engine.budget import Budgets
+from pruneforge.interfaces.adapter import LoadedModel
 from pruneforge.plugins import plugins
 
 SMALL = {
@@ -226,9 +226,9 @@ def test_losses_made_a_few_tokens_at_a_time_are_those_of_plain_cross_entropy(dty
 def test_logits_and_attention_count_in_the_budget_of_a_metric_that_looks_at_gradients(monkeypatch):
     adapter = plugins().registry.create("adapter", "llama")
     narrow, wide = (LoadedModel(tiny_llama(vocab_size=size), adapter, None, "tiny") for size in (96, 96_000))
-    monkeypatch.setattr("pruneforge.budget.resident_bytes", lambda: 0)  # it changes from one moment to the next
+    monkeypatch.setattr("pruneforge.engine.budget.resident_bytes", lambda: 0)  # it changes from one moment to the next
     cpu, on_device = torch.device("cpu"), torch.device("meta")
-    monkeypatch.setattr("pruneforge.budget.free_on_device", lambda device: 1 << 44)
+    monkeypatch.setattr("pruneforge.engine.budget.free_on_device", lambda device: 1 << 44)
 
     def left(model, name, device=cpu, samples=64, length=64):
         blocks, metric = adapter.blocks(model.module), plugins().registry.create("metric", name)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pruneforge.patterns import NM, parse_pattern
+from pruneforge.interfaces.patterns import NM, parse_pattern
 from pruneforge_sparsegpt.metric import column_pruner, inverse_factor, prune_columns
 
 pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds")
@@ -69,7 +69,7 @@ ROWS = 45  # no multiple of the kernel's tile
 RUN = """
 import sys, torch
 from pruneforge_sparsegpt import kernel
-from pruneforge.patterns import parse_pattern
+from pruneforge.interfaces.patterns import parse_pattern
 cases = torch.load(sys.argv[1])
 for case in cases:
     text = case["pattern"]

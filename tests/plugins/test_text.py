@@ -11,9 +11,8 @@ import torch
 from transformers import AutoTokenizer
 
 from pruneforge import PruneForgeError
-from pruneforge.calibration import create_source
+from pruneforge.interfaces.source import Request, create_source
 from pruneforge.plugins import plugins
-from pruneforge.source import Request
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards vex bold mice".split()
 

@@ -12,8 +12,8 @@ from timm.data import ImageNetInfo
 
 import pruneforge
 from pruneforge import PruneForgeError
-from pruneforge.model import load_model
 from pruneforge.plugins import plugins
+from pruneforge.runs.loading import load_model
 
 SMALL = {
     "hidden_size": 32,

@@ -1,0 +1,1 @@
+"""Checkpoints of transformers: what the adapters of its models share."""

@@ -1,0 +1,138 @@
+"""Checkpoints of transformers: what adapters of its models share in loading and saving them."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pruneforge import Checkpoint, PruneForgeError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def skeleton(reference: str, auto: str) -> nn.Module:
+    """Return a model without weights, on the meta device, built from its configuration.
+
+    Args:
+        reference: A folder or hub id.
+        auto: Name of the transformers class that builds it, such as `AutoModelForCausalLM`.
+
+    Raises:
+        PruneForgeError: There is no such configuration, it is of another kind, or the checkpoint is quantised.
+    """
+    import transformers
+
+    folder = Path(reference)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise PruneForgeError("the folder has no config.json")
+    try:
+        config = transformers.AutoConfig.from_pretrained(reference, trust_remote_code=False)
+        with torch.device("meta"):
+            model = getattr(transformers, auto).from_config(config, trust_remote_code=False)
+    except Exception as error:  # configurations fail in as many ways as there are architectures
+        raise PruneForgeError(first_line(error)) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise PruneForgeError("the checkpoint is quantised; prune the original and quantise afterwards")
+    return model
+
+
+def load_pretrained(reference: str, auto: str, dtype: torch.dtype | None) -> Any:
+    """Return the model with its weights, on the CPU, in the checkpoint's dtype unless another is asked for.
+
+    Raises:
+        PruneForgeError: It cannot be loaded, or weights are missing.
+    """
+    import transformers
+
+    try:
+        model, info = getattr(transformers, auto).from_pretrained(
+            reference, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False
+        )
+    except Exception as error:  # hub, file formats and configurations each raise their own
+        raise PruneForgeError(f"model {reference!r} cannot be loaded: {first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise PruneForgeError(
+            f"model {reference!r} lacks {len(missing)} weights, such as {missing[0]!r}; the checkpoint is damaged"
+        )
+    return model.eval()
+
+
+def vacant_pretrained(reference: str, auto: str, dtype: torch.dtype | None) -> tuple[nn.Module, Path] | None:
+    """Return the model with its parameters on the meta device, and the folder of its safetensors files.
+
+    Args:
+        reference: A folder or hub id.
+        auto: Name of the transformers class that builds it.
+        dtype: Dtype of the parameters; `None` takes the configuration's, or else that of the first weight.
+
+    Returns:
+        `None` if the checkpoint has no safetensors files.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    folder = local_safetensors(reference)
+    if folder is None:
+        return None
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if dtype is None:
+        stored = Checkpoint(folder).tensors.values()
+        dtype = config.dtype or next(s.dtype for s in stored if s.dtype.is_floating_point)
+    with init_empty_weights(include_buffers=False):
+        model = getattr(transformers, auto).from_config(config, dtype=dtype, trust_remote_code=False)
+    model.tie_weights()
+    return model.eval(), folder
+
+
+def local_safetensors(reference: str) -> Path | None:
+    """Return the folder that holds a model's safetensors files, downloaded if need be, or `None` if it has none."""
+    folder = Path(reference)
+    if folder.is_dir():
+        return folder if any((folder / name).is_file() for name in (SINGLE, INDEX)) else None
+    from huggingface_hub import snapshot_download
+
+    others = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md"]
+    try:
+        weights = _weight_files(reference)
+        if weights is None:
+            return None
+        return Path(snapshot_download(reference, allow_patterns=[*weights, *others], ignore_patterns=["*/*"]))
+    except Exception as error:  # hub, network and cache each raise their own
+        raise PruneForgeError(f"model {reference!r} cannot be downloaded: {first_line(error)}") from error
+
+
+def _weight_files(reference: str) -> list[str] | None:
+    """Return the names of a hub model's safetensors files, from the cache where there is no network."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    for name in (SINGLE, INDEX):
+        try:
+            found = Path(hf_hub_download(reference, name))
+        except EntryNotFoundError:
+            continue
+        if name == SINGLE:
+            return [SINGLE]
+        return [INDEX, *sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))]
+    return None
+
+
+def save_pretrained(module: Any, processor: Any, folder: Path) -> None:
+    """Write a model and its tokenizer or image processor, if there is one, as `from_pretrained` loads them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, shortened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__

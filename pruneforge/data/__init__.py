@@ -1,0 +1,1 @@
+"""What text and images are, and how calibration data are drawn."""

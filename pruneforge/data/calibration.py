@@ -1,0 +1,124 @@
+"""From what a user calls calibration data to batches on their way to the engine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruneforge.data.overlap import sketch
+from pruneforge.errors import PruneForgeError
+from pruneforge.interfaces.adapter import LoadedModel
+from pruneforge.interfaces.batch import Batch
+from pruneforge.interfaces.registry import Registry
+from pruneforge.interfaces.source import Request, Source, create_source
+from pruneforge.progress import Progress
+
+LONGEST_DEFAULT = 2048
+"""Tokens; the published sequence length. A model's own context can be far longer than is wise."""
+
+TOKENS_AN_IMAGE = 256
+"""Where data have no length to choose: about what an image of 224 x 224 in patches of 16 x 16 gives."""
+
+Data = str | Path | Iterable[Tensor | Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration data ready to use.
+
+    Attributes:
+        batches: The batches.
+        description: What the report says of them: source, counts, loss, fingerprint, sketch.
+        warnings: What a user has to know of them.
+    """
+
+    batches: list[Batch]
+    description: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+
+
+def collect(
+    data: Data,
+    model: LoadedModel,
+    registry: Registry,
+    *,
+    samples: int,
+    seqlen: int | None,
+    batch_size: int | None,
+    tokens_a_batch: int,
+    seed: int,
+    options: Mapping[str, Any],
+    progress: Progress,
+    processes: int = 1,
+) -> Calibration:
+    """Return the batches of a source, path or iterable.
+
+    Args:
+        data: Source name, path, or batches in a form that the model's adapter takes.
+        model: The model they are for.
+        registry: The sources there are.
+        samples: Sequences or images to draw; batches from Python are used whole.
+        seqlen: Tokens a sequence; by default the model's context, at most `LONGEST_DEFAULT`.
+        batch_size: Samples a batch; by default as many as have `tokens_a_batch` tokens.
+        tokens_a_batch: Tokens that go through a block together when no batch size is given.
+        seed: Seed of the draw.
+        options: Options of the source.
+        progress: Where to show how far along reading is.
+        processes: How many processes will share the batches; without a batch size each gets at least one.
+
+    Raises:
+        PruneForgeError: The data cannot be had, are too little, or longer than the model's context.
+    """
+    context = model.adapter.context_length(model.module)
+    source: Source | None = None
+    if isinstance(data, str | Path):
+        length = seqlen or (min(context, LONGEST_DEFAULT) if context else None)
+        if length and context and length > context:
+            raise PruneForgeError(f"seqlen {length} is longer than the model's context of {context} tokens")
+        size = batch_size or max(1, min(tokens_a_batch // (length or TOKENS_AN_IMAGE), samples // processes))
+        source = create_source(data, options, registry)
+        raw: Iterable[Tensor | Mapping[str, Tensor]] = source.calibration(
+            Request(model.processor, samples, length, size, seed, progress)
+        )
+        origin: dict[str, Any] = {"source": str(data), **source.describe("calibration")}
+    else:
+        if options:
+            raise PruneForgeError("source options go with a source, not with batches from Python")
+        raw, origin = data, {"source": "batches from Python"}
+    batches = [model.adapter.batch(item, model.module) for item in progress.track(raw, "reading calibration data")]
+    if not batches:
+        raise PruneForgeError(f"calibration data {origin['source']!r} are empty")
+    return Calibration(batches, origin | _summary(batches), source.warnings() if source else [])
+
+
+def _summary(batches: list[Batch]) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    sequences: list[Tensor] = []
+    tokens = 0
+    for batch in batches:
+        for key in sorted(batch.inputs):
+            value = batch.inputs[key]
+            digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        if batch.targets is not None:
+            digest.update(batch.targets.cpu().numpy().tobytes())
+        ids = batch.inputs.get("input_ids")
+        if ids is not None:
+            keep = torch.ones_like(ids, dtype=torch.bool) if batch.valid is None else batch.valid
+            tokens += int(keep.sum())
+            sequences += [row[kept] for row, kept in zip(ids, keep, strict=True)]
+    summary: dict[str, Any] = {
+        "samples": sum(batch.size for batch in batches),
+        "batch_size": max(batch.size for batch in batches),
+        "loss": ", or ".join(dict.fromkeys(batch.loss for batch in batches)),
+        "fingerprint": digest.hexdigest(),
+    }
+    if sequences:
+        summary |= {"tokens": tokens, "sketch": sketch(sequences)}
+    return summary

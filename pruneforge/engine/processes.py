@@ -1,0 +1,171 @@
+"""Several processes that work on one run, as `torchrun` starts them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.utils._pytree import tree_map
+
+from pruneforge.errors import PruneForgeError, UnfinishedError
+from pruneforge.interfaces.statistics import Statistic
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for one another: the first one reads a whole checkpoint while the others wait. NCCL's own
+ten minutes would end them by a signal, with no error that says why."""
+
+
+class Group:
+    """The processes of a run; one that works alone is a group of one, in which nothing is exchanged.
+
+    Attributes:
+        rank: Number of this process, from 0. The first one writes and speaks for all.
+        size: How many there are.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank = rank
+        self.size = size
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes and speaks for all."""
+        return self.rank == 0
+
+    def part(self, items: Sequence[T]) -> list[T]:
+        """Return this process's share of `items`.
+
+        Raises:
+            PruneForgeError: There are too few for every process to have one.
+        """
+        if len(items) < self.size:
+            raise PruneForgeError(
+                f"{len(items)} batches cannot be split over {self.size} processes; "
+                "use fewer processes, a smaller `batch_size` or more `samples`"
+            )
+        return list(items[self.rank :: self.size])
+
+    def merge(self, statistic: Statistic, device: torch.device) -> None:
+        """Make a statistic that each process fed from its own batches that of all batches, everywhere."""
+        if self.size == 1:
+            return
+        with _others():
+            if type(statistic).merge is Statistic.merge:  # sums: the processes exchange them in place
+                dist.all_reduce(statistic.total)
+                counts = torch.tensor([statistic.samples, statistic.tokens], dtype=torch.int64, device=device)
+                dist.all_reduce(counts)
+                statistic.samples, statistic.tokens = counts.tolist()
+                return
+            states: list[Any] = [None] * self.size
+            # Through host memory: a tensor on a device would come back on the sender's.
+            dist.all_gather_object(states, tree_map(_on_host, statistic.state_dict()))
+        statistic.load_state_dict(states[0])
+        for state in states[1:]:
+            other = type(statistic).__new__(type(statistic))
+            other.load_state_dict(state)
+            statistic.merge(other)
+        statistic.to(device)
+
+    def agree(self, error: Exception | None, found: dict[str, T]) -> dict[str, T]:
+        """Return what all processes found, or raise in all of them if one had an error.
+
+        Without it the others would wait for the one that failed until they are killed.
+
+        Raises:
+            Exception: This process's own error.
+            PruneForgeError: That of the first other process that had one.
+            UnfinishedError: Another process had an error of another kind; it is named.
+        """
+        told = error
+        if error is not None and not isinstance(error, PruneForgeError):  # others may not be able to unpickle it
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            told = UnfinishedError(f"process {self.rank} of the run failed: {reason}")
+        joint: dict[str, T] = {}
+        outcomes = self.gather((told, found))
+        if error is not None:
+            raise error
+        for other, theirs in outcomes:
+            if other is not None:
+                raise other
+            joint |= theirs
+        return joint
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes, in their order."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with _others():
+            dist.all_gather_object(values, value)
+        return values
+
+    def send(self, tensor: Tensor, owner: int) -> None:
+        """Fill `tensor` in every process with that of process `owner`."""
+        if self.size > 1:
+            with _others():
+                dist.broadcast(tensor, owner)
+
+    def spread(self, costs: Sequence[float]) -> list[int]:
+        """Return which process takes each task, so that the costs are even."""
+        loads = [0.0] * self.size
+        owners = [0] * len(costs)
+        for task in sorted(range(len(costs)), key=lambda task: -costs[task]):
+            owners[task] = loads.index(min(loads))
+            loads[owners[task]] += costs[task]
+        return owners
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Group]:
+    """Yield the group that `torchrun` started this process in, or a group of one.
+
+    Args:
+        device: Where this process computes; decides between gloo and nccl.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Group()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # objects are exchanged through the current device
+    started = not dist.is_initialized()
+    if started:
+        with _others():
+            if device.type == "cuda":
+                dist.init_process_group("nccl", timeout=PATIENCE, device_id=device)
+            else:
+                dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield Group(dist.get_rank(), dist.get_world_size())
+    except BaseException:
+        # To leave a group of NCCL in order takes all of it, and the others wait for this process elsewhere.
+        abort = getattr(dist.distributed_c10d, "_abort_process_group", None) if device.type == "cuda" else None
+        if started:
+            (abort or dist.destroy_process_group)()
+        raise
+    if started:
+        dist.destroy_process_group()
+
+
+def _on_host(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def _others() -> Iterator[None]:
+    """Turn what torch says of a lost process into one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:  # a RuntimeError too, and nobody else's
+        raise
+    except (RuntimeError, dist.DistBackendError) as error:
+        reason = " ".join(str(error).split())[-160:]
+        raise UnfinishedError(f"another process of the run ended or cannot be reached: {reason}") from error

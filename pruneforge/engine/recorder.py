@@ -1,0 +1,191 @@
+"""Feeding input statistics from a block's forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from pruneforge.engine.processes import Group
+from pruneforge.errors import PruneForgeError
+from pruneforge.interfaces.adapter import Block
+from pruneforge.interfaces.batch import Batch
+from pruneforge.interfaces.layer import Layer
+from pruneforge.interfaces.statistics import InputStatistic, Statistic, empty_statistics
+from pruneforge.numerics import all_finite, finite_flag, first_false
+
+
+class _Input:
+    """One input of a block's layers: its statistics, and what metrics derived from them."""
+
+    def __init__(self, leader: Layer, kinds: Sequence[type[InputStatistic]]) -> None:
+        self.leader = leader
+        self.statistics = empty_statistics(leader, kinds)
+        self.shared: dict[Any, Any] = {}
+
+
+class _Enough(Exception):  # noqa: N818 - no error: it ends a pass whose rest nobody needs
+    pass
+
+
+class InputRecorder:
+    """Updates one set of statistics for each *input* of a block while it runs.
+
+    Layers that are handed the very same tensor (q, k, v; gate and up) share an input. The first batch
+    tells which; from then on the first layer of each input records for all of them.
+    """
+
+    def __init__(self, block: Block, kinds: Sequence[type[InputStatistic]], stop: bool = False) -> None:
+        """Start empty.
+
+        Args:
+            block: The block.
+            kinds: The statistics to update.
+            stop: Whether nobody needs the block's output. A pass then ends when it has reached every layer, before
+                the last product. The first one tells whether each layer is reached once; if not, none ends early.
+        """
+        self._block = block
+        self._kinds = kinds
+        self._inputs: dict[str, _Input] = {}
+        self._batch: Batch | None = None
+        self._seen: dict[int, tuple[Tensor, int, _Input]] = {}
+        self._uses: list[str] = []
+        self._stop = stop
+        self._each_once: bool | None = None
+
+    @contextmanager
+    def recording(self, batch: Batch) -> Iterator[None]:
+        """Record the products of one batch's pass through the block within the context."""
+        if not self._kinds:
+            yield
+            return
+        self._batch, self._seen, self._uses = batch, {}, []
+        with suppress(_Enough), WeightUses(self._block.layers, before=self._record):
+            yield
+        if self._each_once is None:
+            names = [layer.name for layer in self._block.layers]
+            self._each_once = self._stop and sorted(self._uses) == sorted(names)
+
+    def _record(self, layer: Layer, value: Tensor) -> None:
+        known = self._inputs.get(layer.name)
+        if known is None:
+            same = self._seen.get(id(value))
+            known = same[2] if same and same[1] == value._version else _Input(layer, self._kinds)
+            self._inputs[layer.name] = known
+        # Holding the tensor keeps its id from being given to another within this batch.
+        self._seen.setdefault(id(value), (value, value._version, known))
+        if known.leader is layer:
+            self._update(known, value)
+        self._uses.append(layer.name)
+        if self._each_once and len(set(self._uses)) == len(self._block.layers):
+            raise _Enough
+
+    def _update(self, known: _Input, value: Tensor) -> None:
+        batch = self._batch
+        assert batch is not None
+        tokens = valid_tokens(known.leader.inputs(value, batch.size), batch, known.leader)
+        for statistic in known.statistics.values():
+            statistic.update(tokens, batch.size)
+
+    def merge(self, group: Group) -> None:
+        """Make the statistics those of the batches of all processes."""
+        done: set[int] = set()
+        for layer in self._block.layers:
+            known = self._inputs.get(layer.name)
+            if known is not None and id(known) not in done:
+                done.add(id(known))
+                for statistic in known.statistics.values():
+                    group.merge(statistic, known.leader.parameter.device)
+
+    def statistics(self, layer: Layer) -> tuple[dict[type[Statistic], Statistic], dict[Any, Any]]:
+        """Return what was recorded for `layer`, and the values shared with layers of the same input.
+
+        Raises:
+            PruneForgeError: No batch reached the layer, or a non-finite value did.
+        """
+        if not self._kinds:
+            return {}, {}
+        if layer.name not in self._inputs:
+            raise PruneForgeError(f"no calibration batch reached layer {layer.name!r}")
+        known = self._inputs[layer.name]
+        for statistic in known.statistics.values():
+            if not all_finite(statistic.total):
+                raise PruneForgeError(
+                    f"non-finite activations reach layer {layer.name!r}; {mend_non_finite(self._batch)}"
+                )
+        return dict(known.statistics.items()), known.shared
+
+
+def mend_non_finite(batch: Batch | None) -> str:
+    """Return what a user can do about non-finite activations, the last of which came from `batch`."""
+    if batch is not None and batch.valid is not None:
+        return (
+            "batches are padded, and eager attention gives NaN in float64 where a row is masked whole, at padding on "
+            "the left: pad on the right, load the model with attn_implementation='sdpa', or use float32"
+        )
+    return "check the model's weights and the calibration data, or run with `dtype` float32"
+
+
+def check_weights(block: Block) -> None:
+    """Raise if a weight of a visited block is not finite, naming the layer."""
+    if not block.layers:
+        return
+    first = first_false([finite_flag(layer.parameter) for layer in block.layers])
+    if first is not None:
+        raise PruneForgeError(f"layer {block.layers[first].name!r} has non-finite weights; the checkpoint is damaged")
+
+
+def valid_tokens(inputs: Tensor, batch: Batch, layer: Layer) -> Tensor:
+    """Return the tokens that count [tokens, in] of `inputs` [samples, tokens, in].
+
+    Raises:
+        PruneForgeError: The batch holds padding, and the layer sees other tokens than the batch has.
+    """
+    if batch.valid is None:
+        return inputs.reshape(-1, inputs.shape[-1])
+    if inputs.shape[:2] != batch.valid.shape:
+        raise PruneForgeError(
+            f"layer {layer.name!r} sees {tuple(inputs.shape[:2])} tokens where the batch has "
+            f"{tuple(batch.valid.shape)}, so padding cannot be left out; calibrate with batches of equal lengths"
+        )
+    return inputs.flatten(0, 1).index_select(0, batch.places)
+
+
+class WeightUses(TorchFunctionMode):
+    """Reports, within its context, every product of an input with one of some layers' weights.
+
+    Weights are recognised by identity where the product happens. Hooks on modules would miss code that
+    takes a module's weight and calls the function itself.
+    """
+
+    _PRODUCTS = frozenset({F.linear, F.conv2d, torch.conv2d})
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        before: Callable[[Layer, Tensor], None] | None = None,
+        after: Callable[[Layer, Tensor, Tensor], None] | None = None,
+    ) -> None:
+        """Report to `before(layer, input)` and `after(layer, input, output)`."""
+        super().__init__()
+        self._layers = {id(layer.parameter): layer for layer in layers}
+        self._before = before
+        self._after = after
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in self._PRODUCTS:
+            return func(*args, **kwargs)
+        layer = self._layers.get(id(args[1] if len(args) > 1 else kwargs["weight"]))
+        value = args[0] if args else kwargs["input"]
+        if layer is not None and self._before:
+            self._before(layer, value)
+        output = func(*args, **kwargs)
+        if layer is not None and self._after:
+            self._after(layer, value, output)
+        return output

@@ -1,0 +1,1 @@
+"""What a plugin author subclasses or receives; nothing here runs a model."""

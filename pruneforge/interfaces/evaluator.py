@@ -1,0 +1,72 @@
+"""The interface of an evaluator."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pruneforge.interfaces.options import Configurable
+from pruneforge.interfaces.source import Source, create_source
+from pruneforge.memory import usual_tokens_a_batch
+from pruneforge.progress import Progress
+
+if TYPE_CHECKING:
+    from pruneforge.interfaces.adapter import LoadedModel
+    from pruneforge.interfaces.registry import Registry
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is to be evaluated, and where.
+
+    Attributes:
+        model: The model with its adapter and processor, on `device`.
+        device: Where it runs.
+        batch_size: Samples a batch; `None` lets the evaluator choose.
+        seed: Seed of every random choice.
+        registry: To look up sources.
+        calibration: The report's `calibration` entry of a pruned model, else `None`.
+        progress: Where to show how far along the evaluation is.
+    """
+
+    model: LoadedModel
+    device: torch.device
+    batch_size: int | None
+    seed: int
+    registry: Registry
+    calibration: dict[str, Any] | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    def source(self, data: str, options: Mapping[str, Any]) -> Source:
+        """Return the source of evaluation data.
+
+        Args:
+            data: Name of a source, `name:argument`, or a path.
+            options: Options of the source.
+
+        Raises:
+            PruneForgeError: It is neither, no source reads the path, or an option is not the source's.
+        """
+        return create_source(data, options, self.registry)
+
+    def samples_a_batch(self, tokens: int) -> int:
+        """Return the batch size asked for, or how many samples of so many tokens go through together by default."""
+        return self.batch_size or max(1, usual_tokens_a_batch(self.device) // tokens)
+
+
+class Evaluator(Configurable, ABC):
+    """A task's own harness."""
+
+    @abstractmethod
+    def evaluate(self, subject: Subject) -> dict[str, Any]:
+        """Return the results, of types that JSON holds, with everything needed to compare them.
+
+        A `warnings` entry, a list of texts, is shown to the user.
+
+        Raises:
+            PruneForgeError: The data or the model does not fit the task.
+        """

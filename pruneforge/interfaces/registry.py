@@ -1,0 +1,153 @@
+"""What is registered under which name, imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pruneforge.errors import PruneForgeError, unknown_name
+from pruneforge.interfaces.options import Configurable, parse_options
+
+KINDS = ("metric", "adapter", "source", "evaluator", "demo")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered name.
+
+    Attributes:
+        kind: One of `KINDS`.
+        name: What users call it.
+        target: The class, or `"module:Class"` to import it from.
+        plugin: Name of the plugin that registered it.
+        library: Module that it needs besides, which a plain installation does not bring.
+        extra: The extra of the plugin's distribution that brings it.
+        distribution: Name of the plugin's distribution.
+    """
+
+    kind: str
+    name: str
+    target: str | type[Configurable]
+    plugin: str
+    library: str | None = None
+    extra: str | None = None
+    distribution: str = ""
+
+    def load(self) -> type[Configurable]:
+        """Import and return the class.
+
+        Raises:
+            PruneForgeError: The target cannot be imported, naming the plugin, or what has to be installed for it.
+        """
+        if self.library is not None and importlib.util.find_spec(self.library) is None:
+            raise PruneForgeError(
+                f"{self.kind} {self.name!r} needs {self.library}, which is not installed; it comes with the extra "
+                f"{self.extra!r}: pip install '{self.distribution}[{self.extra}]', or '.[{self.extra}]' in a clone"
+            )
+        if not isinstance(self.target, str):
+            return self.target
+        module, _, attribute = self.target.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except Exception as error:  # a plugin's module may fail in any way
+            raise PruneForgeError(
+                f"{self.kind} {self.name!r} of plugin {self.plugin!r} cannot be imported from {self.target}: "
+                f"{type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
+
+
+class Registry:
+    """Metrics, adapters, sources, evaluators and demos by name.
+
+    A plugin fills it in its `pruneforge_register` hook. What needs a library that a plain installation of the plugin
+    does not bring is registered with `library="module", extra="name"`: the module, and the extra that brings it.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
+        self.plugin = "python"
+        """Name of the plugin that is registering now."""
+        self.distribution = ""
+        """Name of its distribution."""
+
+    def metric(self, name: str, target: str | type[Configurable], **needs: str) -> None:
+        """Register a `pruneforge.Metric`."""
+        self._add("metric", name, target, **needs)
+
+    def adapter(self, name: str, target: str | type[Configurable], **needs: str) -> None:
+        """Register a `pruneforge.Adapter`."""
+        self._add("adapter", name, target, **needs)
+
+    def source(self, name: str, target: str | type[Configurable], **needs: str) -> None:
+        """Register a `pruneforge.Source`."""
+        self._add("source", name, target, **needs)
+
+    def evaluator(self, name: str, target: str | type[Configurable], **needs: str) -> None:
+        """Register a `pruneforge.Evaluator`."""
+        self._add("evaluator", name, target, **needs)
+
+    def demo(self, name: str, target: str | type[Configurable], **needs: str) -> None:
+        """Register a `pruneforge.Demo`."""
+        self._add("demo", name, target, **needs)
+
+    def _add(
+        self,
+        kind: str,
+        name: str,
+        target: str | type[Configurable],
+        library: str | None = None,
+        extra: str | None = None,
+    ) -> None:
+        taken = self._entries[kind].get(name)
+        if taken is not None:
+            raise PruneForgeError(
+                f"{kind} {name!r} of plugin {self.plugin!r} is already registered by plugin {taken.plugin!r}; "
+                f"block one of them with PRUNEFORGE_PLUGINS=-{taken.plugin}"
+            )
+        self._entries[kind][name] = Entry(kind, name, target, self.plugin, library, extra, self.distribution)
+
+    def drop(self, plugin: str) -> None:
+        """Forget everything that `plugin` registered."""
+        for entries in self._entries.values():
+            for name in [name for name, entry in entries.items() if entry.plugin == plugin]:
+                del entries[name]
+
+    def entries(self, kind: str) -> list[Entry]:
+        """Return the entries of one kind, by name."""
+        return [self._entries[kind][name] for name in sorted(self._entries[kind])]
+
+    def get(self, kind: str, name: str) -> Entry:
+        """Return one entry.
+
+        Raises:
+            PruneForgeError: Nobody registered the name; the message offers the nearest.
+        """
+        try:
+            return self._entries[kind][name]
+        except KeyError:
+            raise unknown_name(kind, name, self._entries[kind]) from None
+
+    def create(self, kind: str, spec: str, options: Mapping[str, Any] | None = None) -> Any:
+        """Return an instance of what `spec` names.
+
+        Args:
+            kind: One of `KINDS`.
+            spec: `name` or `name:argument`; the argument sets the option that the class calls its `argument`.
+            options: Option names and values.
+
+        Raises:
+            PruneForgeError: The name is unknown, takes no argument, or an option is wrong.
+        """
+        name, colon, argument = spec.partition(":")
+        cls = self.get(kind, name).load()
+        values = dict(options or {})
+        if colon:
+            if cls.argument is None:
+                raise PruneForgeError(f"{kind} {name!r} takes no argument, got {spec!r}")
+            values[cls.argument] = argument
+        parse_options(cls, values, name)  # so that a message says the registered name
+        instance = cls(**values)
+        instance.name = name
+        return instance

@@ -1,0 +1,1 @@
+"""What a user calls: prune, evaluate, compare, estimate; recipe in, report out."""

@@ -1,0 +1,105 @@
+"""What a run will take, from its model's shapes and a short probe of one block."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pruneforge.checkpoint.rewrite import Rewrite
+from pruneforge.checkpoint.skeleton import stored_layers
+from pruneforge.data.calibration import Data
+from pruneforge.engine.probe import probe
+from pruneforge.engine.processes import Group
+from pruneforge.interfaces.metric import Metric
+from pruneforge.interfaces.statistics import GradientStatistic, empty_statistics
+from pruneforge.memory import PeakMemory, one_line_for_full_devices
+from pruneforge.numerics import exact_arithmetic
+from pruneforge.runs.job import make_job
+from pruneforge.runs.loading import in_evaluation_mode
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take.
+
+    Attributes:
+        blocks: How many blocks the model has.
+        layers: How many layers will be pruned.
+        weights: How many weights these have.
+        pruned: How many of them will be pruned, about (each comparison group rounds down).
+        host_bytes: Peak of host memory.
+        device_bytes: Peak of memory on the CUDA device.
+        disk_bytes: What will be written: the output, gradient statistics, hidden states that find no room in memory.
+        seconds: By stage, writing not included.
+    """
+
+    blocks: int
+    layers: int
+    weights: int
+    pruned: int
+    host_bytes: int
+    device_bytes: int
+    disk_bytes: int
+    seconds: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the numbers by name, of types that JSON holds."""
+        return asdict(self)
+
+
+def estimate(
+    model: str | Path | nn.Module, metric: str | Metric, calibration: Data | None = None, **settings: Any
+) -> Estimate:
+    """Say what `prune` with the same arguments would take; nothing is written and nothing changed.
+
+    One block is read, calibrated with one batch and scored. Everything else is counted from there. For a folder or
+    hub id, the run is one with an output.
+
+    Args:
+        model: As for `prune`.
+        metric: As for `prune`.
+        calibration: As for `prune`.
+        settings: Every other argument of `prune`, by name.
+
+    Raises:
+        PruneForgeError: As `prune` does.
+    """
+    job = make_job(model, metric, calibration, **settings)
+    peak = PeakMemory(job.device)
+    loaded, data, (run,) = job.prepare(Group(), job.progress, on_disk=not isinstance(model, nn.Module))
+    with (
+        exact_arithmetic(run.seed, job.device),
+        in_evaluation_mode(loaded.module),
+        torch.no_grad(),
+        one_line_for_full_devices(),
+    ):
+        seconds, waiting = probe(loaded, data.batches, run, job.device)
+    measured = peak.read()
+    on_device = job.device.type == "cuda"
+    host_room, device_room = job.budgets.for_activations(run.blocks, run.metric, loaded, data.batches, job.device)
+    waits_on_device = min(waiting, device_room)
+    waits_on_host = min(waiting - waits_on_device, host_room)
+    layers = [layer for block in run.blocks for layer in block.layers]
+    weights = sum(layer.parameter.numel() for layer in layers)
+    gradients = [kind for kind in run.metric.requires if issubclass(kind, GradientStatistic)]
+    statistics = sum(made.total.nbytes for la in layers for made in empty_statistics(la, gradients, META).values())
+    disk = waiting - waits_on_device - waits_on_host
+    if loaded.checkpoint is not None:
+        stored = stored_layers(loaded.module, run.blocks, loaded.checkpoint)
+        disk += statistics + Rewrite(loaded.checkpoint, Path(), stored).bytes_needed()
+    return Estimate(
+        blocks=len(run.blocks),
+        layers=len(layers),
+        weights=weights,
+        pruned=int(weights * run.pattern.sparsity),
+        host_bytes=measured["host_bytes"] + waits_on_host,
+        device_bytes=(measured["device_bytes"] + waits_on_device) if on_device else 0,
+        disk_bytes=disk,
+        seconds=seconds,
+    )

@@ -1,0 +1,151 @@
+"""A model together with the adapter that knows its architecture."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pruneforge.checkpoint.shards import Checkpoint
+from pruneforge.checkpoint.skeleton import lacking, vacate
+from pruneforge.errors import PruneForgeError, unknown_name
+from pruneforge.interfaces.adapter import Adapter, LoadedModel
+from pruneforge.interfaces.registry import Registry
+
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+DEMO = "demo:"
+"""Before the name of a demo, in place of a folder or hub id."""
+
+
+def load_model(
+    model: str | Path | nn.Module,
+    dtype: str,
+    processor: Any,
+    registry: Registry,
+    adapter_options: Mapping[str, Any] | None = None,
+    on_disk: bool = False,
+) -> LoadedModel:
+    """Load a folder or hub id, or wrap a model that is already in memory.
+
+    Args:
+        model: What to load or wrap; `demo:NAME` is the checkpoint of a demo.
+        dtype: `auto` keeps the checkpoint's dtype, else a name of `DTYPES`.
+        processor: Tokenizer or image transform of a model given from Python; `None` looks for the one it
+            was loaded with.
+        registry: The adapters to try.
+        adapter_options: Options of the adapter that takes the model.
+        on_disk: Whether weights stay on disk, where the adapter and the checkpoint allow it.
+
+    Raises:
+        PruneForgeError: No adapter takes the model; the message says why each declined.
+    """
+    target = parse_dtype(dtype)
+    reference = type(model).__name__ if isinstance(model, nn.Module) else str(model)
+    if not isinstance(model, nn.Module) and reference.startswith(DEMO):
+        reference = str(registry.create("demo", reference.removeprefix(DEMO)).checkpoint())
+    if not isinstance(model, nn.Module) and _is_path(reference) and not Path(reference).exists():
+        raise PruneForgeError(f"model folder {reference!r} does not exist")
+    reasons = []
+    for entry in registry.entries("adapter"):
+        try:
+            adapter: Adapter = registry.create("adapter", entry.name)
+        except PruneForgeError as error:
+            reasons.append(f"{entry.name}: {error}")
+            continue
+        declined = adapter.declines_module(model) if isinstance(model, nn.Module) else adapter.declines(reference)
+        if declined is not None:
+            reasons.append(f"{entry.name}: {declined}")
+            continue
+        if adapter_options:
+            adapter = registry.create("adapter", entry.name, adapter_options)
+        if isinstance(model, nn.Module):
+            _cast(model, target)
+            return LoadedModel(model, adapter, processor or adapter.processor(model), reference)
+        return _load(adapter, reference, target, processor, on_disk)
+    raise PruneForgeError(f"no adapter takes {reference!r}: {'; '.join(reasons) or 'none is installed'}")
+
+
+def _load(adapter: Adapter, reference: str, dtype: torch.dtype | None, processor: Any, on_disk: bool) -> LoadedModel:
+    note = None
+    if on_disk:
+        skeleton = adapter.skeleton(reference, dtype)
+        note = f"adapter {adapter.name!r} cannot stream it, so the whole model was held in memory"
+        if skeleton is not None:
+            checkpoint = Checkpoint(skeleton.folder)
+            missing = lacking(skeleton.module, checkpoint)
+            if not missing:
+                vacate(skeleton.module)
+                return LoadedModel(skeleton.module, adapter, processor or skeleton.processor, reference, checkpoint)
+            note = f"the weights call tensor {missing[0]!r} otherwise, so the whole model was held in memory"
+    module, found = adapter.load(reference, dtype)
+    return LoadedModel(module, adapter, processor or found, reference, None, note)
+
+
+def parse_dtype(name: str) -> torch.dtype | None:
+    """Return the dtype of a name, or `None` for `auto`.
+
+    Raises:
+        PruneForgeError: The name is no dtype that weights can have here.
+    """
+    if name != "auto" and name not in DTYPES:
+        raise unknown_name("dtype", name, ["auto", *DTYPES])
+    return DTYPES.get(name)
+
+
+def parse_device(name: str) -> torch.device:
+    """Return the device of a name; `auto` is CUDA where there is one.
+
+    Raises:
+        PruneForgeError: The name is no device, or the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # one device for each process that torchrun started
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise PruneForgeError(f"device {name!r} is none of auto, cpu, cuda, cuda:N")
+    device = torch.device(name)
+    if device.type == "cpu":
+        return device
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise PruneForgeError(
+            f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use `device` cpu"
+        )
+    # With its index, as the tensors on it will have it; asking for the current one also initialises CUDA.
+    current = torch.cuda.current_device()
+    return torch.device("cuda", current if device.index is None else device.index)
+
+
+@contextmanager
+def in_evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Hold a model in evaluation mode within the context; each part then returns to its own mode."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _cast(module: nn.Module, dtype: torch.dtype | None) -> None:
+    # Parameters alone, as loading in that dtype does: buffers such as rotary frequencies keep their precision.
+    for parameter in module.parameters():
+        if dtype is not None and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def _is_path(reference: str) -> bool:
+    return reference.startswith((".", "/", "~")) or reference.count("/") > 1

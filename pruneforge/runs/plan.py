@@ -1,0 +1,134 @@
+"""From what a user asks for to what the engine runs: recipe, metric, pattern, layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pruneforge.errors import PruneForgeError
+from pruneforge.interfaces.adapter import Block
+from pruneforge.interfaces.layer import Layer
+from pruneforge.interfaces.metric import Metric
+from pruneforge.interfaces.patterns import NM, Pattern, parse_pattern
+from pruneforge.interfaces.registry import Registry
+from pruneforge.interfaces.statistics import GradientStatistic, InputStatistic
+from pruneforge.runs.recipe import PruneRecipe
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the patterns that a job prunes to.
+
+    Attributes:
+        recipe: The settings that give this one alone.
+        pattern: The pattern, with its scope.
+        output: The output folder.
+    """
+
+    recipe: PruneRecipe
+    pattern: Pattern
+    output: Path | None
+
+
+def make_recipe(**values: Any) -> PruneRecipe:
+    """Return a recipe of these settings.
+
+    Raises:
+        PruneForgeError: Naming the setting that does not fit.
+    """
+    try:
+        return PruneRecipe(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise PruneForgeError(f"{first['loc'][0]}={first['input']!r}: {first['msg'].lower()}") from None
+
+
+def make_metric(metric: str | Metric, options: Mapping[str, Any] | None, registry: Registry) -> Metric:
+    """Return the metric of a name with its options, or one that is made already.
+
+    Raises:
+        PruneForgeError: There is none of that name, the options are not its own, or it requires what nothing feeds.
+    """
+    if not isinstance(metric, str) and options:
+        raise PruneForgeError("options go with a metric's name; give a Metric its options when you make it")
+    made = registry.create("metric", metric, options) if isinstance(metric, str) else metric
+    for kind in made.requires:
+        if not issubclass(kind, InputStatistic | GradientStatistic):
+            raise PruneForgeError(
+                f"metric {made.name!r} requires {kind.__name__}, which is neither an InputStatistic nor a "
+                "GradientStatistic, so nothing would feed it"
+            )
+    return made
+
+
+def make_pattern(metric: Metric, sparsity: float | None, pattern: str | None, propagate: str) -> Pattern:
+    """Return the pattern asked for, with the metric's scope.
+
+    Raises:
+        PruneForgeError: Sparsity, pattern, scope and propagation contradict one another.
+    """
+    scope = metric.comparison_group()
+    asked = parse_pattern(sparsity, pattern, scope or "layer")
+    chosen = getattr(metric.options, "scope", None)
+    if isinstance(asked, NM) and chosen is not None:
+        raise PruneForgeError(f"scope={chosen} does not go with pattern {asked}, which compares within groups")
+    if getattr(asked, "scope", None) == "model" and propagate == "pruned" and sees_activations(metric):
+        raise PruneForgeError(
+            "scope=model compares scores of all blocks, so none can be pruned before the last is calibrated; "
+            "add `propagate` dense"
+        )
+    return asked
+
+
+def sees_activations(metric: Metric) -> bool:
+    """Return whether a metric's scores depend on how earlier blocks were pruned."""
+    return any(issubclass(kind, InputStatistic) for kind in metric.requires)
+
+
+def make_variants(
+    recipe: PruneRecipe, metric: Metric, patterns: Sequence[float | str], folder: Path | None
+) -> tuple[Variant, ...]:
+    """Return a variant for each pattern, with a folder of its own below `folder`.
+
+    Raises:
+        PruneForgeError: There is none, one comes twice, or they would share nothing.
+    """
+    if len(patterns) > 1 and recipe.propagate == "pruned" and sees_activations(metric):
+        raise PruneForgeError(
+            "with pruned propagation each pattern changes what the next block sees, so several share nothing; "
+            "add `propagate` dense, or make a run for each"
+        )
+    made: dict[str, Variant] = {}
+    for asked in patterns:
+        sparsity, text = (None, asked) if isinstance(asked, str) else (asked, None)
+        pattern = make_pattern(metric, sparsity, text, recipe.propagate)
+        name = str(pattern).replace(":", "of")
+        if name in made:
+            raise PruneForgeError(f"pattern {pattern} is asked for twice")
+        own = make_recipe(**{**recipe.model_dump(), "sparsity": sparsity, "pattern": text})
+        made[name] = Variant(own, pattern, folder / name if folder else None)
+    if not made:
+        raise PruneForgeError("no pattern is asked for; name at least one, such as 0.5 or 2:4")
+    return tuple(made.values())
+
+
+def without(blocks: list[Block], exclude: Sequence[str]) -> tuple[list[Block], list[Layer]]:
+    """Return the blocks without the layers that `exclude` names with wildcards, and those layers.
+
+    Raises:
+        PruneForgeError: A name fits no layer, or none is left.
+    """
+    layers = [layer for block in blocks for layer in block.layers]
+    for glob in exclude:
+        if not any(fnmatchcase(layer.name, glob) for layer in layers):
+            raise PruneForgeError(f"exclude={glob!r} fits no layer; they are called like {layers[0].name!r}")
+    out = {layer.name for layer in layers if any(fnmatchcase(layer.name, glob) for glob in exclude)}
+    if len(out) == len(layers):
+        raise PruneForgeError(f"exclude={', '.join(exclude)} leaves no layer to prune")
+    kept = [replace(block, layers=tuple(la for la in block.layers if la.name not in out)) for block in blocks]
+    return kept, [layer for layer in layers if layer.name in out]

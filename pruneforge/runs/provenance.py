@@ -1,0 +1,117 @@
+"""What a result comes from: versions, machine, model and data, and what of it decides the bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pruneforge.data.calibration import Calibration
+from pruneforge.engine.processes import Group
+from pruneforge.interfaces.adapter import LoadedModel
+from pruneforge.plugins import DISTRIBUTION
+from pruneforge.runs.recipe import PruneRecipe
+
+PACKAGES = ("pruneforge", "torch", "triton", "transformers", "timm", "datasets", "lm-eval", "safetensors", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide a result."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(DISTRIBUTION if name == "pruneforge" else name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Return what a timing depends on: processor, cores, threads, accelerators, system."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerators": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Return a hash of a model's parameters: names, shapes, dtypes and up to 4096 values of each."""
+    digest = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        values = parameter.detach().flatten()
+        sample = values[:: max(1, len(values) // 4096)].contiguous().cpu()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+DECIDING_GRADIENTS = ("pruneforge", "torch", "transformers", "timm")
+"""Packages of which another version may give other gradients of the dense model."""
+
+
+DECIDING = (*DECIDING_GRADIENTS, "triton")
+"""Packages of which another version may give other bytes."""
+
+
+def run_identity(
+    recipe: PruneRecipe, fingerprint: str, data: Calibration, group: Group, device: torch.device
+) -> dict[str, Any]:
+    """Return what decides the bytes of a run's output."""
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "plugin file": {path: _hash(Path(path)) for path in recipe.plugins},
+        "model": {"fingerprint": fingerprint},
+        "batch size": data.description.get("batch_size"),
+        "calibration data": {"fingerprint": data.description.get("fingerprint")},
+        "processes": group.size,
+        "device": device_name(device),
+        "version of": _versions(DECIDING),
+    }
+
+
+def gradient_identity(
+    recipe: PruneRecipe, fingerprint: str, data: Calibration, loaded: LoadedModel, device: torch.device
+) -> dict[str, Any]:
+    """Return what gradients of the dense model depend on: the model, the data, the loss."""
+    return {
+        "format": 1,
+        "model": fingerprint,
+        "dtype": str(next(loaded.module.parameters()).dtype),
+        "calibration data": data.description.get("fingerprint"),
+        "loss": data.description.get("loss"),
+        "adapter": {"name": loaded.adapter.name, "options": recipe.adapter_options},
+        "device": device_name(device),
+        "version of": _versions(DECIDING_GRADIENTS),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the kind of device, and the model of a GPU: another one may round otherwise."""
+    return f"cuda, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    return {name: version for name, version in versions().items() if name in packages}
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

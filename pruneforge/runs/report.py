@@ -1,0 +1,128 @@
+"""The report of a run: what was asked, what came out, what it ran on.
+
+Two reports can be compared with `diff`: keys keep their order, and everything that changes from one run
+to the next of the same recipe stands last, under `measured`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from pruneforge.checkpoint.durable import write_text
+from pruneforge.errors import PruneForgeError
+from pruneforge.interfaces.adapter import LoadedModel
+from pruneforge.interfaces.run import Run
+from pruneforge.runs.provenance import machine, versions
+from pruneforge.runs.recipe import PruneRecipe
+
+FILE = "pruneforge.json"
+FORMAT = 1
+
+
+def make_report(
+    recipe: PruneRecipe,
+    model: LoadedModel,
+    fingerprint: str,
+    calibration: Mapping[str, Any] | None,
+    run: Run,
+    peak_memory: Mapping[str, Any],
+    identity: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the report of a finished run, of types that JSON holds.
+
+    Args:
+        recipe: What was asked.
+        model: The pruned model.
+        fingerprint: Of the dense model.
+        calibration: Description of the calibration data, or `None` if there were none.
+        run: The finished run.
+        peak_memory: What `PeakMemory.read` returned.
+        identity: What decides the bytes of a streamed run, which a resumed one must share.
+    """
+    shapes = {layer.name: layer.shape for block in run.blocks for layer in block.layers}
+    layers = {
+        name: {"shape": list(shape), "pruned": run.pruned[name], "sparsity": round(run.pruned[name] / prod(shape), 6)}
+        for name, shape in shapes.items()
+    }
+    weights = sum(layer.parameter.numel() for layer in run.excluded) + sum(prod(shape) for shape in shapes.values())
+    pruned = sum(run.pruned.values())
+    return {
+        "format": FORMAT,
+        "recipe": recipe.model_dump(mode="json"),
+        "metric": {"name": run.metric.name, "options": run.metric.options.model_dump(mode="json")},
+        "pattern": {
+            "pattern": str(run.pattern),
+            "scope": getattr(run.pattern, "scope", None) if run.metric.scope else None,
+        },
+        "model": {
+            "reference": model.reference,
+            "class": type(model.module).__name__,
+            "adapter": model.adapter.name,
+            "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
+            "dtype": str(next(model.module.parameters()).dtype).removeprefix("torch."),
+            "fingerprint": fingerprint,
+        },
+        "calibration": calibration,
+        "sparsity": {"weights": weights, "pruned": pruned, "reached": round(pruned / weights, 6)},
+        "layers": layers,
+        "excluded": [layer.name for layer in run.excluded],
+        "warnings": run.warnings,
+        "evaluation": [],
+        "identity": dict(identity),
+        "versions": versions(),
+        "measured": {
+            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "seconds": {stage: round(seconds, 3) for stage, seconds in run.profile.seconds().items()},
+            "peak_memory": dict(peak_memory),
+            "activations_peak": run.activations,
+            "gradient_cache": run.gradient_cache,
+            **({"profile": run.profile.table()} if run.profile.memory else {}),
+            "machine": machine(),
+        },
+    }
+
+
+def save_report(report: Mapping[str, Any], folder: Path) -> None:
+    """Write a report to `folder`."""
+    (folder / FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def record_evaluation(folder: Path, outcome: Mapping[str, Any]) -> str | None:
+    """Add an evaluation to the report in `folder`, in place of an earlier one of the same recipe.
+
+    Returns:
+        Why that could not be done, or `None`.
+    """
+    report = load_report(folder)
+    if report is None:
+        return None
+    others = [known for known in report["evaluation"] if known["recipe"] != outcome["recipe"]]
+    report["evaluation"] = [*others, dict(outcome)]
+    try:
+        write_text(json.dumps(report, indent=2) + "\n", folder / FILE)
+    except OSError as error:
+        return f"the evaluation could not be added to {str(folder / FILE)!r}: {error.strerror}"
+    return None
+
+
+def load_report(folder: Path) -> dict[str, Any] | None:
+    """Return the report in `folder`, or `None` if there is none.
+
+    Raises:
+        PruneForgeError: The file is damaged or of another format.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PruneForgeError(f"report {str(path)!r} is damaged: {error}") from error
+    if not isinstance(report, dict) or report.get("format") != FORMAT:
+        raise PruneForgeError(f"report {str(path)!r} is not of format {FORMAT}; it comes from another version")
+    return report

@@ -1,0 +1,61 @@
+"""What `pruneforge.prune` returns."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from pruneforge.checkpoint.masks import load_masks
+from pruneforge.interfaces.adapter import LoadedModel
+from pruneforge.plugins import plugins
+from pruneforge.profile import Profile
+from pruneforge.runs.loading import load_model
+
+
+class PruneResult:
+    """A pruned model.
+
+    Attributes:
+        report: What `pruneforge.json` holds.
+        folder: Where it was written, if it is read from there when it is asked for.
+        profile: Where the time of the run went; `None` for a result that was loaded.
+    """
+
+    def __init__(
+        self,
+        report: dict[str, Any],
+        folder: Path | None = None,
+        loaded: LoadedModel | None = None,
+        masks: dict[str, Tensor] | None = None,
+        dtype: str = "auto",
+        profile: Profile | None = None,
+    ) -> None:
+        """Hold a result in memory, or name the folder that it is read from when it is asked for."""
+        self.report = report
+        self.profile = profile
+        self.folder = folder
+        self._dtype = dtype
+        if loaded is not None:
+            self.loaded = loaded
+        if masks is not None:
+            self.masks = masks
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The model with its adapter and processor."""
+        assert self.folder is not None
+        return load_model(self.folder, self._dtype, None, plugins().registry)
+
+    @cached_property
+    def masks(self) -> dict[str, Tensor]:
+        """Boolean [out, in] by full layer name, `True` keeps."""
+        assert self.folder is not None
+        return load_masks(self.folder)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, its pruned weights zero."""
+        return self.loaded.module
