@@ -100,7 +100,10 @@ def compare(metric: str, model: Path, scratch: Path, peers: Path | None, rounds:
 
 def compare_with(checkout: Path, metrics: list[str], rounds: int) -> None:
     """Time this checkout and another one in turns, and write how many times as long as before it takes."""
-    document: dict[str, Any] = {"machine": machine(), "versions": versions(), "rounds": rounds, "metrics": {}}
+    document: dict[str, Any] = {"machine": machine(), "versions": versions(), "commits": {}, "metrics": {}}
+    for name, where in (("before", checkout), ("now", ROOT)):
+        command = ["git", "-C", str(where), "rev-parse", "--short", "HEAD"]
+        document["commits"][name] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     with tempfile.TemporaryDirectory() as scratch:
         model = write_model(Path(scratch) / "model")
         for metric in metrics:

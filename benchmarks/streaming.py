@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from pruneforge.memory import usual_tokens_a_batch
-from pruneforge.profile import FILE as PROFILE_FILE
+from pruneforge.profile import PROFILE_FILE
 from pruneforge.runs.provenance import machine, versions
 
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,7 @@ import torch
 
 from pruneforge.memory import resident_bytes
 
-FILE = "profile.json"
+PROFILE_FILE = "profile.json"
 PERIOD = 0.01
 """Seconds between two looks at the memory, at first."""
 

@@ -67,3 +67,10 @@ class BarProgress(Progress):
             self._running -= 1
             if self._running == 0:
                 self._bars.stop()
+
+
+def as_progress(progress: bool | Progress) -> Progress:
+    """Return what was asked for: bars for `True`, nothing for `False`."""
+    if isinstance(progress, Progress):
+        return progress
+    return BarProgress() if progress else Progress()

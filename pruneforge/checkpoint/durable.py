@@ -16,7 +16,7 @@ PARTIAL = ".partial"
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path, what: str = "output folder") -> Iterator[None]:
     """Turn what the system says of a full or read-only disk into one line.
 
     Raises:
@@ -26,8 +26,7 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UnfinishedError(
-            f"output folder {str(folder)!r} cannot be written: {error.strerror or error}; "
-            "once it can, go on with `resume`"
+            f"{what} {str(folder)!r} cannot be written: {error.strerror or error}; once it can, go on with `resume`"
         ) from error
 
 
@@ -65,15 +64,21 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], what: str = "folder") -> None:
     """Write a safetensors file, whole or not at all, without a second copy of its tensors.
+
+    Args:
+        path: The file.
+        tensors: By name; those of larger dtypes first, so that all are aligned.
+        metadata: What else the file says of itself.
+        what: What its folder is to a user, for messages.
 
     Raises:
         UnfinishedError: The disk is full, or cannot be written.
     """
     head = header({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, metadata)
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")  # two runs may share a cache
-    with writing(path.parent):
+    with writing(path.parent, what):
         try:
             with open_for_writing(partial) as target:
                 write_all(target, memoryview(head), 0)

@@ -18,7 +18,7 @@ from typing import Any
 from pruneforge.checkpoint.durable import sync, writing
 from pruneforge.errors import PruneForgeError
 
-FILE = "journal.jsonl"
+JOURNAL_FILE = "journal.jsonl"
 FORMAT = 1
 
 
@@ -47,7 +47,7 @@ class Journal:
         self.entries: list[dict[str, Any]] = []
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = _locked(folder / FILE)
+            self._file = _locked(folder / JOURNAL_FILE)
         try:
             lines = self._complete_lines()
             self.resumed = bool(lines)
@@ -77,7 +77,7 @@ class Journal:
                 lines.append(json.loads(line))
             except ValueError as error:
                 raise PruneForgeError(
-                    f"line {number} of {str(self.folder / FILE)!r} is damaged; empty the folder and begin anew"
+                    f"line {number} of {str(self.folder / JOURNAL_FILE)!r} is damaged; empty the folder and begin anew"
                 ) from error
         if whole != text:
             os.ftruncate(self._file, len(whole))

@@ -15,7 +15,7 @@ from torch import Tensor
 from pruneforge.checkpoint import shards
 from pruneforge.errors import PruneForgeError
 
-FILE = "masks.safetensors"
+MASKS_FILE = "masks.safetensors"
 
 
 def header(shapes: Mapping[str, tuple[int, int]]) -> bytes:
@@ -41,7 +41,7 @@ def _metadata(shapes: Mapping[str, list[int]]) -> dict[str, str]:
 def save_masks(masks: Mapping[str, Tensor], folder: Path) -> None:
     """Write masks (boolean [out, in], by layer name) to `folder`, packed along the flattened weight."""
     packed = {name: pack(mask) for name, mask in masks.items()}
-    save_file(packed, folder / FILE, metadata=_metadata({name: list(mask.shape) for name, mask in masks.items()}))
+    save_file(packed, folder / MASKS_FILE, metadata=_metadata({name: list(mask.shape) for name, mask in masks.items()}))
 
 
 def load_masks(folder: Path) -> dict[str, Tensor]:
@@ -50,9 +50,9 @@ def load_masks(folder: Path) -> dict[str, Tensor]:
     Raises:
         PruneForgeError: The folder holds none, or the file is damaged.
     """
-    path = folder / FILE
+    path = folder / MASKS_FILE
     if not path.is_file():
-        raise PruneForgeError(f"{str(folder)!r} holds no {FILE}; it is not the output of a pruning run")
+        raise PruneForgeError(f"{str(folder)!r} holds no {MASKS_FILE}; it is not the output of a pruning run")
     try:
         with safe_open(path, "numpy") as file:
             shapes: dict[str, list[int]] = json.loads(file.metadata()["shapes"])

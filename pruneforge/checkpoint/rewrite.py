@@ -58,7 +58,7 @@ class Rewrite:
             for file in self.source.files:
                 self._lay_out(file)
             size = len(self._head) + sum(masks.packed_bytes(shape) for _, shape in self._layers.values())
-            with open_for_writing(self.folder / (masks.FILE + PARTIAL)) as target:
+            with open_for_writing(self.folder / (masks.MASKS_FILE + PARTIAL)) as target:
                 _reserve(target, size)
                 os.pwrite(target, self._head, 0)
                 os.fsync(target)
@@ -96,7 +96,7 @@ class Rewrite:
                 stored = self.source.tensors[name]
                 place = touched.setdefault(self._partial(stored.file), [])
                 place.append((stored.start, as_bytes(tensor.cpu()).numpy().data))
-            partial = self.folder / (masks.FILE + PARTIAL)
+            partial = self.folder / (masks.MASKS_FILE + PARTIAL)
             if not self._places:
                 self._places = {stored.name: stored for stored in read_header(partial)}
             packed = [(self._places[name].start, masks.pack(mask).data) for name, mask in kept.items()]
@@ -118,7 +118,7 @@ class Rewrite:
     def finish(self, own: Collection[str]) -> None:
         """Give every file its name, and copy what stands beside the weights, but for files called as in `own`."""
         with writing(self.folder):
-            for file in [*self.source.files, masks.FILE]:
+            for file in [*self.source.files, masks.MASKS_FILE]:
                 partial = self.folder / (file + PARTIAL)
                 if partial.exists():  # a run that was stopped right here has renamed some already
                     partial.replace(self.folder / file)

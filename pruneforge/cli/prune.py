@@ -152,7 +152,7 @@ def prune(
         return
     if output is None:
         raise typer.BadParameter("Missing option '--output'")
-    from pruneforge.checkpoint.journal import FILE as JOURNAL
+    from pruneforge.checkpoint.journal import JOURNAL_FILE
     from pruneforge.runs import prune as pruning
 
     settings |= {"calibration": calibration, "profile": profile}
@@ -162,7 +162,7 @@ def prune(
         else:
             results = [pruning.prune(model, metric, **settings)]
     except KeyboardInterrupt:
-        if not any(output.rglob(JOURNAL)):
+        if not any(output.rglob(JOURNAL_FILE)):
             raise
         print(f"pruneforge: interrupted; {output} holds what is finished, go on with --resume", file=sys.stderr)
         raise typer.Exit(common.INTERRUPTED) from None

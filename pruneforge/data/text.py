@@ -105,13 +105,23 @@ def crops(documents: Sequence[str], source: str, request: Request, seqlen: int) 
                 if len(tokens) > seqlen:
                     start = generator.randint(0, len(tokens) - seqlen - 1)
                     return tokens[start : start + seqlen]
-                if len(lengths) == len(documents) and max(lengths.values()) <= seqlen:
-                    raise PruneForgeError(
-                        f"source {source!r} has no document longer than {seqlen} tokens (the longest has "
-                        f"{max(lengths.values())}); use a shorter `seqlen`, or join them: `source_options` pack=true"
-                    )
+                if len(lengths) == len(documents):
+                    check_longest()
 
-    found = [draw() for _ in progress.track(range(samples), "drawing calibration samples")]
+    def check_longest() -> None:
+        longest = max(lengths.values())
+        if longest <= seqlen:
+            raise PruneForgeError(
+                f"source {source!r} has no document longer than {seqlen} tokens (the longest has {longest}); use a "
+                "shorter `seqlen`, or join them: `source_options` pack=true"
+            )
+
+    if samples * seqlen > _bytes(documents, samples * seqlen):  # a token is a byte at least: say at once what there is
+        lengths = {index: len(tokens_of(index)) for index in range(len(documents))}
+        check_longest()
+        found = []
+    else:
+        found = [draw() for _ in progress.track(range(samples), "drawing calibration samples")]
     available = sum(length for length in lengths.values() if length > seqlen)
     if len(lengths) == len(documents) and available < samples * seqlen:
         raise PruneForgeError(
@@ -119,6 +129,16 @@ def crops(documents: Sequence[str], source: str, request: Request, seqlen: int) 
             "samples, which would repeat one another; use fewer `samples` or a shorter `seqlen`"
         )
     return found
+
+
+def _bytes(documents: Sequence[str], enough: int) -> int:
+    """Return how many bytes the documents have, or the first of them that have `enough`."""
+    size = 0
+    for document in documents:
+        size += len(document.encode())
+        if size >= enough:
+            break
+    return size
 
 
 def packed(documents: Sequence[str], source: str, request: Request, seqlen: int) -> list[Tensor]:

@@ -25,6 +25,8 @@ Kind = type[GradientStatistic]
 Gradients = dict[str, dict[Kind, GradientStatistic]]
 """Statistics of a block's layers, by layer name and class."""
 
+FOLDER = "folder of gradient statistics"
+
 HOST = torch.device("cpu")
 
 
@@ -107,7 +109,7 @@ class GradientFiles:
 
     def put(self, block: Block, found: Gradients) -> None:
         """Write the statistics of a block, each file whole or not at all."""
-        with writing(self.folder):
+        with writing(self.folder, FOLDER):
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "identity.json").write_text(self._identity + "\n", encoding="utf-8")
         for name, statistics in found.items():
@@ -115,7 +117,7 @@ class GradientFiles:
                 state = statistic.state_dict()
                 tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
                 others = {key: value for key, value in state.items() if key not in tensors}
-                write_tensors(self._path(name, kind), tensors, {"state": json.dumps(others)})
+                write_tensors(self._path(name, kind), tensors, {"state": json.dumps(others)}, FOLDER)
                 self.written += sum(tensor.nbytes for tensor in tensors.values())
 
     def get(self, block: Block, kinds: Sequence[Kind], device: torch.device) -> Gradients:

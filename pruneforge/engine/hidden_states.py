@@ -124,7 +124,7 @@ class Store:
     def _write(self, tensor: Tensor) -> Path:
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="pruneforge-activations-"))
-        with writing(self._folder):
+        with writing(self._folder, "folder of hidden states"):
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"{next(self._numbers)}.bin"
             as_bytes(tensor.cpu().contiguous()).numpy().tofile(path)

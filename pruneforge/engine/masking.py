@@ -39,7 +39,6 @@ class Applier:
         self.chain = chain
         self.group = group
         self.block_pruned = block_pruned
-        self._over_all: dict[int, Threshold] = {}  # by id of the run
 
     @torch.no_grad()
     def prune(self, run: Run, index: int, stats: BlockStatistics) -> None:
@@ -64,7 +63,7 @@ class Applier:
     def find_threshold(self, run: Run, layers: Sequence[Layer], scores: Callable[[], Iterable[Tensor]]) -> None:
         """Find a run's threshold over the scores of a whole model; `scores` yields them, in several passes."""
         with run.profile.stage("prune"):
-            self._over_all[id(run)] = _exact_threshold(run, layers, scores)
+            run.threshold = _exact_threshold(run, layers, scores)
 
     def score(self, run: Run, layer: Layer, stats: LayerStatistics) -> Tensor:
         """Return a layer's scores [out, in], the same each time."""
@@ -74,7 +73,7 @@ class Applier:
     def _threshold(self, run: Run, block: Block, stats: BlockStatistics) -> Threshold | None:
         """Return the threshold over several layers that a run's scope asks for."""
         if run.scope != "block":
-            return self._over_all.get(id(run))
+            return run.threshold
         scores = [self.score(run, layer, stats[layer.name]) for layer in block.layers]
         return _exact_threshold(run, block.layers, lambda: scores)
 

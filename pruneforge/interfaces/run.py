@@ -11,6 +11,7 @@ from pruneforge.interfaces.adapter import Block
 from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.metric import Metric
 from pruneforge.interfaces.patterns import Pattern, Scope, Unstructured
+from pruneforge.interfaces.selection import Threshold
 from pruneforge.profile import Profile
 
 Propagate = Literal["pruned", "dense"]
@@ -33,6 +34,7 @@ class Run:
         pruned: For each finished layer, by full name, how many of its weights are pruned. Its mask is in the
             `BlockResult` of its block; the engine owns it, and nothing infers a mask from zeros.
         activations: Most bytes of hidden states that waited at a time, by place (device, host, disk).
+        threshold: Of the scores of the whole model, once it is known; for scope "model" alone.
         gradient_cache: How many gradient statistics were found there, and how many bytes were added.
     """
 
@@ -48,6 +50,7 @@ class Run:
     pruned: dict[str, int] = field(default_factory=dict)
     activations: dict[str, int] = field(default_factory=dict)
     gradient_cache: dict[str, int] = field(default_factory=dict)
+    threshold: Threshold | None = None
 
     @property
     def scope(self) -> Scope | None:

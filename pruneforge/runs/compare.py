@@ -9,7 +9,7 @@ from typing import Any
 
 from pruneforge.data.calibration import Data
 from pruneforge.errors import PruneForgeError
-from pruneforge.progress import BarProgress, Progress
+from pruneforge.progress import Progress, as_progress
 from pruneforge.runs.evaluate import evaluate
 from pruneforge.runs.prune import prune
 
@@ -72,7 +72,7 @@ def compare(
     Raises:
         PruneForgeError: As `prune` and `evaluate` raise it.
     """
-    bars = (BarProgress() if progress else Progress()) if isinstance(progress, bool) else progress
+    bars = as_progress(progress)
     rows = []
     for case in cases:
         common: dict[str, Any] = {"device": device, "seed": seed, "progress": bars}

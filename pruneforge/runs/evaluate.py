@@ -8,16 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from torch import nn
 
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.evaluator import Evaluator, Subject
 from pruneforge.plugins import plugins
-from pruneforge.progress import BarProgress, Progress
+from pruneforge.progress import Progress, as_progress
 from pruneforge.runs import report as reports
 from pruneforge.runs.loading import in_evaluation_mode, load_model, parse_device, parse_dtype
-from pruneforge.runs.recipe import EvalRecipe
+from pruneforge.runs.recipe import EvalRecipe, validated
 from pruneforge.runs.result import PruneResult
 
 
@@ -67,7 +66,7 @@ def evaluate(
         PruneForgeError: Something asked for does not exist or does not fit; nothing has been written.
     """
     found = plugins()
-    bars = (BarProgress() if progress else Progress()) if isinstance(progress, bool) else progress
+    bars = as_progress(progress)
     given = {"data": data, "window": window, "include_path": include_path, "limit": limit}
     values: dict[str, Any] = {key: str(v) if isinstance(v, Path) else v for key, v in given.items() if v is not None}
     values |= dict(options or {})
@@ -83,20 +82,17 @@ def evaluate(
         loaded = load_model(model, dtype, processor, found.registry)
         folder = Path(loaded.reference) if Path(loaded.reference).is_dir() else None
         report = (reports.load_report(folder) if folder else None) or {}
-    try:
-        recipe = EvalRecipe(
-            model=loaded.reference,
-            task=task,
-            options=values,
-            batch_size=batch_size,
-            device=device,
-            dtype=dtype,
-            seed=seed,
-            plugins=[plugin.origin for plugin in found.loaded if plugin.from_file],
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise PruneForgeError(f"{first['loc'][0]}={first['input']!r}: {first['msg'].lower()}") from None
+    recipe = validated(
+        EvalRecipe,
+        model=loaded.reference,
+        task=task,
+        options=values,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        plugins=[plugin.origin for plugin in found.loaded if plugin.from_file],
+    )
     home = next(loaded.module.parameters()).device
     with in_evaluation_mode(loaded.module):
         try:

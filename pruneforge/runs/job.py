@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pruneforge.checkpoint.folder import check_output, new_folder
-from pruneforge.checkpoint.journal import FILE as JOURNAL
+from pruneforge.checkpoint.journal import JOURNAL_FILE
 from pruneforge.checkpoint.masks import save_masks
 from pruneforge.data.calibration import Calibration, Data, collect
 from pruneforge.engine.budget import Budgets
@@ -30,15 +30,14 @@ from pruneforge.interfaces.source import create_source
 from pruneforge.memory import PeakMemory, one_line_for_full_devices
 from pruneforge.numerics import exact_arithmetic
 from pruneforge.plugins import Plugins, plugins
-from pruneforge.profile import FILE as PROFILE
-from pruneforge.profile import Profile
-from pruneforge.progress import BarProgress, Progress
+from pruneforge.profile import PROFILE_FILE, Profile
+from pruneforge.progress import Progress, as_progress
 from pruneforge.runs import provenance
 from pruneforge.runs import report as reports
 from pruneforge.runs.loading import in_evaluation_mode, load_model, parse_device, parse_dtype
-from pruneforge.runs.plan import Variant, make_metric, make_pattern, make_recipe, make_variants, without
+from pruneforge.runs.plan import Variant, make_metric, make_pattern, make_variants, without
 from pruneforge.runs.provenance import run_identity
-from pruneforge.runs.recipe import PruneRecipe, save_recipe
+from pruneforge.runs.recipe import PruneRecipe, save_recipe, validated
 from pruneforge.runs.result import PruneResult
 from pruneforge.runs.streaming import Output, prune_streamed
 
@@ -87,7 +86,9 @@ class Job:
             self._refuse_what_streams("that takes a folder or hub id and an output")
         for variant in self.variants:
             # The journal says what an unfinished run's folder holds, once it is locked.
-            if variant.output is not None and not (on_disk and (self.resume or (variant.output / JOURNAL).is_file())):
+            if variant.output is not None and not (
+                on_disk and (self.resume or (variant.output / JOURNAL_FILE).is_file())
+            ):
                 check_output(variant.output)
         with joined(self.device) as group:
             progress = self.progress if group.first else Progress()
@@ -261,7 +262,7 @@ class Job:
         save_recipe(variant.recipe, folder)
         reports.save_report(report, folder)
         if self.profile:
-            run.profile.save(folder / PROFILE)
+            run.profile.save(folder / PROFILE_FILE)
 
 
 def make_job(
@@ -287,7 +288,8 @@ def make_job(
         PruneForgeError: Something asked for does not exist or does not fit, as far as that shows without the model.
     """
     found = plugins()
-    recipe = make_recipe(
+    recipe = validated(
+        PruneRecipe,
         model=str(model) if isinstance(model, str | Path) else type(model).__name__,
         metric=metric if isinstance(metric, str) else metric.name,
         calibration=str(calibration) if isinstance(calibration, str | Path) else None,
@@ -319,5 +321,5 @@ def make_job(
         resume=resume,
         profile=profile,
         plugins=found,
-        progress=(BarProgress() if progress else Progress()) if isinstance(progress, bool) else progress,
+        progress=as_progress(progress),
     )

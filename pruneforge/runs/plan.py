@@ -8,8 +8,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Block
 from pruneforge.interfaces.layer import Layer
@@ -17,7 +15,7 @@ from pruneforge.interfaces.metric import Metric
 from pruneforge.interfaces.patterns import NM, Pattern, parse_pattern
 from pruneforge.interfaces.registry import Registry
 from pruneforge.interfaces.statistics import GradientStatistic, InputStatistic
-from pruneforge.runs.recipe import PruneRecipe
+from pruneforge.runs.recipe import PruneRecipe, validated
 
 
 @dataclass(frozen=True)
@@ -33,19 +31,6 @@ class Variant:
     recipe: PruneRecipe
     pattern: Pattern
     output: Path | None
-
-
-def make_recipe(**values: Any) -> PruneRecipe:
-    """Return a recipe of these settings.
-
-    Raises:
-        PruneForgeError: Naming the setting that does not fit.
-    """
-    try:
-        return PruneRecipe(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise PruneForgeError(f"{first['loc'][0]}={first['input']!r}: {first['msg'].lower()}") from None
 
 
 def make_metric(metric: str | Metric, options: Mapping[str, Any] | None, registry: Registry) -> Metric:
@@ -110,7 +95,7 @@ def make_variants(
         name = str(pattern).replace(":", "of")
         if name in made:
             raise PruneForgeError(f"pattern {pattern} is asked for twice")
-        own = make_recipe(**{**recipe.model_dump(), "sparsity": sparsity, "pattern": text})
+        own = validated(PruneRecipe, **{**recipe.model_dump(), "sparsity": sparsity, "pattern": text})
         made[name] = Variant(own, pattern, folder / name if folder else None)
     if not made:
         raise PruneForgeError("no pattern is asked for; name at least one, such as 0.5 or 2:4")

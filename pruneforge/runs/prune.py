@@ -171,7 +171,7 @@ def load(folder: str | Path, *, device: str = "auto", dtype: str = "auto") -> Pr
     path = Path(folder)
     masks, report = load_masks(path), reports.load_report(path)
     if report is None:
-        raise PruneForgeError(f"{str(folder)!r} holds no {reports.FILE}; it is not the output of a pruning run")
+        raise PruneForgeError(f"{str(folder)!r} holds no {reports.REPORT_FILE}; it is not the output of a pruning run")
     loaded = load_model(path, dtype, None, plugins().registry)
     loaded.module.to(parse_device(device))
     return PruneResult(report, loaded=loaded, masks=masks)

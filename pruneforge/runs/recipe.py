@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pruneforge.errors import PruneForgeError, unknown_name
 
-FILE = "recipe.yaml"
+RECIPE_FILE = "recipe.yaml"
 
 
 class _Recipe(BaseModel):
@@ -48,10 +48,26 @@ class EvalRecipe(_Recipe):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
+R = TypeVar("R", bound=_Recipe)
+
+
+def validated(kind: type[R], **values: Any) -> R:
+    """Return a recipe of these settings.
+
+    Raises:
+        PruneForgeError: Naming the setting that does not fit.
+    """
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise PruneForgeError(f"{first['loc'][0]}={first['input']!r}: {first['msg'].lower()}") from None
+
+
 def save_recipe(recipe: BaseModel, folder: Path) -> None:
     """Write a recipe to `folder` as YAML, without what was left at its default."""
     values = recipe.model_dump(mode="json", exclude_defaults=True)
-    (folder / FILE).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    (folder / RECIPE_FILE).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
 def read_config(path: Path, known: set[str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pruneforge.interfaces.run import Run
 from pruneforge.runs.provenance import machine, versions
 from pruneforge.runs.recipe import PruneRecipe
 
-FILE = "pruneforge.json"
+REPORT_FILE = "pruneforge.json"
 FORMAT = 1
 
 
@@ -89,7 +89,7 @@ def make_report(
 
 def save_report(report: Mapping[str, Any], folder: Path) -> None:
     """Write a report to `folder`."""
-    (folder / FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def record_evaluation(folder: Path, outcome: Mapping[str, Any]) -> str | None:
@@ -104,9 +104,9 @@ def record_evaluation(folder: Path, outcome: Mapping[str, Any]) -> str | None:
     others = [known for known in report["evaluation"] if known["recipe"] != outcome["recipe"]]
     report["evaluation"] = [*others, dict(outcome)]
     try:
-        write_text(json.dumps(report, indent=2) + "\n", folder / FILE)
+        write_text(json.dumps(report, indent=2) + "\n", folder / REPORT_FILE)
     except OSError as error:
-        return f"the evaluation could not be added to {str(folder / FILE)!r}: {error.strerror}"
+        return f"the evaluation could not be added to {str(folder / REPORT_FILE)!r}: {error.strerror}"
     return None
 
 
@@ -116,7 +116,7 @@ def load_report(folder: Path) -> dict[str, Any] | None:
     Raises:
         PruneForgeError: The file is damaged or of another format.
     """
-    path = folder / FILE
+    path = folder / REPORT_FILE
     if not path.is_file():
         return None
     try:

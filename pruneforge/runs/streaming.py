@@ -17,8 +17,7 @@ from pruneforge.checkpoint import masks
 from pruneforge.checkpoint.behind import Behind
 from pruneforge.checkpoint.durable import PARTIAL, sync, writing
 from pruneforge.checkpoint.folder import check_output
-from pruneforge.checkpoint.journal import FILE as JOURNAL
-from pruneforge.checkpoint.journal import Journal, difference
+from pruneforge.checkpoint.journal import JOURNAL_FILE, Journal, difference
 from pruneforge.checkpoint.rewrite import Rewrite
 from pruneforge.checkpoint.skeleton import stored_layers
 from pruneforge.data.calibration import Calibration
@@ -34,14 +33,14 @@ from pruneforge.errors import PruneForgeError, UnfinishedError
 from pruneforge.interfaces.adapter import LoadedModel
 from pruneforge.interfaces.run import BlockResult, Run
 from pruneforge.numerics import all_finite, zeroed
-from pruneforge.profile import FILE as PROFILE
+from pruneforge.profile import PROFILE_FILE
 from pruneforge.progress import Progress
 from pruneforge.runs import recipe as recipes
 from pruneforge.runs import report as reports
 from pruneforge.runs.provenance import gradient_identity
 from pruneforge.runs.recipe import PruneRecipe
 
-OWN = frozenset({masks.FILE, reports.FILE, recipes.FILE, PROFILE, JOURNAL})
+OWN = frozenset({masks.MASKS_FILE, reports.REPORT_FILE, recipes.RECIPE_FILE, PROFILE_FILE, JOURNAL_FILE})
 """Files of an earlier pruning run, which are not copied from a model that is pruned once more."""
 
 WAITING = ".activations-"
@@ -79,7 +78,7 @@ class Output:
         Raises:
             PruneForgeError: It holds another one.
         """
-        report = None if (self.folder / JOURNAL).is_file() else reports.load_report(self.folder)
+        report = None if (self.folder / JOURNAL_FILE).is_file() else reports.load_report(self.folder)
         if report is None:
             return False
         other = difference(report.get("identity", {}), json.loads(json.dumps(self.identity)))
@@ -99,7 +98,7 @@ class Output:
             yield
             return
         made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
-        if not (self.folder / JOURNAL).is_file():
+        if not (self.folder / JOURNAL_FILE).is_file():
             check_output(self.folder)
         journal = self._journal = Journal(self.folder, self.identity, resume)
         try:
@@ -114,7 +113,7 @@ class Output:
                 for path in made if remove else ():
                     path.rmdir()
             raise
-        (self.folder / JOURNAL).unlink()  # while it is still locked
+        (self.folder / JOURNAL_FILE).unlink()  # while it is still locked
         journal.close()
 
     def prepare(self, group: Group) -> None:
@@ -131,7 +130,7 @@ class Output:
         self.run.finished = len(entries)
 
     def _remove(self) -> None:
-        for path in [*self.folder.glob(f"*{PARTIAL}"), self.folder / JOURNAL]:
+        for path in [*self.folder.glob(f"*{PARTIAL}"), self.folder / JOURNAL_FILE]:
             path.unlink(missing_ok=True)
         self._forget_waiting()
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+import pruneforge
 from pruneforge import PruneForgeError
 from pruneforge.interfaces.source import Request, create_source
 from pruneforge.plugins import plugins
@@ -202,3 +203,19 @@ def test_a_wrong_column_and_a_wrong_slice_are_named(rows, tmp_path, tokenizer):
         draw(f"{rows['jsonl']}[a:b]", tokenizer)
     with pytest.raises(PruneForgeError, match=r"slice \[90:\] leaves nothing of 12 rows"):
         draw(f"{rows['jsonl']}[90:]", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("pack", "said"),
+    [
+        (False, r"tokens in documents longer than 64, too little for 10{13} samples"),
+        (True, "samples of 64, and 10{13} were"),
+    ],
+)
+def test_more_samples_than_a_text_can_hold_are_refused_before_any_is_drawn(pack, said, tmp_path, checkpoint):
+    (tmp_path / "text.txt").write_text("one two three " * 1000)
+    with pytest.raises(PruneForgeError, match=said):
+        pruneforge.prune(
+            checkpoint, "wanda", 0.5, calibration=tmp_path / "text.txt", samples=10**13, seqlen=64,
+            source_options={"pack": pack},
+        )  # fmt: skip
