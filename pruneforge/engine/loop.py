@@ -111,26 +111,35 @@ class _Loop:
             self.activations = []
 
     def block_by_block(self) -> Generator[None, None, None]:
-        """Prune each block before the next is calibrated."""
+        """Calibrate a block, prune it, and hand the hidden states on to the next one.
+
+        With `propagate="dense"` calibration itself hands them on: they are what the block gave before it was pruned.
+        With "pruned" they have to pass the pruned block as well. That pass is made together with the next block's
+        calibration, batch by batch, so that each hidden state is fetched and kept once instead of twice; the pruned
+        block is held for as long. Never more than these two blocks are held.
+        """
         last = len(self.chain.blocks) - 1
-        with ExitStack() as behind:  # holds a pruned block until the next one's calibration has run through it
-            ahead: int | None = None
+        with ExitStack() as held:  # the pruned block that batches still have to pass
+            waiting: int | None = None  # its index
             for index, block in enumerate(self.chain.blocks):
+                # A resumed run has finished some blocks; another pattern of the same pass may not have.
                 runs = [run for run in self.runs if index >= run.finished]
                 onward = bool(self.activations) and index < last
                 if runs or onward:
                     with ExitStack() as here:
+                        # A block that all runs have finished is read as they left it, unless batches pass it dense.
                         here.enter_context(self.chain.residency.visit(block, pruned=not (runs or self.dense)))
                         if runs:
-                            stats = self.with_gradients(block, self.calibrate(index, through=ahead))
-                            behind.close()
+                            stats = self.with_gradients(block, self.calibrate(index, through=waiting))
+                            held.close()  # all batches have passed it
                             self.prune(runs, index, stats)
-                            del stats
-                        ahead = None
+                            del stats  # before the next block's are made
+                        waiting = None
+                        # Code of the model's own between two blocks needs the outputs of all batches first.
                         if onward and runs and not self.dense and not self.chain.continues(index):
-                            ahead = index
-                            behind.push(here.pop_all())
-                        elif onward and not (runs and self.dense):  # calibration has passed dense outputs on
+                            waiting = index
+                            held.push(here.pop_all())  # the visit ends with the next block's calibration
+                        elif onward and not (runs and self.dense):
                             self.propagate(index)
                 self.advance(index)
                 yield
