@@ -43,9 +43,11 @@ bench-cuda: .venv/ready
 clean:
 	rm -rf .venv .venv-peers docs/_build
 
+# In 0.1.0 this project was called pruneforge; both together share files.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	! $(BIN)/python -m pip show --quiet pruneforge 2>/dev/null || $(BIN)/python -m pip uninstall --quiet --yes pruneforge
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 

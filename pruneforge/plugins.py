@@ -123,7 +123,8 @@ class Plugins:
         try:
             module = load()  # type: ignore[operator]
             self._manager.register(module, name)
-            self.registry.plugin, self.registry.distribution = name, origin
+            self.registry.plugin = name
+            self.registry.distribution = origin if version else ""  # a single file has none
             if hasattr(module, "pruneforge_register"):
                 module.pruneforge_register(self.registry)
             else:
@@ -180,22 +181,22 @@ def _register_classes(module: ModuleType, registry: Registry) -> None:
 
 
 def check_distribution() -> None:
-    """Raise if the other project that is called `pruneforge` on the package index is installed.
+    """Raise if a distribution called `pruneforge` is installed.
 
-    Its package has the same import name, so each of the two overwrites files of the other.
+    On the package index that is another project, and version 0.1.0 of this one was called so. Either has the same
+    import name, so that its files and this one's overwrite one another.
 
     Raises:
-        PruneForgeError: It is; the message says how to mend it.
+        PruneForgeError: There is one; the message says how to mend it.
     """
     try:
-        other = metadata.distribution("pruneforge")
+        version = metadata.version("pruneforge")
     except metadata.PackageNotFoundError:
         return
-    if not any(point.group == GROUP for point in other.entry_points):
-        raise PruneForgeError(
-            f"the distribution 'pruneforge' {other.version} of another project is installed and shares this package's "
-            f"files; run pip uninstall pruneforge {DISTRIBUTION}, and install {DISTRIBUTION} again"
-        )
+    raise PruneForgeError(
+        f"the distribution 'pruneforge' {version} is installed, which is another project or this one before it was "
+        f"called {DISTRIBUTION}; they share files: run pip uninstall pruneforge {DISTRIBUTION}, and install again"
+    )
 
 
 @functools.cache

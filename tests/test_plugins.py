@@ -299,9 +299,15 @@ def test_what_needs_a_library_that_is_not_there_says_which_extra_brings_it(fresh
     with pytest.raises(PruneForgeError) as error:
         fresh.registry.create("metric", "far")
     assert str(error.value) == (
-        "metric 'far' needs no_such_library, which is not installed; it comes with the extra 'far': "
-        "pip install 'some-plugin[far]', or '.[far]' in a clone"
+        "metric 'far' needs no_such_library, which is not installed; install the extra 'far' of some-plugin "
+        "(in a clone: pip install '.[far]')"
     )
+    fresh.registry.distribution = ""
+    fresh.registry.metric("near", "no_such_package.metric:Near", library="no.such.module", extra="near")
+    with pytest.raises(PruneForgeError, match=r"metric 'near' needs no\.such\.module, which is not installed$"):
+        fresh.registry.create("metric", "near")
+    with pytest.raises(PruneForgeError, match="names a library and no extra"):
+        fresh.registry.metric("half", "no_such_package.metric:Half", library="no_such_library")
 
 
 def test_the_other_project_of_this_name_is_refused(tmp_path):
@@ -312,5 +318,7 @@ def test_the_other_project_of_this_name_is_refused(tmp_path):
     command = [sys.executable, "-m", "pruneforge", "plugins"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("pruneforge: the distribution 'pruneforge' 0.1.4 of another project is installed")
+    assert done.stderr.startswith(
+        "pruneforge: the distribution 'pruneforge' 0.1.4 is installed, which is another project"
+    )
     assert len(done.stderr.splitlines()) == 1

@@ -92,9 +92,17 @@ def _defined(name: str) -> str:
 def _exists(target: str) -> bool:
     if pydoc.locate(target) is not None:
         return True
-    # A bare name in an annotation stands for an import of the module, which may be for type checkers alone.
+    # A name in an annotation stands for an import of the module, which may be for type checkers alone.
     modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == "pruneforge"]
-    return "." not in target and any(hasattr(module, target) for module in modules)
+    return any(_has(module, target) for module in modules)
+
+
+def _has(item: Any, target: str) -> bool:
+    for name in target.split("."):
+        if not hasattr(item, name):
+            return False
+        item = getattr(item, name)
+    return True
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def sync(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Open a file for reading and writing at any place, made if it is not there; yield its descriptor."""
+    """Make one file last through a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

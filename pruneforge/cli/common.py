@@ -26,11 +26,14 @@ _REPEATED = {
 def with_flags(text: str, ctx: typer.Context) -> str:
     """Return a message with options as they are typed: messages name `source_options` as Python does."""
     commands: Any = ctx.find_root().command
-    known = {str(parameter.name) for command in commands.commands.values() for parameter in command.params}
+    flags: dict[str, str] = {}
+    for command in commands.commands.values():
+        for parameter in command.params:
+            if parameter.param_type_name == "option":
+                flags[str(parameter.name)] = max(parameter.opts, key=len)  # the long form
 
     def flag(found: re.Match[str]) -> str:
-        name = _REPEATED.get(found[1], found[1])
-        return f"--{name.replace('_', '-')}" if name in known else found[0]
+        return flags.get(_REPEATED.get(found[1], found[1]), found[0])
 
     return re.sub(r"`(\w+)`", flag, text)
 

@@ -1,4 +1,4 @@
-"""Images as calibration and evaluation data, and what adapters of image classifiers share."""
+"""Images as calibration and evaluation data."""
 
 from __future__ import annotations
 

@@ -116,18 +116,20 @@ def crops(documents: Sequence[str], source: str, request: Request, seqlen: int) 
                 "shorter `seqlen`, or join them: `source_options` pack=true"
             )
 
-    if samples * seqlen > _bytes(documents, samples * seqlen):  # a token is a byte at least: say at once what there is
+    def check_total() -> None:
+        available = sum(length for length in lengths.values() if length > seqlen)
+        if len(lengths) == len(documents) and available < samples * seqlen:
+            raise PruneForgeError(
+                f"source {source!r} has {available} tokens in documents longer than {seqlen}, too little for {samples} "
+                "samples, which would repeat one another; use fewer `samples` or a shorter `seqlen`"
+            )
+
+    if samples * seqlen > _bytes(documents, samples * seqlen):  # more tokens than bytes: say at once what there is
         lengths = {index: len(tokens_of(index)) for index in range(len(documents))}
         check_longest()
-        found = []
-    else:
-        found = [draw() for _ in progress.track(range(samples), "drawing calibration samples")]
-    available = sum(length for length in lengths.values() if length > seqlen)
-    if len(lengths) == len(documents) and available < samples * seqlen:
-        raise PruneForgeError(
-            f"source {source!r} has {available} tokens in documents longer than {seqlen}, too little for {samples} "
-            "samples, which would repeat one another; use fewer `samples` or a shorter `seqlen`"
-        )
+        check_total()
+    found = [draw() for _ in progress.track(range(samples), "drawing calibration samples")]
+    check_total()
     return found
 
 

@@ -98,7 +98,9 @@ class Budgets:
         host = resident + SHARE_OF_FREE * free_bytes() / here if self.host is None else self.host / here
         # A finished block is held in host memory until it is written; pinned, it takes up to twice as much.
         pinned = device.type == "cuda"
-        written = max(sum(bytes_in_host_memory(p, pinned) for p in block.module.parameters()) for block in blocks)
+        written = max(
+            sum(bytes_in_host_memory(size, pinned) for size in written_bytes(block, model)) for block in blocks
+        )
         if device.type == "cpu":
             return _left(host, resident + weights + working + written, "memory budget", self.host), 0
         on_device = SHARE_OF_FREE * free_on_device(device) if self.device is None else self.device
@@ -106,6 +108,13 @@ class Budgets:
             _left(host, resident + weights + written, "memory budget", self.host),
             _left(on_device, weights + working, "device memory budget", self.device),
         )
+
+
+def written_bytes(block: Block, model: LoadedModel) -> list[int]:
+    """Return how many bytes each layer of a block has where it is computed or stored, whichever is more."""
+    stored = model.checkpoint.tensors.values() if model.checkpoint is not None else []
+    widest = max((tensor.dtype.itemsize for tensor in stored), default=0)
+    return [la.parameter.numel() * max(la.parameter.element_size(), widest) for la in block.layers]
 
 
 def gradient_bytes(model: LoadedModel, batches: Sequence[Batch], device: torch.device) -> tuple[int, int]:

@@ -82,7 +82,7 @@ class Store:
 
     def keep(self, tensor: Tensor) -> Kept:
         """Return a tensor's place; it is given up when nothing refers to what is returned."""
-        on_host = bytes_in_host_memory(tensor, self._transfers.pinned)
+        on_host = bytes_in_host_memory(tensor.nbytes, self._transfers.pinned)
         sizes = {"device": tensor.nbytes, "host": on_host, "disk": tensor.nbytes}
         name = next(name for name, home in self.homes.items() if home.take(sizes[name]))
         home, size = self.homes[name], sizes[name]

@@ -94,6 +94,6 @@ def thread_initializer(device: torch.device) -> Callable[[], None] | None:
     return partial(torch.cuda.set_device, device) if device.type == "cuda" else None
 
 
-def bytes_in_host_memory(tensor: Tensor, pinned: bool) -> int:
-    """Return what a tensor takes in host memory; torch hands out pinned memory in powers of two."""
-    return 1 << (tensor.nbytes - 1).bit_length() if pinned and tensor.nbytes else tensor.nbytes
+def bytes_in_host_memory(size: int, pinned: bool) -> int:
+    """Return what so many bytes take in host memory; torch hands out pinned memory in powers of two."""
+    return 1 << (size - 1).bit_length() if pinned and size else size

@@ -41,10 +41,11 @@ class Entry:
         Raises:
             PruneForgeError: The target cannot be imported, naming the plugin, or what has to be installed for it.
         """
-        if self.library is not None and importlib.util.find_spec(self.library) is None:
+        if self.library is not None and importlib.util.find_spec(self.library.partition(".")[0]) is None:
+            extra = f"the extra {self.extra!r} of {self.distribution} (in a clone: pip install '.[{self.extra}]')"
             raise PruneForgeError(
-                f"{self.kind} {self.name!r} needs {self.library}, which is not installed; it comes with the extra "
-                f"{self.extra!r}: pip install '{self.distribution}[{self.extra}]', or '.[{self.extra}]' in a clone"
+                f"{self.kind} {self.name!r} needs {self.library}, which is not installed"
+                + (f"; install {extra}" if self.distribution else "")
             )
         if not isinstance(self.target, str):
             return self.target
@@ -100,6 +101,10 @@ class Registry:
         library: str | None = None,
         extra: str | None = None,
     ) -> None:
+        if (library is None) != (extra is None):
+            raise PruneForgeError(
+                f"{kind} {name!r} of plugin {self.plugin!r} names a library and no extra, or the reverse"
+            )
         taken = self._entries[kind].get(name)
         if taken is not None:
             raise PruneForgeError(
