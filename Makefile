@@ -36,7 +36,7 @@ bench: .venv/ready .venv-peers/ready
 	$(BIN)/python benchmarks/costs.py
 	$(BIN)/python benchmarks/agreement.py
 
-# On a machine with a GPU: a checkpoint of 7B shape, 128 samples of 2048 tokens, every metric; 30 GB of disk.
+# On a machine with a GPU: a checkpoint of 7B shape, 128 samples of 2048 tokens, every metric; 60 GB of disk.
 bench-cuda: .venv/ready
 	$(BIN)/python benchmarks/gpu.py
 
