@@ -48,8 +48,8 @@ def one_line_for_full_devices() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         reason = str(error).partition(". ")[0]
         raise UnfinishedError(
-            f"the device has no room left: {reason}; free some of it and go on with `resume`, or begin anew with a "
-            "smaller `batch_size` or `device_memory_budget`"
+            f"the device has no room left: {reason}; free some of it and run again (with `resume` if there is an "
+            "unfinished output), or use a smaller `batch_size` or `device_memory_budget`"
         ) from error
 
 

@@ -228,6 +228,16 @@ def test_hidden_states_go_to_the_first_place_that_has_room(tmp_path):
     assert store.homes["host"].used == store.homes["disk"].used == 0
 
 
+def test_hidden_states_on_disk_come_back_as_they_lay_in_memory(tmp_path):
+    store = Store(torch.device("cpu"), 0, 0, tmp_path / "waiting")
+    image = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)  # kernels look at that, and round by it
+    for value in (image, torch.randn(6, 4).T, torch.randn(2, 3, 4), torch.tensor(3.0)):
+        kept = store.keep(value)
+        assert kept.path is not None
+        assert torch.equal(kept.get(), value)
+        assert kept.get().stride() == value.stride()
+
+
 def test_gradient_statistics_are_computed_once_for_a_model_and_its_data(tmp_path, gradient_cache):
     folder, batches = saved(tmp_path / "model"), tokens().split(3)
     pruneforge.prune(folder, "gblm", 0.5, None, batches, output=tmp_path / "first")
