@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries below are imported
@@ -15,6 +16,11 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from pruneforge import Block, Metric
+from pruneforge.interfaces.recipe import PruneRecipe
+from pruneforge.interfaces.run import Run
+from pruneforge.runs.plan import make_run
 
 DATA = Path(os.environ.get("PRUNEFORGE_DATA", Path(__file__).parents[2] / "shared" / "data"))
 CHECKPOINT = Path(__file__).parents[1] / "plugins" / "pruneforge_demo" / "checkpoints" / "text"
@@ -67,6 +73,11 @@ def tokens(samples: int = 6, length: int = 24, seed: int = 1, vocabulary: int = 
     """Random token ids [samples, length]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocabulary, (samples, length), generator=generator)
+
+
+def run_of(metric: Metric, blocks: list[Block], **settings: object) -> Run:
+    """A run of a metric at 50 %, as `prune` plans it, for the blocks of a model."""
+    return replace(make_run(PruneRecipe(model="tiny", metric=metric.name, **settings), metric, None), blocks=blocks)
 
 
 def outcome(folder: Path) -> dict[str, object]:

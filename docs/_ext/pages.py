@@ -24,7 +24,7 @@ import pruneforge
 
 # The only internal names that the documentation needs.
 from pruneforge.cli import app
-from pruneforge.runs.recipe import EvalRecipe, PruneRecipe
+from pruneforge.interfaces.recipe import EvalRecipe, PruneRecipe
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```\{generated\} (\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -15,8 +15,8 @@ from pruneforge.data.overlap import sketch
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import LoadedModel
 from pruneforge.interfaces.batch import Batch
-from pruneforge.interfaces.registry import Registry
-from pruneforge.interfaces.source import Request, Source, create_source
+from pruneforge.interfaces.recipe import PruneRecipe
+from pruneforge.interfaces.source import Request, Source
 from pruneforge.progress import Progress
 
 LONGEST_DEFAULT = 2048
@@ -25,7 +25,11 @@ LONGEST_DEFAULT = 2048
 TOKENS_AN_IMAGE = 256
 """Where data have no length to choose: about what an image of 224 x 224 in patches of 16 x 16 gives."""
 
-Data = str | Path | Iterable[Tensor | Mapping[str, Tensor]]
+RawBatches = Iterable[Tensor | Mapping[str, Tensor]]
+"""Batches as a user or a source gives them: in a form that the model's adapter takes."""
+
+Data = str | Path | RawBatches
+"""Calibration data as `pruneforge.prune` takes them: the name of a source, a path, or batches."""
 
 
 @dataclass(frozen=True)
@@ -44,57 +48,42 @@ class Calibration:
 
 
 def collect(
-    data: Data,
+    data: Source | RawBatches,
+    recipe: PruneRecipe,
     model: LoadedModel,
-    registry: Registry,
-    *,
-    samples: int,
-    seqlen: int | None,
-    batch_size: int | None,
     tokens_a_batch: int,
-    seed: int,
-    options: Mapping[str, Any],
     progress: Progress,
     processes: int = 1,
 ) -> Calibration:
-    """Return the batches of a source, path or iterable.
+    """Return the calibration data that a recipe asks for.
 
     Args:
-        data: Source name, path, or batches in a form that the model's adapter takes.
+        data: The source, or batches in a form that the model's adapter takes, which are used whole.
+        recipe: How many samples to draw from the source, of what length, in what batches.
         model: The model they are for.
-        registry: The sources there are.
-        samples: Sequences or images to draw; batches from Python are used whole.
-        seqlen: Tokens a sequence; by default the model's context, at most `LONGEST_DEFAULT`.
-        batch_size: Samples a batch; by default as many as have `tokens_a_batch` tokens.
-        tokens_a_batch: Tokens that go through a block together when no batch size is given.
-        seed: Seed of the draw.
-        options: Options of the source.
+        tokens_a_batch: Tokens that go through a block together when the recipe names no batch size.
         progress: Where to show how far along reading is.
         processes: How many processes will share the batches; without a batch size each gets at least one.
 
     Raises:
         PruneForgeError: The data cannot be had, are too little, or longer than the model's context.
     """
-    context = model.adapter.context_length(model.module)
-    source: Source | None = None
-    if isinstance(data, str | Path):
-        length = seqlen or (min(context, LONGEST_DEFAULT) if context else None)
+    if isinstance(data, Source):
+        context = model.adapter.context_length(model.module)
+        length = recipe.seqlen or (min(context, LONGEST_DEFAULT) if context else None)
         if length and context and length > context:
             raise PruneForgeError(f"seqlen {length} is longer than the model's context of {context} tokens")
-        size = batch_size or max(1, min(tokens_a_batch // (length or TOKENS_AN_IMAGE), samples // processes))
-        source = create_source(data, options, registry)
-        raw: Iterable[Tensor | Mapping[str, Tensor]] = source.calibration(
-            Request(model.processor, samples, length, size, seed, progress)
-        )
-        origin: dict[str, Any] = {"source": str(data), **source.describe("calibration")}
+        fitting = tokens_a_batch // (length or TOKENS_AN_IMAGE)
+        size = recipe.batch_size or max(1, min(fitting, recipe.samples // processes))
+        request = Request(model.processor, recipe.samples, length, size, recipe.seed, progress)
+        raw: RawBatches = data.calibration(request)
+        origin: dict[str, Any] = {"source": recipe.calibration, **data.describe("calibration")}
     else:
-        if options:
-            raise PruneForgeError("source options go with a source, not with batches from Python")
         raw, origin = data, {"source": "batches from Python"}
     batches = [model.adapter.batch(item, model.module) for item in progress.track(raw, "reading calibration data")]
     if not batches:
         raise PruneForgeError(f"calibration data {origin['source']!r} are empty")
-    return Calibration(batches, origin | _summary(batches), source.warnings() if source else [])
+    return Calibration(batches, origin | _summary(batches), data.warnings() if isinstance(data, Source) else [])
 
 
 def _summary(batches: list[Batch]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from pruneforge.engine.transfers import bytes_in_host_memory
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Block, LoadedModel
 from pruneforge.interfaces.batch import Batch
-from pruneforge.interfaces.metric import Metric
-from pruneforge.interfaces.statistics import GradientStatistic, empty_statistics
+from pruneforge.interfaces.run import Run, required_statistics
+from pruneforge.interfaces.statistics import GradientStatistic, Statistic, empty_statistics
 from pruneforge.memory import resident_bytes, usual_tokens_a_batch
 from pruneforge.numerics import accumulation_dtype
 
@@ -71,27 +71,22 @@ class Budgets:
         return max(1, min(usual, int(SHARE_OF_BATCH * budget / bytes_a_token(blocks))))
 
     def for_activations(
-        self,
-        blocks: Sequence[Block],
-        metric: Metric,
-        model: LoadedModel,
-        batches: Sequence[Batch],
-        device: torch.device,
-        patterns: int = 1,
+        self, runs: Sequence[Run], model: LoadedModel, batches: Sequence[Batch], device: torch.device
     ) -> tuple[int, int]:
         """Return what hidden states may take in host memory and on the device, in bytes.
 
         That is what a budget leaves after weights, statistics and working memory. On the CPU the device's share is 0.
-        With several `patterns` a block is kept dense beside the one that is pruned.
+        With several runs in one pass a block is kept dense beside the one that is pruned.
 
         Raises:
             PruneForgeError: A budget does not even hold those.
         """
-        weights, working = fixed_bytes(blocks, metric, model.module)
-        if any(issubclass(kind, GradientStatistic) for kind in metric.requires):
+        blocks, kinds = runs[0].blocks, required_statistics(runs)
+        weights, working = fixed_bytes(blocks, kinds, model.module)
+        if any(issubclass(kind, GradientStatistic) for kind in kinds):
             head, attention = gradient_bytes(model, batches, device)
             working = max(working + attention, head)
-        if patterns > 1:
+        if len(runs) > 1:
             working += max(sum(layer.parameter.nbytes for layer in block.layers) for block in blocks)
         resident = resident_bytes()
         here = _sharing()
@@ -136,7 +131,7 @@ def samples_through_head(logits: int) -> int:
     return max(1, HEAD_LOGITS // max(1, logits))
 
 
-def fixed_bytes(blocks: Sequence[Block], metric: Metric, module: nn.Module) -> tuple[int, int]:
+def fixed_bytes(blocks: Sequence[Block], kinds: Sequence[type[Statistic]], module: nn.Module) -> tuple[int, int]:
     """Return about how many bytes weights take at a time, and statistics and working memory of a block.
 
     Weights are two blocks (one is read while one computes), or a block, stem and head. Each layer is counted as if
@@ -150,8 +145,7 @@ def fixed_bytes(blocks: Sequence[Block], metric: Metric, module: nn.Module) -> t
         sizes = []
         for layer in found.layers:
             made = [
-                statistic.total.nbytes
-                for statistic in empty_statistics(layer, metric.requires, torch.device("meta")).values()
+                statistic.total.nbytes for statistic in empty_statistics(layer, kinds, torch.device("meta")).values()
             ]
             sizes.append(sum(made))
             matrix = layer.parameter.numel() * accumulation_dtype(layer.parameter.dtype).itemsize

@@ -22,7 +22,7 @@ from pruneforge.engine.recorder import InputRecorder, check_weights
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Block
 from pruneforge.interfaces.batch import Batch
-from pruneforge.interfaces.run import BlockResult, Run
+from pruneforge.interfaces.run import BlockResult, Run, required_statistics
 from pruneforge.interfaces.statistics import GradientStatistic, InputStatistic, LayerStatistics
 from pruneforge.progress import Progress
 
@@ -39,13 +39,13 @@ def prune_blocks(
     """Prune every block of a model in place, but for those that a run says are finished.
 
     Args:
-        runs: What to do; counts and warnings are filled in. Several differ in nothing but their patterns, need
-            `propagate="dense"`, and share forward passes, statistics and what is derived from these; the model is
-            left as the last one prunes it.
+        runs: What to do; counts and warnings are filled in, and each run's output is given its finished blocks.
+            Several runs may differ in pattern and metric, need `propagate="dense"`, and share forward passes,
+            statistics and what is derived from these; the model is left as the last one prunes it.
         chain: The model.
         batches: Calibration data; unused if the metric requires no statistic.
         progress: Where to show how far along the work is.
-        block_pruned: Called with each run and block's masks, while the pruned block is still visited.
+        block_pruned: Called with each run and block's masks after its output, while the block is still visited.
         gradients: Where gradient statistics wait; by default in memory.
         group: The processes that share the work; by default there is this one alone. Each is given all batches.
 
@@ -96,7 +96,7 @@ class _Loop:
         self.apply = Applier(chain, group, block_pruned)
         self.profile = runs[0].profile
         self.dense = runs[0].propagate == "dense"
-        requires = runs[0].metric.requires
+        requires = required_statistics(runs)
         self.input_kinds = [kind for kind in requires if issubclass(kind, InputStatistic)]
         self.gradient_kinds = [kind for kind in requires if issubclass(kind, GradientStatistic)]
         self.activations: list[Activations] = []
@@ -196,11 +196,14 @@ class _Loop:
         """Make and apply each run's masks of a visited block, every one on the dense weights."""
         layers = self.chain.blocks[index].layers
         dense = [layer.parameter.detach().clone() for layer in layers] if len(runs) > 1 else []
+        previous: Run | None = None
         for run in runs:
-            if run is not runs[0]:
+            if previous is not None:
+                previous.output.settle()  # it may still read the weights that are made dense again
                 for layer, weight in zip(layers, dense, strict=True):
                     layer.parameter.data.copy_(weight)
             self.apply.prune(run, index, stats)
+            previous = run
 
     @torch.no_grad()
     def propagate(self, index: int) -> None:

@@ -57,7 +57,9 @@ class Applier:
         pruned = {name: mask.numel() - int(mask.count_nonzero()) for name, mask in masks.items()}
         run.warnings += notes
         run.pruned.update(pruned)
-        self.block_pruned(run, BlockResult(index, block, masks, pruned, notes, updated))
+        result = BlockResult(index, block, masks, pruned, notes, updated)
+        run.output.add(result)
+        self.block_pruned(run, result)
 
     @torch.no_grad()
     def find_threshold(self, run: Run, layers: Sequence[Layer], scores: Callable[[], Iterable[Tensor]]) -> None:

@@ -16,7 +16,7 @@ from pruneforge.engine.probe import probe
 from pruneforge.engine.processes import Group
 from pruneforge.interfaces.metric import Metric
 from pruneforge.interfaces.statistics import GradientStatistic, empty_statistics
-from pruneforge.memory import PeakMemory, one_line_for_full_devices
+from pruneforge.memory import one_line_for_full_devices
 from pruneforge.numerics import exact_arithmetic
 from pruneforge.runs.job import make_job
 from pruneforge.runs.loading import in_evaluation_mode
@@ -71,18 +71,18 @@ def estimate(
         PruneForgeError: As `prune` does.
     """
     job = make_job(model, metric, calibration, **settings)
-    peak = PeakMemory(job.device)
-    loaded, data, (run,) = job.prepare(Group(), job.progress, on_disk=not isinstance(model, nn.Module))
+    session = job.open(Group(), streamed=not isinstance(model, nn.Module))
+    (run,), loaded, batches = session.runs, session.loaded, session.data.batches
     with (
         exact_arithmetic(run.seed, job.device),
         in_evaluation_mode(loaded.module),
         torch.no_grad(),
         one_line_for_full_devices(),
     ):
-        seconds, waiting = probe(loaded, data.batches, run, job.device)
-    measured = peak.read()
+        seconds, waiting = probe(loaded, batches, run, job.device)
+    measured = session.peak.read()
     on_device = job.device.type == "cuda"
-    host_room, device_room = job.budgets.for_activations(run.blocks, run.metric, loaded, data.batches, job.device)
+    host_room, device_room = job.resources.budgets.for_activations([run], loaded, batches, job.device)
     waits_on_device = min(waiting, device_room)
     waits_on_host = min(waiting - waits_on_device, host_room)
     layers = [layer for block in run.blocks for layer in block.layers]

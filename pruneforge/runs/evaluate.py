@@ -12,11 +12,12 @@ from torch import nn
 
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.evaluator import Evaluator, Subject
+from pruneforge.interfaces.recipe import EvalRecipe
 from pruneforge.plugins import plugins
 from pruneforge.progress import Progress, as_progress
 from pruneforge.runs import report as reports
 from pruneforge.runs.loading import in_evaluation_mode, load_model, parse_device, parse_dtype
-from pruneforge.runs.recipe import EvalRecipe, validated
+from pruneforge.runs.recipe import validated
 from pruneforge.runs.result import PruneResult
 
 

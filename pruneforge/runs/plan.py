@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -13,24 +13,11 @@ from pruneforge.interfaces.adapter import Block
 from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.metric import Metric
 from pruneforge.interfaces.patterns import NM, Pattern, parse_pattern
+from pruneforge.interfaces.recipe import PruneRecipe
 from pruneforge.interfaces.registry import Registry
+from pruneforge.interfaces.run import Run
 from pruneforge.interfaces.statistics import GradientStatistic, InputStatistic
-from pruneforge.runs.recipe import PruneRecipe, validated
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One of the patterns that a job prunes to.
-
-    Attributes:
-        recipe: The settings that give this one alone.
-        pattern: The pattern, with its scope.
-        output: The output folder.
-    """
-
-    recipe: PruneRecipe
-    pattern: Pattern
-    output: Path | None
+from pruneforge.runs.recipe import validated
 
 
 def make_metric(metric: str | Metric, options: Mapping[str, Any] | None, registry: Registry) -> Metric:
@@ -75,10 +62,17 @@ def sees_activations(metric: Metric) -> bool:
     return any(issubclass(kind, InputStatistic) for kind in metric.requires)
 
 
-def make_variants(
-    recipe: PruneRecipe, metric: Metric, patterns: Sequence[float | str], folder: Path | None
-) -> tuple[Variant, ...]:
-    """Return a variant for each pattern, with a folder of its own below `folder`.
+def make_run(recipe: PruneRecipe, metric: Metric, folder: Path | None) -> Run:
+    """Return the run that a recipe asks for.
+
+    Raises:
+        PruneForgeError: Sparsity, pattern, scope and propagation contradict one another.
+    """
+    return Run(recipe, metric, make_pattern(metric, recipe.sparsity, recipe.pattern, recipe.propagate), folder)
+
+
+def make_runs(recipe: PruneRecipe, metric: Metric, patterns: Sequence[float | str], folder: Path | None) -> list[Run]:
+    """Return a run for each pattern, with a folder of its own below `folder`.
 
     Raises:
         PruneForgeError: There is none, one comes twice, or they would share nothing.
@@ -88,21 +82,22 @@ def make_variants(
             "with pruned propagation each pattern changes what the next block sees, so several share nothing; "
             "add `propagate` dense, or make a run for each"
         )
-    made: dict[str, Variant] = {}
+    runs: dict[str, Run] = {}
     for asked in patterns:
         sparsity, text = (None, asked) if isinstance(asked, str) else (asked, None)
-        pattern = make_pattern(metric, sparsity, text, recipe.propagate)
-        name = str(pattern).replace(":", "of")
-        if name in made:
-            raise PruneForgeError(f"pattern {pattern} is asked for twice")
         own = validated(PruneRecipe, **{**recipe.model_dump(), "sparsity": sparsity, "pattern": text})
-        made[name] = Variant(own, pattern, folder / name if folder else None)
-    if not made:
+        run = make_run(own, metric, None)
+        name = str(run.pattern).replace(":", "of")
+        if name in runs:
+            raise PruneForgeError(f"pattern {run.pattern} is asked for twice")
+        run.folder = folder / name if folder else None
+        runs[name] = run
+    if not runs:
         raise PruneForgeError("no pattern is asked for; name at least one, such as 0.5 or 2:4")
-    return tuple(made.values())
+    return list(runs.values())
 
 
-def without(blocks: list[Block], exclude: Sequence[str]) -> tuple[list[Block], list[Layer]]:
+def split_excluded(blocks: list[Block], exclude: Sequence[str]) -> tuple[list[Block], list[Layer]]:
     """Return the blocks without the layers that `exclude` names with wildcards, and those layers.
 
     Raises:

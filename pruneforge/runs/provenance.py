@@ -8,29 +8,29 @@ import platform
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from pruneforge.data.calibration import Calibration
-from pruneforge.engine.processes import Group
-from pruneforge.interfaces.adapter import LoadedModel
+from pruneforge.interfaces.run import Run
 from pruneforge.plugins import DISTRIBUTION
-from pruneforge.runs.recipe import PruneRecipe
+
+if TYPE_CHECKING:
+    from pruneforge.runs.session import Session
 
 PACKAGES = ("pruneforge", "torch", "triton", "transformers", "timm", "datasets", "lm-eval", "safetensors", "numpy")
 
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide a result."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(DISTRIBUTION if name == "pruneforge" else name)
+            installed[name] = metadata.version(DISTRIBUTION if name == "pruneforge" else name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed
 
 
 def machine() -> dict[str, Any]:
@@ -64,43 +64,40 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-DECIDING_GRADIENTS = ("pruneforge", "torch", "transformers", "timm")
+VERSIONED_FOR_GRADIENTS = ("pruneforge", "torch", "transformers", "timm")
 """Packages of which another version may give other gradients of the dense model."""
 
 
-DECIDING = (*DECIDING_GRADIENTS, "triton")
+VERSIONED = (*VERSIONED_FOR_GRADIENTS, "triton")
 """Packages of which another version may give other bytes."""
 
 
-def run_identity(
-    recipe: PruneRecipe, fingerprint: str, data: Calibration, group: Group, device: torch.device
-) -> dict[str, Any]:
+def run_identity(session: Session, run: Run) -> dict[str, Any]:
     """Return what decides the bytes of a run's output."""
     return {
-        "recipe": recipe.model_dump(mode="json"),
-        "plugin file": {path: _hash(Path(path)) for path in recipe.plugins},
-        "model": {"fingerprint": fingerprint},
-        "batch size": data.description.get("batch_size"),
-        "calibration data": {"fingerprint": data.description.get("fingerprint")},
-        "processes": group.size,
-        "device": device_name(device),
-        "version of": _versions(DECIDING),
+        "recipe": run.recipe.model_dump(mode="json"),
+        "plugin file": {path: _hash(Path(path)) for path in run.recipe.plugins},
+        "model": {"fingerprint": session.fingerprint},
+        "batch size": session.data.description.get("batch_size"),
+        "calibration data": {"fingerprint": session.data.description.get("fingerprint")},
+        "processes": session.group.size,
+        "device": device_name(session.device),
+        "version of": _versions(VERSIONED),
     }
 
 
-def gradient_identity(
-    recipe: PruneRecipe, fingerprint: str, data: Calibration, loaded: LoadedModel, device: torch.device
-) -> dict[str, Any]:
+def gradient_identity(session: Session) -> dict[str, Any]:
     """Return what gradients of the dense model depend on: the model, the data, the loss."""
+    adapter = session.loaded.adapter
     return {
         "format": 1,
-        "model": fingerprint,
-        "dtype": str(next(loaded.module.parameters()).dtype),
-        "calibration data": data.description.get("fingerprint"),
-        "loss": data.description.get("loss"),
-        "adapter": {"name": loaded.adapter.name, "options": recipe.adapter_options},
-        "device": device_name(device),
-        "version of": _versions(DECIDING_GRADIENTS),
+        "model": session.fingerprint,
+        "dtype": str(next(session.loaded.module.parameters()).dtype),
+        "calibration data": session.data.description.get("fingerprint"),
+        "loss": session.data.description.get("loss"),
+        "adapter": {"name": adapter.name, "options": session.runs[0].recipe.adapter_options},
+        "device": device_name(session.device),
+        "version of": _versions(VERSIONED_FOR_GRADIENTS),
     }
 
 

@@ -12,15 +12,19 @@ from pruneforge.checkpoint.masks import load_masks
 from pruneforge.data.calibration import Data
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.metric import Metric
+from pruneforge.interfaces.recipe import PruneRecipe
 from pruneforge.plugins import plugins
 from pruneforge.progress import Progress
 from pruneforge.runs import report as reports
+from pruneforge.runs.documented import documented
 from pruneforge.runs.job import make_job
 from pruneforge.runs.loading import load_model, parse_device
+from pruneforge.runs.resources import Resources
 from pruneforge.runs.result import PruneResult
 
 
-def prune(
+@documented(PruneRecipe, Resources)
+def prune(  # noqa: D417 -- the settings are described where they are declared
     model: str | Path | nn.Module,
     metric: str | Metric,
     sparsity: float | None = None,
@@ -56,36 +60,12 @@ def prune(
     Args:
         model: A folder, a hub id, or a model in memory, which is pruned in place.
         metric: Name of a registered metric, or a `Metric`.
-        sparsity: Share of weights to prune, in [0, 1); a half by default, or what the pattern says.
-        pattern: `None` for unstructured, or "N:M" for N kept of every M consecutive inputs.
         calibration: Source name, path, or iterable of batches: int64 [samples, tokens], or mappings with
             `input_ids` and `attention_mask`. Not needed by a metric that looks at weights alone.
-        samples: Sequences or images to draw from a source.
-        seqlen: Tokens a sequence; by default the model's context, at most 2048.
-        batch_size: Samples that go through a block together; by default as many as have 1024 tokens on the CPU
-            and 4096 on CUDA, or fewer if a budget is small.
-        options: Options of a metric given by name.
-        source_options: Options of the calibration source.
-        adapter_options: Options of the model's adapter.
-        exclude: Layers to leave dense, as names with wildcards, such as "*.down_proj"; the report lists them.
-        propagate: Whether calibration sees the earlier blocks "pruned" (as the published language-model
-            code does) or "dense".
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        dtype: Dtype to load or cast the model to; "auto" keeps its own.
-        seed: Seed of every random choice.
         output: Folder to write model, masks, report and recipe to; it must be absent or empty, or hold an
             unfinished run to resume.
-        resume: Go on with an unfinished run in `output`, if there is one. It must be the same run: recipe, model,
-            data and versions.
-        memory_budget: What the run may take in host memory, as bytes or "3GB"; hidden states that do not fit wait
-            on disk. By default most of what is free.
-        device_memory_budget: The same for a CUDA device; what does not fit waits in host memory.
-        gradient_cache: Folder in which gradient statistics are kept for later runs on the same model and data; by
-            default `$PRUNEFORGE_CACHE`, or the user's cache folder.
-        profile: Whether to look at the memory all the while. The report then says what each stage took of time and
-            memory for each block, and the output holds a trace that https://ui.perfetto.dev opens.
-        progress: `True` for bars on a terminal.
         processor: Tokenizer or image transform of a model in memory.
+        {settings}
 
     Returns:
         The pruned model, its masks and the report.
@@ -95,32 +75,8 @@ def prune(
             raised before anything is written or changed; weights and activations that are not finite are found
             on the way, when earlier blocks are already pruned.
     """
-    return make_job(
-        model,
-        metric,
-        calibration,
-        options=options,
-        output=output,
-        resume=resume,
-        memory_budget=memory_budget,
-        device_memory_budget=device_memory_budget,
-        gradient_cache=gradient_cache,
-        profile=profile,
-        progress=progress,
-        processor=processor,
-        sparsity=sparsity,
-        pattern=pattern,
-        samples=samples,
-        seqlen=seqlen,
-        batch_size=batch_size,
-        source_options=source_options,
-        adapter_options=adapter_options,
-        exclude=list(exclude),
-        propagate=propagate,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-    ).run()[0]
+    arguments = locals()
+    return make_job(**arguments).run()[0]
 
 
 def prune_each(
@@ -158,7 +114,7 @@ def prune_each(
         if name in settings:
             raise PruneForgeError(f"prune_each takes its sparsities and patterns as `patterns`, not as {name}=")
     job = make_job(model, metric, calibration, patterns=patterns, output=output, propagate=propagate, **settings)
-    names = [variant.output.name for variant in job.variants if variant.output is not None]
+    names = [run.folder.name for run in job.runs if run.folder is not None]
     return dict(zip(names, job.run(), strict=True))
 
 

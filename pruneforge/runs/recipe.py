@@ -1,58 +1,23 @@
-"""Recipes: everything that was asked of a run, in a form that repeats it."""
+"""Recipe files: everything that was asked of a run, in a form that repeats it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pruneforge.errors import PruneForgeError, unknown_name
 
 RECIPE_FILE = "recipe.yaml"
 
 
-class _Recipe(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model: str
-    batch_size: int | None = Field(None, ge=1)
-    device: str = "auto"
-    dtype: str = "auto"
-    seed: int = 0
-    plugins: list[str] = Field(default_factory=list)
-    """Plugin files that were loaded with `-p`."""
-
-
-class PruneRecipe(_Recipe):
-    """What `pruneforge prune` was asked for; field names are the command's options."""
-
-    metric: str
-    sparsity: float | None = None
-    pattern: str | None = None
-    calibration: str | None = None
-    samples: int = Field(128, ge=1)
-    seqlen: int | None = Field(None, ge=1)
-    options: dict[str, Any] = Field(default_factory=dict)
-    source_options: dict[str, Any] = Field(default_factory=dict)
-    adapter_options: dict[str, Any] = Field(default_factory=dict)
-    exclude: list[str] = Field(default_factory=list)
-    propagate: Literal["pruned", "dense"] = "pruned"
-
-
-class EvalRecipe(_Recipe):
-    """What `pruneforge eval` was asked for; field names are the command's options."""
-
-    task: str
-    options: dict[str, Any] = Field(default_factory=dict)
-
-
-R = TypeVar("R", bound=_Recipe)
+R = TypeVar("R", bound=BaseModel)
 
 
 def validated(kind: type[R], **values: Any) -> R:
-    """Return a recipe of these settings.
+    """Return a recipe, or resources, of these settings.
 
     Raises:
         PruneForgeError: Naming the setting that does not fit.

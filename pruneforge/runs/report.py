@@ -18,29 +18,26 @@ from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import LoadedModel
 from pruneforge.interfaces.run import Run
 from pruneforge.runs.provenance import machine, versions
-from pruneforge.runs.recipe import PruneRecipe
 
 REPORT_FILE = "pruneforge.json"
 FORMAT = 1
 
 
 def make_report(
-    recipe: PruneRecipe,
+    run: Run,
     model: LoadedModel,
     fingerprint: str,
     calibration: Mapping[str, Any] | None,
-    run: Run,
     peak_memory: Mapping[str, Any],
     identity: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the report of a finished run, of types that JSON holds.
 
     Args:
-        recipe: What was asked.
+        run: The finished run.
         model: The pruned model.
         fingerprint: Of the dense model.
         calibration: Description of the calibration data, or `None` if there were none.
-        run: The finished run.
         peak_memory: What `PeakMemory.read` returned.
         identity: What decides the bytes of a streamed run, which a resumed one must share.
     """
@@ -53,7 +50,7 @@ def make_report(
     pruned = sum(run.pruned.values())
     return {
         "format": FORMAT,
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": run.recipe.model_dump(mode="json"),
         "metric": {"name": run.metric.name, "options": run.metric.options.model_dump(mode="json")},
         "pattern": {
             "pattern": str(run.pattern),

@@ -7,16 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import outcome, tiny_llama, tokens
+from conftest import outcome, run_of, tiny_llama, tokens
 from safetensors.torch import load_file, save_file
 
 import pruneforge
 from pruneforge import PruneForgeError
 from pruneforge.checkpoint.rewrite import Rewrite
 from pruneforge.engine.budget import Budgets
+from pruneforge.engine.chain import Chain
+from pruneforge.engine.loop import prune_blocks
+from pruneforge.engine.residency import InMemory
 from pruneforge.interfaces.adapter import LoadedModel
 from pruneforge.interfaces.hookspecs import hookimpl
 from pruneforge.plugins import plugins
+from pruneforge.progress import Progress
 
 PATTERNS = [0.3, 0.5, "2:4"]
 
@@ -152,11 +156,31 @@ def test_the_dense_copy_that_several_patterns_need_counts_in_the_budget(monkeypa
     blocks = adapter.blocks(model.module)
     metric = plugins().registry.create("metric", "wanda")
     budgets, cpu = Budgets(host=1 << 40), torch.device("cpu")
-    one, _ = budgets.for_activations(blocks, metric, model, [], cpu)
-    two, _ = budgets.for_activations(blocks, metric, model, [], cpu, patterns=2)
+    run = run_of(metric, blocks)
+    one, _ = budgets.for_activations([run], model, [], cpu)
+    two, _ = budgets.for_activations([run, run], model, [], cpu)
     assert one - two == sum(layer.parameter.nbytes for layer in blocks[0].layers)
 
 
 def test_a_name_that_prune_knows_and_prune_each_does_not_is_refused(model, tmp_path):
     with pytest.raises(PruneForgeError, match="takes its sparsities and patterns as `patterns`, not as sparsity="):
         pruneforge.prune_each(model, "magnitude", [0.5], output=tmp_path / "all", sparsity=0.3)
+
+
+def test_runs_of_several_metrics_share_one_pass():
+    metrics, masks = ("magnitude", "wanda", "sparsegpt", "gblm"), {}
+    dense = tiny_llama()
+    batches = tokens().split(3)
+    adapter = plugins().registry.create("adapter", "llama")
+    blocks = adapter.blocks(dense)
+    runs = [run_of(plugins().registry.create("metric", name), blocks, propagate="dense") for name in metrics]
+
+    def keep(run, result):
+        masks.setdefault(run.metric.name, {}).update(result.masks)
+
+    chain = Chain(dense, adapter, blocks, InMemory(dense, blocks, torch.device("cpu")))
+    prune_blocks(runs, chain, [adapter.batch(ids, dense) for ids in batches], Progress(), keep)
+    for name in metrics:
+        expected = pruneforge.prune(tiny_llama(), name, 0.5, None, batches, propagate="dense").masks
+        assert masks[name].keys() == expected.keys()
+        assert all(torch.equal(masks[name][layer], expected[layer]) for layer in expected), name

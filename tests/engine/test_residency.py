@@ -7,14 +7,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import tiny_llama, tokens
+from conftest import run_of, tiny_llama, tokens
 
 import pruneforge
 from pruneforge.engine.chain import Chain
 from pruneforge.engine.loop import prune_blocks
 from pruneforge.interfaces.adapter import Adapter
-from pruneforge.interfaces.patterns import Unstructured
-from pruneforge.interfaces.run import Run
 from pruneforge.plugins import plugins
 from pruneforge.progress import Progress
 
@@ -79,7 +77,7 @@ def test_weights_are_needed_only_while_their_block_is_visited(metric, scope, pro
     adapter: Adapter = registry.create("adapter", "llama")
     chosen = registry.create("metric", metric, options)
     blocks = adapter.blocks(model)
-    run = Run(chosen, Unstructured(0.5, chosen.comparison_group() or "layer"), propagate, blocks)
+    run = run_of(chosen, blocks, propagate=propagate)
     batches = [adapter.batch(ids, model) for ids in tokens().split(3)]
     residency = Hidden(model, blocks)
     results = []

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import tiny_llama, tokens
+from conftest import run_of, tiny_llama, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
@@ -23,8 +23,6 @@ from pruneforge.engine.hidden_states import Store
 from pruneforge.engine.loop import prune_blocks
 from pruneforge.engine.residency import Streamed
 from pruneforge.interfaces.adapter import Adapter
-from pruneforge.interfaces.patterns import Unstructured
-from pruneforge.interfaces.run import Run
 from pruneforge.plugins import plugins
 from pruneforge.progress import Progress
 
@@ -157,7 +155,7 @@ def test_weights_are_there_only_while_their_block_is_visited(metric, scope, prop
     assert all(parameter.untyped_storage().nbytes() == 8 for parameter in module.parameters())
     blocks = adapter.blocks(module)
     chosen = registry.create("metric", metric, options)
-    run = Run(chosen, Unstructured(0.5, chosen.comparison_group() or "layer"), propagate, blocks)
+    run = run_of(chosen, blocks, propagate=propagate)
     residency = Streamed(module, blocks, torch.device("cpu"), Checkpoint(folder))
     found = {}
 

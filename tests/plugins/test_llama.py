@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 import transformers
-from conftest import tiny_llama, tokens
+from conftest import run_of, tiny_llama, tokens
 
 import pruneforge
 from pruneforge import PruneForgeError
@@ -233,7 +233,7 @@ def test_logits_and_attention_count_in_the_budget_of_a_metric_that_looks_at_grad
     def left(model, name, device=cpu, samples=64, length=64):
         blocks, metric = adapter.blocks(model.module), plugins().registry.create("metric", name)
         batch = adapter.batch(torch.zeros(samples, length, dtype=torch.int64), model.module)
-        return sum(Budgets(1 << 40, 1 << 40).for_activations(blocks, metric, model, [batch], device))
+        return sum(Budgets(1 << 40, 1 << 40).for_activations([run_of(metric, blocks)], model, [batch], device))
 
     def outside(model):  # embedding and head, where they take more than a second block
         block = sum(p.nbytes for p in model.module.model.layers[0].parameters())

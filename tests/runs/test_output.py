@@ -129,12 +129,12 @@ def test_a_run_that_fails_can_go_on(checkpoint, tmp_path, error):
 
 
 def test_a_write_that_fails_leaves_nothing(checkpoint, tmp_path, monkeypatch):
-    from pruneforge.runs import job
+    from pruneforge.runs import in_memory
 
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(job, "save_masks", fail)
+    monkeypatch.setattr(in_memory, "save_masks", fail)
     with pytest.raises(PruneForgeError, match=r"cannot be written.*No space left"):
         pruneforge.prune(tiny_llama(), "magnitude", 0.5, output=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,61 @@
+"""Prune a model that is held in memory whole."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+from torch import Tensor
+
+from pruneforge.checkpoint.folder import check_output, new_folder
+from pruneforge.checkpoint.masks import save_masks
+from pruneforge.engine.chain import Chain
+from pruneforge.engine.hidden_states import Store
+from pruneforge.engine.loop import prune_blocks
+from pruneforge.engine.residency import InMemory
+from pruneforge.interfaces.run import BlockResult, Output, Run
+from pruneforge.runs import provenance
+from pruneforge.runs.result import PruneResult
+from pruneforge.runs.session import Session
+
+
+class Masks(Output):
+    """Keeps the masks of a run; the pruned weights stay in the model.
+
+    Attributes:
+        masks: Boolean [out, in] by full layer name.
+    """
+
+    def __init__(self) -> None:
+        self.masks: dict[str, Tensor] = {}
+
+    def add(self, result: BlockResult) -> None:
+        """Keep a block's masks."""
+        self.masks.update(result.masks)
+
+
+def prune_in_memory(session: Session, run: Run) -> PruneResult:
+    """Prune the model in place and, if the run has a folder, write it there at the end.
+
+    Raises:
+        PruneForgeError: As `pruneforge.prune` says.
+    """
+    if run.folder is not None:
+        check_output(run.folder)
+    loaded, batches = session.loaded, session.data.batches
+    session.fingerprint = provenance.fingerprint(loaded.module)
+    run.output = kept = Masks()
+    with run.profile.stage("total"):
+        residency = InMemory(loaded.module, run.blocks, session.device)
+        budgets = session.resources.budgets
+        host, on_device = budgets.for_activations([run], loaded, batches, session.device)
+        with closing(Store(session.device, on_device, host)) as store:
+            chain = Chain(loaded.module, loaded.adapter, run.blocks, residency, store)
+            prune_blocks([run], chain, batches, session.progress, session.block_pruned, group=session.group)
+        run.activations = {name: home.peak for name, home in store.homes.items()}
+    report = session.finish(run, identity={}, together=1)
+    if run.folder is not None and session.group.first:
+        with new_folder(run.folder) as folder:
+            loaded.adapter.save(loaded.module, loaded.processor, folder)
+            save_masks(kept.masks, folder)
+            session.describe(run, folder)
+    return PruneResult(report, loaded=loaded, masks=kept.masks, profile=run.profile)

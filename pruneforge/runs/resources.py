@@ -1,0 +1,53 @@
+"""What a run may use and how it shows itself: settings that do not decide its output, each declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pruneforge.engine.budget import Budgets
+from pruneforge.progress import Progress
+
+
+class Resources(BaseModel):
+    """Settings beside the recipe; a run with others gives the same bytes, but for a small budget's batch size."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    memory_budget: str | int | None = Field(
+        None,
+        description="What the run may take in host memory, as bytes or such as 3GB; hidden states that do not fit wait "
+        "on disk. Most of what is free by default.",
+    )
+    device_memory_budget: str | int | None = Field(
+        None,
+        description="The same for a CUDA device; what does not fit waits in host memory. Most of what is free by "
+        "default.",
+    )
+    gradient_cache: Path | None = Field(
+        None,
+        description="Folder that keeps gradient statistics for later runs on the same model and data; by default "
+        "$PRUNEFORGE_CACHE, or the user's cache folder.",
+        json_schema_extra={"metavar": "DIR"},
+    )
+    resume: bool = Field(
+        False,
+        description="Go on with the unfinished run in the output folder, if there is one. It must be the same run: "
+        "recipe, model, data and versions.",
+    )
+    profile: bool = Field(
+        False,
+        description="Measure time and memory by stage and block for the report, and leave a trace in the output that "
+        "https://ui.perfetto.dev opens.",
+    )
+    progress: bool | Progress = Field(False, exclude=True, description="True for bars on a terminal.")
+
+    @property
+    def budgets(self) -> Budgets:
+        """Bytes that the run may take.
+
+        Raises:
+            PruneForgeError: A budget is not a number of bytes.
+        """
+        return Budgets.parse(self.memory_budget, self.device_memory_budget)

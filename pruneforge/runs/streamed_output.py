@@ -1,0 +1,189 @@
+"""The output folder of a streamed run: the rewritten checkpoint and the journal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from pruneforge.checkpoint import masks
+from pruneforge.checkpoint.behind import Behind
+from pruneforge.checkpoint.durable import PARTIAL
+from pruneforge.checkpoint.folder import check_output
+from pruneforge.checkpoint.journal import JOURNAL_FILE, Journal, difference
+from pruneforge.checkpoint.rewrite import Rewrite
+from pruneforge.checkpoint.skeleton import stored_layers
+from pruneforge.engine.transfers import Transfer, Transfers
+from pruneforge.errors import PruneForgeError, UnfinishedError
+from pruneforge.interfaces.run import BlockResult, Output, Run
+from pruneforge.numerics import all_finite, zeroed
+from pruneforge.profile import PROFILE_FILE
+from pruneforge.runs import recipe as recipes
+from pruneforge.runs import report as reports
+from pruneforge.runs.session import Session
+
+OWN_FILES = frozenset({masks.MASKS_FILE, reports.REPORT_FILE, recipes.RECIPE_FILE, PROFILE_FILE, JOURNAL_FILE})
+"""Files of an earlier pruning run, which are not copied from a model that is pruned once more."""
+
+WAITING = ".activations-"
+"""Folder, in the output, of hidden states that find no room in memory; a process each."""
+
+
+class StreamedOutput(Output):
+    """Writes the finished blocks of a run to its folder, and notes each in the journal.
+
+    Attributes:
+        run: The run.
+        folder: Its folder.
+        identity: What decides the bytes, which a resumed run must share.
+        rewrite: The files in the folder.
+    """
+
+    def __init__(self, session: Session, run: Run, identity: dict[str, Any]) -> None:
+        """Become the output of `run`; nothing is written yet."""
+        checkpoint = session.loaded.checkpoint
+        assert checkpoint is not None
+        assert run.folder is not None
+        run.output = self
+        self.run = run
+        self.folder = run.folder
+        self.identity = identity
+        self._session = session
+        self._checkpoint = checkpoint
+        self._stored = stored_layers(session.loaded.module, run.blocks, checkpoint)
+        self.rewrite = Rewrite(checkpoint, self.folder, self._stored)
+        self._journal: Journal | None = None
+        self._writer: Behind | None = None
+        self._transfers: Transfers | None = None
+
+    def is_finished(self) -> bool:
+        """Return whether the folder holds this very run, finished.
+
+        Raises:
+            PruneForgeError: It holds another one.
+        """
+        report = self.finished_report()
+        if report is None:
+            return False
+        other = difference(report.get("identity", {}), json.loads(json.dumps(self.identity)))
+        if other:
+            raise PruneForgeError(
+                f"the finished run in {str(self.folder)!r} is another one: {other}; name another folder"
+            )
+        return True
+
+    def finished_report(self) -> dict[str, Any] | None:
+        """Return the report of the finished run in the folder, or `None` if there is none."""
+        return None if (self.folder / JOURNAL_FILE).is_file() else reports.load_report(self.folder)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Hold the folder within the context; nothing but the journal is written yet.
+
+        The folder is removed again if no block was finished, or if resuming would fail the same way.
+        """
+        if not self._session.group.first:
+            yield
+            return
+        made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        if not (self.folder / JOURNAL_FILE).is_file():
+            check_output(self.folder)
+        journal = self._journal = Journal(self.folder, self.identity, self._session.resources.resume)
+        try:
+            yield
+        except BaseException as error:
+            hopeless = isinstance(error, PruneForgeError) and not isinstance(error, UnfinishedError)
+            remove = len(journal.entries) <= 1 or (hopeless and not journal.resumed)
+            if remove:
+                self._remove()
+            journal.close()
+            with suppress(OSError):  # somebody has put something else into it meanwhile
+                for path in made if remove else ():
+                    path.rmdir()
+            raise
+        (self.folder / JOURNAL_FILE).unlink()  # while it is still locked
+        journal.close()
+
+    def prepare(self) -> None:
+        """Lay out the files of an opened folder, and tell the run, in every process, what is finished."""
+        if self._journal is not None:
+            if not self._journal.entries:
+                self.rewrite.prepare()
+                self._journal.append({"prepared": True})
+            self._forget_waiting()
+        entries = self._session.group.gather(self._journal.entries[1:] if self._journal is not None else [])[0]
+        for entry in entries:
+            self.run.pruned.update(entry["pruned"])
+            self.run.warnings += entry["notes"]
+        self.run.finished = len(entries)
+
+    def _remove(self) -> None:
+        for path in [*self.folder.glob(f"*{PARTIAL}"), self.folder / JOURNAL_FILE]:
+            path.unlink(missing_ok=True)
+        self._forget_waiting()
+
+    def _forget_waiting(self) -> None:
+        """Remove hidden states that an earlier process left behind."""
+        for path in self.folder.glob(f"{WAITING}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def write_behind(self, writer: Behind, transfers: Transfers) -> None:
+        """Have blocks written by `writer`, which all outputs of a pass share, while the next one is computed."""
+        self._writer, self._transfers = writer, transfers
+
+    def add(self, result: BlockResult) -> None:
+        """Round a block's weights as they will be stored, and begin to write them."""
+        assert self._writer is not None
+        assert self._transfers is not None
+        tensors = self._tensors_to_write(result)
+        if not self._session.group.first:
+            return
+        self._writer.wait()  # host memory is budgeted for one waiting block
+        # Copies on CUDA; on the CPU the block's own tensors, which nothing changes before `settle`.
+        copies = {name: self._transfers.to_host(tensor) for name, tensor in tensors.items()}
+        self._writer.start(partial(self._write, result, copies))
+
+    def settle(self) -> None:
+        """Wait until the last block is written."""
+        assert self._writer is not None
+        self._writer.wait()
+
+    def finish(self) -> None:
+        """Complete the checkpoint's files once all blocks are written."""
+        self.rewrite.finish(OWN_FILES)
+
+    def _tensors_to_write(self, result: BlockResult) -> dict[str, Tensor]:
+        """Return a finished block's weights as they will be stored, by tensor name.
+
+        Weights that the metric did not change are those of the checkpoint, whatever dtype was computed in. Those it
+        did change go on in the block as they are rounded for the checkpoint.
+
+        Raises:
+            PruneForgeError: A changed weight is too large for the checkpoint's dtype.
+        """
+        tensors: dict[str, Tensor] = {}
+        for layer in result.block.layers:
+            name, value = layer.name, layer.parameter.data
+            stored, _ = self._stored[name]
+            if stored.dtype == value.dtype:
+                tensors[stored.name] = value
+            elif name in result.updated:
+                tensors[stored.name] = value.to(stored.dtype)
+                if not all_finite(tensors[stored.name]):
+                    raise PruneForgeError(f"an updated weight of layer {name!r} is too large for {stored.dtype}")
+                value.copy_(tensors[stored.name])
+            else:
+                tensors[stored.name] = zeroed(self._checkpoint.read(stored), result.masks[name])
+        return tensors
+
+    def _write(self, result: BlockResult, copies: dict[str, Transfer]) -> None:
+        """Write a block, and then the journal's entry that says so."""
+        assert self._journal is not None
+        with self.run.profile.stage("write", result.index, wait=False):
+            self.rewrite.write({name: copy.on_host() for name, copy in copies.items()}, result.masks)
+            self._journal.append({"block": result.index, "pruned": result.pruned, "notes": result.notes})
