@@ -26,7 +26,7 @@ from timm.models import save_for_hf
 import pruneforge
 from pruneforge.data.images import image_processor
 from pruneforge.interfaces.source import create_source
-from pruneforge.plugins import plugins
+from pruneforge.plugins import loaded_plugins
 from pruneforge.runs.loading import load_model
 from pruneforge.runs.provenance import machine, versions
 
@@ -66,9 +66,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = timm.create_model(NAME).eval()
         save_for_hf(model, folder, safe_serialization=True)
-        loaded = load_model(folder, "auto", None, plugins().registry)
+        loaded = load_model(folder, "auto", None, loaded_plugins().registry)
         processor = image_processor(loaded.processor)
-        images = create_source(arguments.data, {}, plugins().registry).images("evaluation")  # type: ignore[attr-defined]
+        images = create_source(arguments.data, {}, loaded_plugins().registry).images("evaluation")  # type: ignore[attr-defined]
         preprocessed = _Images(images, processor)
         loader = torch.utils.data.DataLoader(preprocessed, BATCH, num_workers=WORKERS)
         memory = [torch.stack([preprocessed[i + j] for j in range(BATCH)]) for i in (0, 64, 128)]

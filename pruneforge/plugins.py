@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pluggy
 
 from pruneforge.errors import PruneForgeError, unknown_name
 from pruneforge.interfaces import hookspecs
-from pruneforge.interfaces.options import Configurable
-from pruneforge.interfaces.registry import Registry
+from pruneforge.interfaces.options import Configurable, describe_options
+from pruneforge.interfaces.registry import KINDS, Entry, Registry, imported
 
 GROUP = "pruneforge"
 """The entry-point group, the same for first-party and third-party plugins."""
@@ -106,6 +107,10 @@ class Plugins:
         if error is not None:
             raise PruneForgeError(f"plugin file {origin!r} failed to load: {error.strip().splitlines()[-1]}")
 
+    def describe(self) -> list[dict[str, Any]]:
+        """Return everything registered, with options or why it cannot be imported, as JSON types."""
+        return [_described(entry) for kind in KINDS for entry in self.registry.entries(kind)]
+
     def register(self, observer: object) -> None:
         """Add an object whose methods implement hooks, for observing runs from Python."""
         self._manager.register(observer)
@@ -140,6 +145,17 @@ class Plugins:
             self.registry.plugin, self.registry.distribution = "python", ""
 
 
+def _described(entry: Entry) -> dict[str, Any]:
+    item: dict[str, Any] = {"kind": entry.kind, "name": entry.name, "plugin": entry.plugin, "error": None}
+    try:
+        cls = entry.load()
+    except PruneForgeError as error:
+        text = str(error)
+        return item | {"summary": f"cannot be imported: {text}", "argument": None, "options": [], "error": text}
+    summary = (inspect.getdoc(cls) or "").partition("\n")[0]
+    return item | {"summary": summary, "argument": cls.argument, "options": describe_options(cls)}
+
+
 def _admitted(selection: str | None, installed: Iterable[str]) -> list[str]:
     names = sorted(installed)
     if selection is None:
@@ -166,18 +182,12 @@ def _import_file(file: Path) -> ModuleType:
 
 
 def _register_classes(module: ModuleType, registry: Registry) -> None:
-    from pruneforge.interfaces.adapter import Adapter
-    from pruneforge.interfaces.evaluator import Evaluator
-    from pruneforge.interfaces.metric import Metric
-    from pruneforge.interfaces.source import Source
-
-    bases = {Metric: registry.metric, Adapter: registry.adapter, Source: registry.source}
-    bases[Evaluator] = registry.evaluator
+    bases = {kind: imported(base) for kind, base in KINDS.items()}
     for cls in vars(module).values():
         own = inspect.isclass(cls) and issubclass(cls, Configurable) and cls.__module__ == module.__name__
-        for base, register in bases.items():
+        for kind, base in bases.items():
             if own and issubclass(cls, base) and not inspect.isabstract(cls):
-                register(cls.__name__.lower(), cls)
+                getattr(registry, kind)(cls.__name__.lower(), cls)
 
 
 def check_distribution() -> None:
@@ -200,9 +210,9 @@ def check_distribution() -> None:
 
 
 @functools.cache
-def plugins() -> Plugins:
+def loaded_plugins() -> Plugins:
     """Return this process's plugins, discovered at the first call as `PRUNEFORGE_PLUGINS` says."""
     check_distribution()
-    found = Plugins()
-    found.load_installed(os.environ.get(VARIABLE))
-    return found
+    installed = Plugins()
+    installed.load_installed(os.environ.get(VARIABLE))
+    return installed

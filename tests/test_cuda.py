@@ -17,7 +17,7 @@ from pruneforge import PruneForgeError
 from pruneforge.interfaces import selection
 from pruneforge.interfaces.hookspecs import hookimpl
 from pruneforge.interfaces.patterns import parse_pattern
-from pruneforge.plugins import plugins
+from pruneforge.plugins import loaded_plugins
 from pruneforge.runs.estimate import estimate
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -115,12 +115,12 @@ def test_two_runs_give_the_same_bytes_and_so_does_one_that_was_interrupted(metri
     run("first")
     run("second")
     observer = Stops()
-    plugins().register(observer)
+    loaded_plugins().register(observer)
     try:
         with pytest.raises(KeyboardInterrupt):
             run("third")
     finally:
-        plugins().unregister(observer)
+        loaded_plugins().unregister(observer)
     run("third", resume=True)
     for name in ("second", "third"):
         assert outcome(tmp_path / name) == outcome(tmp_path / "first")

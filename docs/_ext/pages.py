@@ -25,6 +25,7 @@ import pruneforge
 # The only internal names that the documentation needs.
 from pruneforge.cli import app
 from pruneforge.interfaces.recipe import EvalRecipe, PruneRecipe
+from pruneforge.runs.resources import Resources
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```\{generated\} (\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -103,23 +104,26 @@ def _records(command: Any, context: Any) -> list[tuple[str, str]]:
 
 
 def recipes(body: str) -> str:
-    """Return the settings of the recipes; a setting without a description has the help of its option."""
-    group: Any = typer.main.get_command(app)
+    """Return the settings of the recipes, and of the resources beside them."""
     parts = []
-    for command, recipe in (("prune", PruneRecipe), ("eval", EvalRecipe)):
-        parts += [f"## Settings of `pruneforge {command}`", _settings(recipe, group.commands[command])]
+    for title, model in (("prune", PruneRecipe), ("eval", EvalRecipe)):
+        parts += [f"## Settings of `pruneforge {title}`", _settings(model)]
+    parts += [
+        "## Resources of `pruneforge prune`",
+        "Settings that do not decide the output. A recipe may hold them; none that PruneForge writes does.",
+        _settings(Resources),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
-def _settings(recipe: type[BaseModel], command: Any) -> str:
-    helps = {parameter.name: parameter.help for parameter in command.params}
+def _settings(model: type[BaseModel]) -> str:
     rows = []
-    for name, setting in recipe.model_fields.items():
+    for name, setting in model.model_fields.items():
+        if setting.exclude:
+            continue
         default = json.dumps(setting.get_default(call_default_factory=True), default=str)
-        text = setting.description or helps.get(name) or helps.get(name.removesuffix("s")) or ""
-        text = text.replace("; repeatable", "")
         default = "required" if setting.is_required() else _code(default)
-        rows.append((_code(name), _code(_type(setting.annotation)), default, text))
+        rows.append((_code(name), _code(_type(setting.annotation)), default, setting.description or ""))
     return _table(("setting", "type", "default", "meaning"), rows)
 
 

@@ -51,6 +51,7 @@ class ImageNet(Evaluator):
         real_labels: str | None = Field(
             None, description="JSON list of the right classes of each image, by name's order"
         )
+        strict: bool = Field(False, description="fail on a corrupt image instead of leaving it out with a count")
         source_options: dict[str, Any] = Field(default_factory=dict, description="options of the source")
 
     options: Options
@@ -70,8 +71,8 @@ class ImageNet(Evaluator):
         start = time.perf_counter()
         ranks, losses, reading = self._ranks(subject, source, images, chosen, labels)
         seconds = time.perf_counter() - start
-        found = self._results(source, ranks, truth, reading, processor, seconds)
-        return {**found, "loss": float(torch.tensor(losses, dtype=torch.float64).mean())}
+        results = self._results(source, ranks, truth, reading, processor, seconds)
+        return {**results, "loss": float(torch.tensor(losses, dtype=torch.float64).mean())}
 
     def _truth(self, labels: list[Any], chosen: list[int], images: ImageSet, classes: int) -> list[set[int]]:
         """Return the right classes of each chosen image."""
@@ -101,14 +102,14 @@ class ImageNet(Evaluator):
         loader = DataLoader(dataset, size, num_workers=workers, collate_fn=list, prefetch_factor=2 if workers else None)
         module, adapter = subject.model.module, subject.model.adapter
         assert isinstance(adapter, ImageClassifier)  # it made the processor
-        found: dict[int, Tensor] = {}
+        ranks: dict[int, Tensor] = {}
         losses: list[float] = []
-        reading = Reading()
+        reading, strict = Reading(), self.options.strict or source.options.strict
         amp = torch.autocast(subject.device.type, torch.bfloat16) if self.options.amp else nullcontext()
         with torch.inference_mode(), amp:
             for items in subject.progress.track(loader, "imagenet"):
                 for place, loaded in items:
-                    reading.note(images.name(chosen[place]), loaded, processor.mode, source.options.strict)
+                    reading.note(images.name(chosen[place]), loaded, processor.mode, strict)
                 places = [place for place, loaded in items if loaded.pixels is not None]
                 if not places:
                     continue
@@ -119,8 +120,8 @@ class ImageNet(Evaluator):
                 losses += adapter.losses(output, batch).tolist()
                 logits = adapter.logits(output).float()
                 top = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu()
-                found |= dict(zip(places, top, strict=True))
-        return found, losses, reading
+                ranks |= dict(zip(places, top, strict=True))
+        return ranks, losses, reading
 
     def _results(
         self,

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from pruneforge.cli import common, compare, demo, doctor, evaluate, plugins, prune
+from pruneforge.cli import common, compare, demo, doctor, evaluate, plugins, prune, settings
 from pruneforge.errors import PruneForgeError
 
 USER_ERROR = 2
@@ -24,7 +24,7 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except PruneForgeError as error:
-            print(f"pruneforge: {common.with_flags(str(error), ctx)}", file=sys.stderr)
+            print(f"pruneforge: {error}", file=sys.stderr)
             raise typer.Exit(USER_ERROR) from None
         except _UsageError as error:
             print(f"pruneforge: {error.format_message().rstrip('.')}; see --help", file=sys.stderr)
@@ -43,12 +43,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.command(epilog=prune.EXAMPLES)(prune.prune)
-app.command(name="eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
-app.command(epilog=compare.EXAMPLES)(compare.compare)
-app.command(epilog=plugins.EXAMPLES)(plugins.plugins)
-app.command(epilog=demo.EXAMPLES)(demo.demo)
-app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
+app.command(cls=prune.Command, epilog=prune.EXAMPLES)(prune.prune)
+app.command(cls=evaluate.Command, name="eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command(cls=compare.Command, epilog=compare.EXAMPLES)(compare.compare)
+app.command(cls=settings.SettingsCommand, epilog=plugins.EXAMPLES)(plugins.plugins)
+app.command(cls=demo.Command, epilog=demo.EXAMPLES)(demo.demo)
+app.command(cls=settings.SettingsCommand, epilog=doctor.EXAMPLES)(doctor.doctor)
 
 
 def main() -> None:

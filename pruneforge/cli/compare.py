@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from pruneforge.cli import common
+from pruneforge.cli.settings import Fields, SettingsCommand, fields_of, settings
 from pruneforge.errors import PruneForgeError
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -20,27 +21,28 @@ with, in cases.yaml, a list of models, each with model, calibration, task, and t
 """
 
 
+class Command(SettingsCommand):
+    """`pruneforge compare`: an option for each setting that all its runs share."""
+
+    def fields(self) -> Fields:
+        """Return settings of the pruning recipe."""
+        from pruneforge.interfaces.recipe import PruneRecipe
+
+        return fields_of(PruneRecipe, "metric", "sparsity", "pattern", "options", "device", "seed")
+
+
 def compare(
+    ctx: typer.Context,
     cases: Annotated[Path, typer.Argument(help="YAML list of models with their data and tasks.", metavar="FILE")],
     metric: Annotated[list[str], typer.Option(help="Name of a metric; repeatable.")],
-    sparsity: Annotated[float | None, typer.Option(help="Share of weights to prune.")] = None,
-    pattern: Annotated[str | None, typer.Option(help="N:M; unstructured if left out.")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(help="Option that all the metrics take; repeatable.", metavar="NAME=VALUE")
-    ] = None,
-    device: common.Device = "auto",
-    seed: common.Seed = 0,
     as_json: common.Json = False,
-    plugin: common.PluginFiles = None,
+    plugins: common.PluginFiles = None,
     config: common.Config = None,
 ) -> None:
     """Prune several models alike, whatever their architecture, and show what each lost in one table."""
-    options = common.assignments(option, "--option")
-    common.quieten()
-    common.load_plugin_files(plugin)
     from pruneforge.runs.compare import compare as run
 
-    rows = run(_cases(cases), metric, sparsity, pattern, options=options, device=device, seed=seed, progress=True)
+    rows = run(_cases(cases), metric, **settings(ctx), progress=True)
     common.warn([f"{row['model']}, {row['metric']}: {text}" for row in rows for text in row["warnings"]])
     if as_json:
         print(json.dumps(rows, indent=2))

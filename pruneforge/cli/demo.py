@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import typer
 from rich.table import Table
 
 from pruneforge.cli import common
+from pruneforge.cli.settings import Fields, SettingsCommand, fields_of, settings
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -19,23 +21,31 @@ pruneforge demo --json -p my_metric.py
 PATTERNS = (None, "2:4")
 
 
+class Command(SettingsCommand):
+    """`pruneforge demo`: an option for the device."""
+
+    def fields(self) -> Fields:
+        """Return the setting of a recipe."""
+        from pruneforge.interfaces.recipe import PruneRecipe
+
+        return fields_of(PruneRecipe, "device")
+
+
 def demo(
+    ctx: typer.Context,
     as_json: common.Json = False,
-    device: common.Device = "auto",
-    plugin: common.PluginFiles = None,
+    plugins: common.PluginFiles = None,
     config: common.Config = None,
 ) -> None:
     """Prune the embedded models with every metric there is, at 50 % and 2:4; needs no network."""
-    common.quieten()
-    common.load_plugin_files(plugin)
-    from pruneforge.plugins import plugins
+    from pruneforge.plugins import loaded_plugins
     from pruneforge.progress import BarProgress
 
-    registry = plugins().registry
+    registry = loaded_plugins().registry
     results = {}
     for entry in registry.entries("demo"):
         subject = registry.create("demo", entry.name)
-        rows = run(subject, [metric.name for metric in registry.entries("metric")], device, BarProgress())
+        rows = run(subject, [metric.name for metric in registry.entries("metric")], settings(ctx), BarProgress())
         results[entry.name] = {"title": subject.title, "rows": rows}
         if not as_json:
             common.console.print(_table(subject.title, subject.result, rows))
@@ -43,7 +53,7 @@ def demo(
         print(json.dumps(results, indent=2))
 
 
-def run(subject: Any, metrics: list[str], device: str, progress: Any) -> list[dict[str, Any]]:
+def run(subject: Any, metrics: list[str], asked: dict[str, Any], progress: Any) -> list[dict[str, Any]]:
     """Return a row of results for the dense model and for each metric and pattern."""
     from pruneforge.runs.compare import Case, compare
     from pruneforge.runs.evaluate import evaluate
@@ -57,10 +67,10 @@ def run(subject: Any, metrics: list[str], device: str, progress: Any) -> list[di
         subject.seqlen,
         subject.title,
     )
-    dense = evaluate(case.model, case.task, options=case.task_options, device=device, progress=progress)
+    dense = evaluate(case.model, case.task, options=case.task_options, progress=progress, **asked)
     rows = [{"metric": "dense", "pattern": "", "sparsity": 0.0, subject.result: dense[subject.result]}]
     for pattern in PATTERNS:
-        for row in compare([case], metrics, 0.5, pattern, device=device, progress=progress):
+        for row in compare([case], metrics, 0.5, pattern, progress=progress, **asked):
             common.warn([f"{row['metric']}: {text}" for text in row["warnings"]])
             rows.append({**row, subject.result: row["results"][subject.result]})
     return rows

@@ -19,9 +19,8 @@ pruneforge doctor --json
 """
 
 
-def doctor(as_json: common.Json = False, plugin: common.PluginFiles = None, config: common.Config = None) -> None:
+def doctor(as_json: common.Json = False, plugins: common.PluginFiles = None, config: common.Config = None) -> None:
     """Show versions, devices, plugins and caches, and what works here."""
-    common.load_plugin_files(plugin)
     findings = examine()
     if as_json:
         print(json.dumps(findings, indent=2))
@@ -39,16 +38,17 @@ def examine() -> dict[str, dict[str, Any]]:
     from huggingface_hub import constants
 
     from pruneforge.interfaces.registry import KINDS
-    from pruneforge.plugins import plugins
+    from pruneforge.plugins import loaded_plugins
     from pruneforge.runs.provenance import machine, versions
 
-    found = plugins()
+    installed = loaded_plugins()
+    entries = installed.registry.entries
     cache = Path(constants.HF_HUB_CACHE)
     return {
         "versions": versions(),
         "machine": machine(),
-        "plugins": {p.name: f"{p.origin} {p.version}: {'failed' if p.error else 'loaded'}" for p in found.loaded},
-        "registered": {f"{kind}s": ", ".join(entry.name for entry in found.registry.entries(kind)) for kind in KINDS},
+        "plugins": {p.name: f"{p.origin} {p.version}: {'failed' if p.error else 'loaded'}" for p in installed.loaded},
+        "registered": {f"{kind}s": ", ".join(entry.name for entry in entries(kind)) for kind in KINDS},
         "cache": {
             "hub cache": str(cache),
             "writable": os.access(next(p for p in [cache, *cache.parents] if p.exists()), os.W_OK),
@@ -74,7 +74,7 @@ def _works(attempt: Any) -> str:
 
 
 def _imports() -> str:
-    from pruneforge.cli.plugins import describe
+    from pruneforge.plugins import loaded_plugins
 
-    broken = [f"{item['kind']} {item['name']}" for item in describe()["registered"] if item["error"]]
+    broken = [f"{item['kind']} {item['name']}" for item in loaded_plugins().describe() if item["error"]]
     return f"cannot be imported: {', '.join(broken)}" if broken else "imports"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 from rich.table import Table
 
 from pruneforge.cli import common
+from pruneforge.cli.settings import Fields, SettingsCommand, fields_of, settings
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -23,65 +24,42 @@ pruneforge eval --config seven.json
 """
 
 
+class Command(SettingsCommand):
+    """`pruneforge eval`: an option for each setting of an evaluation and of its evaluator."""
+
+    plugin_options: ClassVar = {"task": ("evaluator", "options")}
+
+    def fields(self) -> Fields:
+        """Return the settings of a recipe."""
+        from pruneforge.interfaces.recipe import EvalRecipe
+
+        return fields_of(EvalRecipe)
+
+
 def evaluate(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or hub id of the model, pruned or dense.", metavar="MODEL")],
-    task: Annotated[str, typer.Option(help="Evaluator, or evaluator:argument; `pruneforge plugins` lists them.")],
-    data: Annotated[
-        str | None, typer.Option(help="Source or file of the evaluation data.", metavar="SOURCE|PATH")
-    ] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens a window. (default: the context, at most 2048)")] = None,
-    include_path: Annotated[Path | None, typer.Option(help="Folder of local task definitions.", metavar="DIR")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many windows, documents or images.")] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(help="Further option of the evaluator; repeatable.", metavar="NAME=VALUE"),
-    ] = None,
-    source_option: Annotated[
-        list[str] | None, typer.Option(help="Option of the data's source; repeatable.", metavar="NAME=VALUE")
-    ] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Fail on a corrupt image; short for --source-option strict=true.")
-    ] = False,
-    batch_size: common.BatchSize = None,
-    device: common.Device = "auto",
-    dtype: common.Dtype = "auto",
-    seed: common.Seed = 0,
     output: Annotated[
         Path | None,
         typer.Option(help="JSON file for the results and the recipe that repeats them.", metavar="FILE"),
     ] = None,
     as_json: common.Json = False,
-    plugin: common.PluginFiles = None,
+    plugins: common.PluginFiles = None,
     config: common.Config = None,
 ) -> None:
-    """Evaluate a model with a task's own harness."""
-    options = common.assignments(option, "--option")
-    source_options = common.assignments(source_option, "--source-option") | ({"strict": True} if strict else {})
-    common.quieten()
-    common.load_plugin_files(plugin)
+    """Evaluate a model with a task's own harness.
+
+    Options of the evaluator are options of the command: --task NAME --help lists them.
+    """
     from pruneforge.runs.evaluate import evaluate as run
 
-    outcome = run(
-        model,
-        task,
-        data=data,
-        window=window,
-        include_path=include_path,
-        limit=limit,
-        options=options,
-        source_options=source_options,
-        batch_size=batch_size,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        output=output,
-        progress=True,
-    )
+    asked = settings(ctx)
+    outcome = run(model, output=output, progress=True, **asked)
     common.warn(outcome["warnings"])
     if as_json:
         print(json.dumps(outcome, indent=2))
         return
-    table = Table(title=f"{task} of {model}", show_header=False, title_justify="left")
+    table = Table(title=f"{asked['task']} of {model}", show_header=False, title_justify="left")
     for name, value in _flat(outcome):
         table.add_row(name, value)
     common.console.print(table)

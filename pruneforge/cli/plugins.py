@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.table import Table
 
 from pruneforge.cli import common
@@ -14,76 +14,64 @@ EXAMPLES = """[bold]Examples[/bold]
 
 pruneforge plugins
 
+pruneforge plugins NAME OTHER
+
 pruneforge plugins --json -p my_metric.py
 
 PRUNEFORGE_PLUGINS=-NAME pruneforge plugins
 """
 
 
-def plugins(as_json: common.Json = False, plugin: common.PluginFiles = None, config: common.Config = None) -> None:
-    """List every metric, adapter, source, evaluator and demo, with options, origin and version."""
-    common.load_plugin_files(plugin)
-    described = describe()
-    if as_json:
-        print(json.dumps(described, indent=2, default=str))
-        return
-    for kind in dict.fromkeys(item["kind"] for item in described["registered"]):
-        table = Table(title=f"{kind}s", title_justify="left", show_lines=True)
-        for column in ("name", "what it is", "options", "plugin"):
-            table.add_column(column, overflow="fold")
-        for item in described["registered"]:
-            if item["kind"] == kind:
-                table.add_row(
-                    item["name"],
-                    item["summary"],
-                    _options(item["options"]),
-                    _origin(item["plugin"], described),
-                )
-        common.console.print(table)
-    for found in described["plugins"]:
-        if found["error"]:
-            common.console.print(f"plugin {found['name']} ({_where(found)}) failed to load:", markup=False)
-            common.console.print(found["error"], markup=False)
-
-
-def describe() -> dict[str, Any]:
-    """Return all plugins and everything they registered, as JSON types."""
-    from pruneforge.errors import PruneForgeError
-    from pruneforge.interfaces.options import describe_options
+def plugins(
+    names: Annotated[list[str] | None, typer.Argument(help="What to show the options of.", metavar="[NAME]...")] = None,
+    as_json: common.Json = False,
+    plugins: common.PluginFiles = None,
+    config: common.Config = None,
+) -> None:
+    """List every metric, adapter, source, evaluator and demo, with its plugin; for those named also the options."""
+    from pruneforge.errors import unknown_name
     from pruneforge.interfaces.registry import KINDS
-    from pruneforge.plugins import plugins as found
+    from pruneforge.plugins import loaded_plugins
 
-    registered = []
-    for kind in KINDS:
-        for entry in found().registry.entries(kind):
-            item: dict[str, Any] = {"kind": kind, "name": entry.name, "plugin": entry.plugin, "error": None}
-            try:
-                cls = entry.load()
-                item |= {"summary": (inspect.getdoc(cls) or "").split("\n")[0], "argument": cls.argument}
-                item["options"] = describe_options(cls)
-            except PruneForgeError as error:
-                item |= {
-                    "summary": f"cannot be imported: {error}",
-                    "argument": None,
-                    "options": [],
-                    "error": str(error),
-                }
-            registered.append(item)
-    loaded = [vars(plugin) for plugin in found().loaded]
-    return {"plugins": loaded, "registered": registered}
-
-
-def _options(options: list[dict[str, Any]]) -> str:
-    lines = []
-    for option in options:
-        default = "required" if option["required"] else option["default"]
-        lines.append(f"{option['name']}: {option['type']} = {default}\n  {option['description']}")
-    return "\n".join(lines).replace("[", "\\[")
-
-
-def _origin(name: str, described: dict[str, Any]) -> str:
-    return next((f"{name}\n{_where(found)}" for found in described["plugins"] if found["name"] == name), name)
+    installed = loaded_plugins()
+    entries = [entry for kind in KINDS for entry in installed.registry.entries(kind)]
+    for name in names or ():
+        if name not in {entry.name for entry in entries}:
+            raise unknown_name("plugin name", name, [entry.name for entry in entries])
+    if as_json or names:
+        described = [item for item in installed.describe() if not names or item["name"] in names]
+        if as_json:
+            everything = {"plugins": [vars(plugin) for plugin in installed.loaded], "registered": described}
+            print(json.dumps(everything, indent=2, default=str))
+            return
+        for item in described:
+            common.console.print(_details(item))
+    else:
+        origins = {plugin.name: f"{plugin.origin} {plugin.version}".strip() for plugin in installed.loaded}
+        for kind in dict.fromkeys(entry.kind for entry in entries):
+            table = _table(f"{kind}s", "name", "what it is", "plugin")
+            for entry in entries:
+                if entry.kind == kind:
+                    table.add_row(entry.name, entry.summary(), f"{entry.plugin} ({origins.get(entry.plugin, '')})")
+            common.console.print(table)
+    for plugin in installed.loaded:
+        if plugin.error:
+            where = f"{plugin.origin} {plugin.version}".strip()
+            common.console.print(f"plugin {plugin.name} ({where}) failed to load:", markup=False)
+            common.console.print(plugin.error, markup=False)
 
 
-def _where(found: dict[str, Any]) -> str:
-    return f"{found['origin']} {found['version']}".strip()
+def _details(item: dict[str, Any]) -> Table:
+    """Return the options of one registered class, under what it is."""
+    table = _table(f"{item['kind']} {item['name']}: {item['summary']}", "option", "type", "default", "meaning")
+    for option in item["options"]:
+        default = "required" if option["required"] else str(option["default"])
+        table.add_row(option["name"], option["type"], default, option["description"].replace("[", "\\["))
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title.replace("[", "\\["), title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table

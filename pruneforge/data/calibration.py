@@ -1,4 +1,4 @@
-"""From what a user calls calibration data to batches on their way to the engine."""
+"""Draw calibration data from a source, or take batches from Python, ready for the engine."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from pruneforge.interfaces.source import Request, Source
 from pruneforge.progress import Progress
 
 LONGEST_DEFAULT = 2048
-"""Tokens; the published sequence length. A model's own context can be far longer than is wise."""
+"""Tokens; the published sequence length. A model's own context may be much longer, and cost much more."""
 
 TOKENS_AN_IMAGE = 256
-"""Where data have no length to choose: about what an image of 224 x 224 in patches of 16 x 16 gives."""
+"""Assumed where data have no length to choose: about that of a 224 x 224 image in patches of 16 x 16."""
 
 RawBatches = Iterable[Tensor | Mapping[str, Tensor]]
 """Batches as a user or a source gives them: in a form that the model's adapter takes."""
@@ -38,8 +38,8 @@ class Calibration:
 
     Attributes:
         batches: The batches.
-        description: What the report says of them: source, counts, loss, fingerprint, sketch.
-        warnings: What a user has to know of them.
+        description: Their entry in the report: source, counts, loss, fingerprint, sketch.
+        warnings: Warnings about them, one line each.
     """
 
     batches: list[Batch]
@@ -62,11 +62,11 @@ def collect(
         recipe: How many samples to draw from the source, of what length, in what batches.
         model: The model they are for.
         tokens_a_batch: Tokens that go through a block together when the recipe names no batch size.
-        progress: Where to show how far along reading is.
-        processes: How many processes will share the batches; without a batch size each gets at least one.
+        progress: Progress bars.
+        processes: Number of processes that share the batches; without a batch size each gets at least one.
 
     Raises:
-        PruneForgeError: The data cannot be had, are too little, or longer than the model's context.
+        PruneForgeError: The data cannot be loaded, are too few, or longer than the model's context.
     """
     if isinstance(data, Source):
         context = model.adapter.context_length(model.module)

@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is to be evaluated, and where.
+    """The model to evaluate, and what an evaluator needs to do so.
 
     Attributes:
         model: The model with its adapter and processor, on `device`.
         device: Where it runs.
-        batch_size: Samples a batch; `None` lets the evaluator choose.
+        batch_size: Samples per batch; `None` lets the evaluator choose.
         seed: Seed of every random choice.
         registry: To look up sources.
         calibration: The report's `calibration` entry of a pruned model, else `None`.
-        progress: Where to show how far along the evaluation is.
+        progress: Progress bars.
     """
 
     model: LoadedModel
@@ -49,12 +49,12 @@ class Subject:
             options: Options of the source.
 
         Raises:
-            PruneForgeError: It is neither, no source reads the path, or an option is not the source's.
+            PruneForgeError: There is no such source or path, no source reads the path, or it has no such option.
         """
         return create_source(data, options, self.registry)
 
     def samples_a_batch(self, tokens: int) -> int:
-        """Return the batch size asked for, or how many samples of so many tokens go through together by default."""
+        """Return the batch size asked for, or the default for samples of `tokens` tokens each."""
         return self.batch_size or max(1, usual_tokens_a_batch(self.device) // tokens)
 
 

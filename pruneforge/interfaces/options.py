@@ -41,29 +41,29 @@ class Configurable:
 
     Options: type[Options] = Options
     options: Any
+    name: str
     argument: ClassVar[str | None] = None
     """The option that the part after the colon sets in `name:argument`; `None` allows no argument."""
 
     def __init__(self, **options: Any) -> None:
-        self.name = type(self).__name__.lower()
-        self.options = parse_options(type(self), options)
+        self.name = getattr(self, "name", type(self).__name__.lower())
+        self.options = parse_options(type(self), options, self.name)
 
 
-def parse_options(cls: type[Configurable], values: Mapping[str, Any], name: str | None = None) -> Options:
+def parse_options(cls: type[Configurable], values: Mapping[str, Any], name: str) -> Options:
     """Validate `values` against the options that `cls` declares.
 
     Args:
         cls: The plugin class.
         values: Option names and values; texts are converted to the declared type.
-        name: What to call the plugin in a message; the class's own name by default.
+        name: What to call the plugin in a message.
 
     Raises:
         PruneForgeError: Naming the option, and either the nearest known one or what is wrong.
     """
-    title = name or cls.__name__.lower()
     for key in values:
         if key not in cls.Options.model_fields:
-            raise unknown_name(f"option of {title}", key, cls.Options.model_fields)
+            raise unknown_name(f"option of {name}", key, cls.Options.model_fields)
     try:
         return cls.Options(**values)
     except ValidationError as error:
@@ -71,7 +71,7 @@ def parse_options(cls: type[Configurable], values: Mapping[str, Any], name: str 
         key = ".".join(str(part) for part in first["loc"]) or "options"
         value = f"={first['input']!r}" if first["type"] != "missing" else ""
         reason = first["msg"].removeprefix("Value error, ")
-        raise PruneForgeError(f"option {key}{value} of {title}: {reason[:1].lower()}{reason[1:]}") from None
+        raise PruneForgeError(f"option {key}{value} of {name}: {reason[:1].lower()}{reason[1:]}") from None
 
 
 def describe_options(cls: type[Configurable]) -> list[dict[str, Any]]:

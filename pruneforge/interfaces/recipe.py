@@ -25,7 +25,7 @@ class Recipe(BaseModel):
         description="Samples that go through a block together; by default as many as have 1024 tokens on the CPU and "
         "4096 on CUDA, or fewer if a budget is small.",
     )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    device: str = Field("auto", description="Where to compute: auto, cpu, cuda or cuda:N.")
     dtype: str = Field(
         "auto", description="Dtype to compute in: float16, bfloat16, float32 or float64; auto keeps the checkpoint's."
     )

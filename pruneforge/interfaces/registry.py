@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pruneforge.errors import PruneForgeError, unknown_name
-from pruneforge.interfaces.options import Configurable, parse_options
+from pruneforge.interfaces.options import Configurable
 
-KINDS = ("metric", "adapter", "source", "evaluator", "demo")
+KINDS = {
+    "metric": "pruneforge.interfaces.metric:Metric",
+    "adapter": "pruneforge.interfaces.adapter:Adapter",
+    "source": "pruneforge.interfaces.source:Source",
+    "evaluator": "pruneforge.interfaces.evaluator:Evaluator",
+    "demo": "pruneforge.interfaces.demo:Demo",
+}
+"""What a plugin can register, each kind with its base class; a new kind is a line here and a method of `Registry`."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +59,35 @@ class Entry:
             )
         if not isinstance(self.target, str):
             return self.target
-        module, _, attribute = self.target.partition(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
+            return imported(self.target)
         except Exception as error:  # a plugin's module may fail in any way
             raise PruneForgeError(
                 f"{self.kind} {self.name!r} of plugin {self.plugin!r} cannot be imported from {self.target}: "
                 f"{type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
+
+    def summary(self) -> str:
+        """Return the first line of the class's docstring; empty if it has none of its own.
+
+        It is read from the source: importing the class may import libraries that take seconds.
+        """
+        if not isinstance(self.target, str):
+            return (inspect.getdoc(self.target) or "").partition("\n")[0]
+        module, _, name = self.target.partition(":")
+        try:
+            spec = importlib.util.find_spec(module)
+            tree = ast.parse(Path(spec.origin).read_bytes() if spec and spec.origin else b"")
+        except (ImportError, OSError, SyntaxError, ValueError):
+            return ""  # what is wrong shows when it is imported
+        classes = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+        return next(((ast.get_docstring(node) or "").partition("\n")[0] for node in classes), "")
+
+
+def imported(target: str) -> Any:
+    """Return what `module:attribute` names."""
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 class Registry:
@@ -152,7 +183,7 @@ class Registry:
             if cls.argument is None:
                 raise PruneForgeError(f"{kind} {name!r} takes no argument, got {spec!r}")
             values[cls.argument] = argument
-        parse_options(cls, values, name)  # so that a message says the registered name
-        instance = cls(**values)
-        instance.name = name
+        instance = cls.__new__(cls)
+        instance.name = name  # before the options are read, so that a message about them says the registered name
+        instance.__init__(**values)  # type: ignore[misc]
         return instance

@@ -1,4 +1,4 @@
-"""What a run is, for the loop that works on it and the plugins that observe it."""
+"""A pruning run, as the loop fills it in and plugins observe it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class BlockResult:
         index: Position among the blocks, from 0.
         block: The block.
         masks: Mask [out, in] of each of its layers on the CPU, by full name; `True` keeps.
-        pruned: How many weights of each layer are pruned, by full name.
-        notes: What the metric noted of its layers, one line each.
-        updated: Names of the layers whose kept weights the metric changed too.
+        pruned: Number of pruned weights of each layer, by full name.
+        notes: Notes of the metric about its layers, one line each.
+        updated: Names of the layers whose remaining weights the metric updated.
     """
 
     index: int
@@ -44,15 +44,15 @@ class Output:
     """Where the finished blocks of a run go; this one keeps nothing."""
 
     def add(self, result: BlockResult) -> None:
-        """Take a finished block, while its weights are still there. They may be rounded as they will be stored."""
+        """Take a finished block while its weights are loaded; they may be rounded to the dtype they are stored in."""
 
     def settle(self) -> None:
-        """Return when the weights of the blocks taken so far are no longer read, since others will replace them."""
+        """Wait until the weights of the blocks taken so far are no longer read; the caller overwrites them next."""
 
 
 @dataclass
 class Run:
-    """One pruned model: what is asked for, what the loop works on, and what came of it.
+    """One pruned model: what is asked for, what the loop works on, and the result.
 
     Several runs can share one pass over the calibration data; each has its own recipe, metric, pattern and output.
 
@@ -63,15 +63,15 @@ class Run:
         folder: The output folder, or `None` for a result in memory.
         blocks: The model's blocks in the order they run.
         excluded: Layers of the blocks that the user left out; they stay dense.
-        warnings: What a user has to know, one line each.
-        profile: Where the time goes; runs that share forward passes share it.
-        output: Where finished blocks go.
-        finished: How many blocks, from the first, an earlier process of the same run has finished.
-        pruned: For each finished layer, by full name, how many of its weights are pruned. Its mask is in the
-            `BlockResult` of its block; the engine owns it, and nothing infers a mask from zeros.
-        activations: Most bytes of hidden states that waited at a time, by place (device, host, disk).
-        threshold: Of the scores of the whole model, once it is known; for scope "model" alone.
-        gradient_cache: How many gradient statistics were found there, and how many bytes were added.
+        warnings: Warnings for the user, one line each.
+        profile: Time and memory by stage and block; runs that share forward passes share it.
+        output: What takes the finished blocks.
+        finished: Number of blocks, from the first, that an earlier process of the same run has finished.
+        pruned: Number of pruned weights of each finished layer, by full name. The masks are in each block's
+            `BlockResult`; a mask is never inferred from zeros.
+        activations: Peak bytes of stored hidden states, by place (device, host, disk).
+        threshold: Threshold over the scores of the whole model, for scope "model", once it is known.
+        gradient_cache: Number of gradient statistics read from the cache, and bytes added to it.
         report: The report, once the run is finished.
     """
 

@@ -18,15 +18,15 @@ from pruneforge.progress import Progress
 
 @dataclass(frozen=True)
 class Request:
-    """What a run wants of a source.
+    """Parameters of a draw from a source.
 
     Attributes:
         processor: The model's tokenizer or image transform; `None` if the model came without one.
         samples: Number of sequences or images.
-        seqlen: Tokens a sequence; `None` where that has no meaning.
-        batch_size: Samples a batch.
+        seqlen: Tokens per sequence; `None` for data without a length.
+        batch_size: Samples per batch.
         seed: Seed of every random choice.
-        progress: Where to show how far along reading is.
+        progress: Progress bars.
     """
 
     processor: Any
@@ -38,7 +38,7 @@ class Request:
 
 
 class Source(Configurable, ABC):
-    """Gives calibration data. The same request gives the same data."""
+    """A source of calibration data; the same request gives the same data."""
 
     @classmethod
     def reads(cls, path: str) -> bool:
@@ -46,11 +46,11 @@ class Source(Configurable, ABC):
         return False
 
     def describe(self, part: Literal["calibration", "evaluation"]) -> dict[str, Any]:
-        """Return what names the data of one part, for the report: dataset, revision, split, file."""
+        """Return what identifies the data of one part in the report: data set, revision, split, file."""
         return {}
 
     def warnings(self) -> list[str]:
-        """Return what a user has to know of the data last given, one line each."""
+        """Return warnings about the last draw, one line each."""
         return []
 
     @abstractmethod
@@ -58,7 +58,7 @@ class Source(Configurable, ABC):
         """Yield batches in the form that the model's adapter takes.
 
         Raises:
-            PruneForgeError: The source cannot be had, or holds too little.
+            PruneForgeError: The data cannot be loaded, or are too few.
         """
 
 
@@ -68,17 +68,26 @@ def create_source(data: str | Path, options: Mapping[str, Any], registry: Regist
     Raises:
         PruneForgeError: It is neither, or no source reads the path.
     """
+    return registry.create("source", source_spec(data, registry), options)
+
+
+def source_spec(data: str | Path, registry: Registry) -> str:
+    """Return `name` or `name:argument` of the source that gives `data`: a path is the argument of who reads it.
+
+    Raises:
+        PruneForgeError: It is neither a registered source nor a path, or no source reads the path.
+    """
     text = str(data)
     names = [entry.name for entry in registry.entries("source")]
     if text.partition(":")[0] in names:
-        return registry.create("source", text, options)
+        return text
     for entry in registry.entries("source"):
         try:
             cls = entry.load()
         except PruneForgeError:
             continue  # `pruneforge plugins` shows it; another source may read the path
         if issubclass(cls, Source) and cls.reads(text):
-            return registry.create("source", f"{entry.name}:{text}", options)
+            return f"{entry.name}:{text}"
     if Path(text).exists():
         raise PruneForgeError(f"no source reads {text!r}; installed are {', '.join(names)}")
     near = unknown_name("source", text, names)

@@ -14,7 +14,7 @@ from pruneforge.runs.evaluate import evaluate
 from pruneforge.runs.prune import prune
 
 CLASSES_SHOWN = 10
-"""How many of the classes that lost accuracy a row names."""
+"""Number of classes that a row names, those that lost most accuracy."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Case:
         calibration: Source, path or batches.
         samples: Sequences or images to draw.
         seqlen: Tokens a sequence, for text.
-        name: What to call the case; the model by default.
+        name: Name of the case in the table; the model by default.
     """
 
     model: str | Path
@@ -54,7 +54,7 @@ def compare(
     """Prune every case by every metric, with the same pattern, options and seed, and evaluate it.
 
     Args:
-        cases: The models, of any architecture.
+        cases: The models, of any architecture, with their data and tasks.
         metrics: Names of metrics.
         sparsity: As `prune` takes it.
         pattern: As `prune` takes it.
@@ -91,28 +91,28 @@ def compare(
                 options=options,
                 **common,
             )
-            found = evaluate(pruned, case.task, options=case.task_options, **common)
-            rows.append(_row(case, pruned.report, dense, found))
+            outcome = evaluate(pruned, case.task, options=case.task_options, **common)
+            rows.append(_row(case, pruned.report, dense, outcome))
     return rows
 
 
-def _row(case: Case, report: Mapping[str, Any], dense: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    accuracy, before = found.get("top1"), dense.get("top1")
+def _row(case: Case, report: Mapping[str, Any], dense: Mapping[str, Any], outcome: Mapping[str, Any]) -> dict[str, Any]:
+    accuracy, before = outcome.get("top1"), dense.get("top1")
     return {
         "model": case.name or str(case.model),
         "metric": report["metric"]["name"],
         "pattern": report["pattern"]["pattern"],
         "sparsity": report["sparsity"]["reached"],
         "dense_loss": dense["loss"],
-        "loss": found["loss"],
-        "loss_increase": found["loss"] / dense["loss"] - 1,
+        "loss": outcome["loss"],
+        "loss_increase": outcome["loss"] / dense["loss"] - 1,
         "accuracy": accuracy,
         "accuracy_lost": None if accuracy is None or before is None else before - accuracy,
-        "classes_lost": _classes_lost(dense.get("class_accuracy"), found.get("class_accuracy")),
+        "classes_lost": _classes_lost(dense.get("class_accuracy"), outcome.get("class_accuracy")),
         "seconds": report["measured"]["seconds"]["total"],
         "peak_memory_bytes": report["measured"]["peak_memory"]["host_bytes"],
-        "warnings": [*report["warnings"], *found["warnings"]],
-        "results": dict(found),
+        "warnings": [*report["warnings"], *outcome["warnings"]],
+        "results": dict(outcome),
     }
 
 

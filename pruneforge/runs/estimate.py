@@ -1,4 +1,4 @@
-"""What a run will take, from its model's shapes and a short probe of one block."""
+"""Estimate the time, memory and disk of a run, from the model's shapes and a short probe of one block."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Estimate:
         blocks: How many blocks the model has.
         layers: How many layers will be pruned.
         weights: How many weights these have.
-        pruned: How many of them will be pruned, about (each comparison group rounds down).
+        pruned: Approximate number of them that will be pruned (each comparison group rounds down).
         host_bytes: Peak of host memory.
         device_bytes: Peak of memory on the CUDA device.
-        disk_bytes: What will be written: the output, gradient statistics, hidden states that find no room in memory.
-        seconds: By stage, writing not included.
+        disk_bytes: Bytes to write: output, gradient statistics, and hidden states that do not fit in memory.
+        seconds: Seconds of each stage, without writing.
     """
 
     blocks: int
@@ -56,10 +56,10 @@ class Estimate:
 def estimate(
     model: str | Path | nn.Module, metric: str | Metric, calibration: Data | None = None, **settings: Any
 ) -> Estimate:
-    """Say what `prune` with the same arguments would take; nothing is written and nothing changed.
+    """Estimate what `prune` with the same arguments would take; nothing is written or changed.
 
-    One block is read, calibrated with one batch and scored. Everything else is counted from there. For a folder or
-    hub id, the run is one with an output.
+    One block is read, calibrated with one batch and scored; the rest is extrapolated. For a folder or hub id, a run
+    with an output is assumed.
 
     Args:
         model: As for `prune`.

@@ -22,7 +22,7 @@ from pruneforge.interfaces.run import Run, required_statistics
 from pruneforge.interfaces.source import Source, create_source
 from pruneforge.memory import PeakMemory, one_line_for_full_devices
 from pruneforge.numerics import exact_arithmetic
-from pruneforge.plugins import Plugins, plugins
+from pruneforge.plugins import Plugins, loaded_plugins
 from pruneforge.profile import Profile
 from pruneforge.progress import Progress, as_progress
 from pruneforge.runs.in_memory import prune_in_memory
@@ -63,11 +63,9 @@ class Job:
         if not streamed:
             self._refuse_what_streams("that takes a folder or hub id and an output")
         for run in self.runs:
-            # The journal says what an unfinished run's folder holds, once it is locked.
-            resumes = streamed and run.folder is not None
-            if run.folder is not None and not (
-                resumes and (self.resources.resume or (run.folder / JOURNAL_FILE).is_file())
-            ):
+            # What an unfinished run's folder holds is checked later, by its journal, once that is locked.
+            unfinished = run.folder is not None and (self.resources.resume or (run.folder / JOURNAL_FILE).is_file())
+            if run.folder is not None and not (streamed and unfinished):
                 check_output(run.folder)
         with joined(self.device) as group:
             session = self.open(group, streamed)
@@ -107,7 +105,7 @@ class Job:
         return Session(self.runs, loaded, data, self.device, self.resources, group, progress, peak, self.plugins.hook)
 
     def _refuse_what_streams(self, why: str) -> None:
-        """Raise if something was asked for that only a streamed run does."""
+        """Reject what only a streamed run can do."""
         asked = {
             "resume": self.resources.resume,
             "memory budget": self.resources.budgets != Budgets(),
@@ -116,7 +114,7 @@ class Job:
         }
         for what, is_asked in asked.items():
             if is_asked:
-                raise PruneForgeError(f"{what} goes with a model that is streamed from its folder, and {why}")
+                raise PruneForgeError(f"{what} needs a model that is streamed from its folder, and {why}")
 
 
 def make_job(
@@ -134,7 +132,7 @@ def make_job(
     Raises:
         PruneForgeError: Something asked for does not exist or does not fit, as far as that shows without the model.
     """
-    installed = plugins()
+    installed = loaded_plugins()
     given = {name: value for name, value in settings.items() if value is not None}
     for name in given:
         if name not in {**PruneRecipe.model_fields, **Resources.model_fields}:
@@ -161,6 +159,6 @@ def make_job(
     else:
         data = calibration
         if data is not None and recipe.source_options:
-            raise PruneForgeError("source options go with a source, not with batches from Python")
+            raise PruneForgeError("source options need a source; these are batches from Python")
     device, _, _ = parse_device(recipe.device), parse_dtype(recipe.dtype), resources.budgets
     return Job(model, runs, data, processor, device, resources, installed)

@@ -1,4 +1,4 @@
-"""A model together with the adapter that knows its architecture."""
+"""Load a model, with the adapter that knows its architecture."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def load_model(
         on_disk: Whether weights stay on disk, where the adapter and the checkpoint allow it.
 
     Raises:
-        PruneForgeError: No adapter takes the model; the message says why each declined.
+        PruneForgeError: No adapter takes the model; the message gives each one's reason.
     """
     target = parse_dtype(dtype)
     reference = type(model).__name__ if isinstance(model, nn.Module) else str(model)
@@ -81,23 +81,23 @@ def _load(adapter: Adapter, reference: str, dtype: torch.dtype | None, processor
     note = None
     if on_disk:
         skeleton = adapter.skeleton(reference, dtype)
-        note = f"adapter {adapter.name!r} cannot stream it, so the whole model was held in memory"
+        note = f"adapter {adapter.name!r} cannot stream it, so the model was loaded whole"
         if skeleton is not None:
             checkpoint = Checkpoint(skeleton.folder)
             missing = lacking(skeleton.module, checkpoint)
             if not missing:
                 vacate(skeleton.module)
                 return LoadedModel(skeleton.module, adapter, processor or skeleton.processor, reference, checkpoint)
-            note = f"the weights call tensor {missing[0]!r} otherwise, so the whole model was held in memory"
-    module, found = adapter.load(reference, dtype)
-    return LoadedModel(module, adapter, processor or found, reference, None, note)
+            note = f"the checkpoint has no tensor {missing[0]!r}, so the model was loaded whole"
+    module, own_processor = adapter.load(reference, dtype)
+    return LoadedModel(module, adapter, processor or own_processor, reference, None, note)
 
 
 def parse_dtype(name: str) -> torch.dtype | None:
     """Return the dtype of a name, or `None` for `auto`.
 
     Raises:
-        PruneForgeError: The name is no dtype that weights can have here.
+        PruneForgeError: The name is not a dtype that weights can have here.
     """
     if name != "auto" and name not in DTYPES:
         raise unknown_name("dtype", name, ["auto", *DTYPES])
@@ -108,20 +108,20 @@ def parse_device(name: str) -> torch.device:
     """Return the device of a name; `auto` is CUDA where there is one.
 
     Raises:
-        PruneForgeError: The name is no device, or the device is not there.
+        PruneForgeError: The name is not a device, or torch does not see the device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # one device for each process that torchrun started
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise PruneForgeError(f"device {name!r} is none of auto, cpu, cuda, cuda:N")
+        raise PruneForgeError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N")
     device = torch.device(name)
     if device.type == "cpu":
         return device
     if (device.index or 0) >= torch.cuda.device_count():
         raise PruneForgeError(
-            f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use `device` cpu"
+            f"there is no device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices; use `device` cpu"
         )
     # With its index, as the tensors on it will have it; asking for the current one also initialises CUDA.
     current = torch.cuda.current_device()

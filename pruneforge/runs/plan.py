@@ -21,13 +21,13 @@ from pruneforge.runs.recipe import validated
 
 
 def make_metric(metric: str | Metric, options: Mapping[str, Any] | None, registry: Registry) -> Metric:
-    """Return the metric of a name with its options, or one that is made already.
+    """Return the metric of a name, with its options; a `Metric` is returned as it is.
 
     Raises:
-        PruneForgeError: There is none of that name, the options are not its own, or it requires what nothing feeds.
+        PruneForgeError: No metric has that name, it has no such option, or it requires what nothing feeds.
     """
     if not isinstance(metric, str) and options:
-        raise PruneForgeError("options go with a metric's name; give a Metric its options when you make it")
+        raise PruneForgeError("options need a metric's name; give a Metric its options when you make it")
     made = registry.create("metric", metric, options) if isinstance(metric, str) else metric
     for kind in made.requires:
         if not issubclass(kind, InputStatistic | GradientStatistic):
@@ -101,12 +101,12 @@ def split_excluded(blocks: list[Block], exclude: Sequence[str]) -> tuple[list[Bl
     """Return the blocks without the layers that `exclude` names with wildcards, and those layers.
 
     Raises:
-        PruneForgeError: A name fits no layer, or none is left.
+        PruneForgeError: A pattern matches no layer, or all layers.
     """
     layers = [layer for block in blocks for layer in block.layers]
     for glob in exclude:
         if not any(fnmatchcase(layer.name, glob) for layer in layers):
-            raise PruneForgeError(f"exclude={glob!r} fits no layer; they are called like {layers[0].name!r}")
+            raise PruneForgeError(f"exclude={glob!r} matches no layer; layers have names such as {layers[0].name!r}")
     out = {layer.name for layer in layers if any(fnmatchcase(layer.name, glob) for glob in exclude)}
     if len(out) == len(layers):
         raise PruneForgeError(f"exclude={', '.join(exclude)} leaves no layer to prune")

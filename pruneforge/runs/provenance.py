@@ -1,4 +1,4 @@
-"""What a result comes from: versions, machine, model and data, and what of it decides the bytes."""
+"""Where a result comes from: versions, machine, model and data, and which of these determine its bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKAGES = ("pruneforge", "torch", "triton", "transformers", "timm", "datasets",
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide a result."""
+    """Return the versions of Python and of the packages that affect a result."""
     installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -34,7 +34,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """Return what a timing depends on: processor, cores, threads, accelerators, system."""
+    """Return what timings depend on: processor, cores, threads, accelerators, system."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
@@ -65,15 +65,15 @@ def fingerprint(module: nn.Module) -> str:
 
 
 VERSIONED_FOR_GRADIENTS = ("pruneforge", "torch", "transformers", "timm")
-"""Packages of which another version may give other gradients of the dense model."""
+"""Packages whose version may change the gradients of the dense model."""
 
 
 VERSIONED = (*VERSIONED_FOR_GRADIENTS, "triton")
-"""Packages of which another version may give other bytes."""
+"""Packages whose version may change the bytes of an output."""
 
 
 def run_identity(session: Session, run: Run) -> dict[str, Any]:
-    """Return what decides the bytes of a run's output."""
+    """Return everything that determines the bytes of a run's output."""
     return {
         "recipe": run.recipe.model_dump(mode="json"),
         "plugin file": {path: _hash(Path(path)) for path in run.recipe.plugins},
@@ -87,7 +87,7 @@ def run_identity(session: Session, run: Run) -> dict[str, Any]:
 
 
 def gradient_identity(session: Session) -> dict[str, Any]:
-    """Return what gradients of the dense model depend on: the model, the data, the loss."""
+    """Return everything that determines the gradients of the dense model: model, data, loss, versions."""
     adapter = session.loaded.adapter
     return {
         "format": 1,
@@ -102,7 +102,7 @@ def gradient_identity(session: Session) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the kind of device, and the model of a GPU: another one may round otherwise."""
+    """Return the kind of device, and the model of a GPU, since models round differently."""
     return f"cuda, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
 
 

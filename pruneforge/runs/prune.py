@@ -1,4 +1,4 @@
-"""`pruneforge.prune`: from a model and a metric to a pruned model."""
+"""`pruneforge.prune`, `prune_each` and `load`: make pruned models, and load them again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pruneforge.data.calibration import Data
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.metric import Metric
 from pruneforge.interfaces.recipe import PruneRecipe
-from pruneforge.plugins import plugins
+from pruneforge.plugins import loaded_plugins
 from pruneforge.progress import Progress
 from pruneforge.runs import report as reports
 from pruneforge.runs.documented import documented
@@ -54,8 +54,8 @@ def prune(  # noqa: D417 -- the settings are described where they are declared
     """Prune a model in one shot.
 
     With a folder or hub id and an `output`, weights stay on disk: each block is read, pruned, written to the output
-    and let go, and the output keeps the checkpoint's files and dtypes. Everything that is not pruned is byte for
-    byte what it was. Otherwise the whole model is held in memory.
+    and released. The output keeps the checkpoint's files and dtypes, and all tensors that are not pruned, byte for
+    byte. Otherwise the whole model is held in memory.
 
     Args:
         model: A folder, a hub id, or a model in memory, which is pruned in place.
@@ -91,23 +91,23 @@ def prune_each(
 ) -> dict[str, PruneResult]:
     """Prune a model to several patterns in one pass over the calibration data.
 
-    Forward passes, statistics and what a metric derives from them are shared; each pattern's output is the one that
-    `prune` gives with `propagate="dense"`, byte for byte but for the times in the report.
+    The patterns share forward passes, statistics and what the metric derives from them. Each output equals that of
+    `prune` with `propagate="dense"`, byte for byte except for what the report measured.
 
     Args:
         model: A folder or hub id.
         metric: As for `prune`.
         patterns: Sparsities, such as 0.5, and "N:M".
         calibration: As for `prune`.
-        output: Each pattern's folder stands below it, named "0.5" or "2of4".
-        propagate: "dense"; metrics that see no activations need not say.
+        output: Folder for the patterns' folders, which are named "0.5" or "2of4".
+        propagate: "dense", or "pruned" for a metric that uses no activations, where both are the same.
         settings: Every other argument of `prune`, by name.
 
     Returns:
         A result for each pattern, by the name of its folder.
 
     Raises:
-        PruneForgeError: As `prune` does; besides, a pattern comes twice, there is none, or the model cannot be
+        PruneForgeError: As `prune` does; also if a pattern is repeated, there is none, or the model cannot be
             streamed.
     """
     for name in ("sparsity", "pattern"):
@@ -128,6 +128,6 @@ def load(folder: str | Path, *, device: str = "auto", dtype: str = "auto") -> Pr
     masks, report = load_masks(path), reports.load_report(path)
     if report is None:
         raise PruneForgeError(f"{str(folder)!r} holds no {reports.REPORT_FILE}; it is not the output of a pruning run")
-    loaded = load_model(path, dtype, None, plugins().registry)
+    loaded = load_model(path, dtype, None, loaded_plugins().registry)
     loaded.module.to(parse_device(device))
     return PruneResult(report, loaded=loaded, masks=masks)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pruneforge.errors import PruneForgeError, unknown_name
+from pruneforge.errors import PruneForgeError
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -35,15 +35,14 @@ def save_recipe(recipe: BaseModel, folder: Path) -> None:
     (folder / RECIPE_FILE).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
-def read_config(path: Path, known: set[str]) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """Return the settings of a recipe file, or of a report that holds one under `recipe`.
 
     Args:
         path: YAML or JSON.
-        known: The settings that the command takes.
 
     Raises:
-        PruneForgeError: The file cannot be read, or names a setting that the command does not take.
+        PruneForgeError: The file cannot be read, or holds no settings.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -53,7 +52,4 @@ def read_config(path: Path, known: set[str]) -> dict[str, Any]:
         values = values["recipe"]
     if not isinstance(values, dict):
         raise PruneForgeError(f"recipe {str(path)!r} holds no settings; write one `name: value` a line")
-    for name in values:
-        if name not in known:
-            raise unknown_name(f"setting in recipe {str(path)!r}:", str(name), known)
-    return values
+    return {str(name): value for name, value in values.items()}

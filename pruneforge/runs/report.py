@@ -1,7 +1,7 @@
-"""The report of a run: what was asked, what came out, what it ran on.
+"""The report of a run: its settings, its result, and what it ran on.
 
-Two reports can be compared with `diff`: keys keep their order, and everything that changes from one run
-to the next of the same recipe stands last, under `measured`.
+Two reports can be compared with `diff`: keys keep their order, and everything that differs between two runs of the same
+recipe comes last, under `measured`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def make_report(
         fingerprint: Of the dense model.
         calibration: Description of the calibration data, or `None` if there were none.
         peak_memory: What `PeakMemory.read` returned.
-        identity: What decides the bytes of a streamed run, which a resumed one must share.
+        identity: Everything that determines the bytes of a streamed run; a resumed run must have the same.
     """
     shapes = {layer.name: layer.shape for block in run.blocks for layer in block.layers}
     layers = {
@@ -90,10 +90,10 @@ def save_report(report: Mapping[str, Any], folder: Path) -> None:
 
 
 def record_evaluation(folder: Path, outcome: Mapping[str, Any]) -> str | None:
-    """Add an evaluation to the report in `folder`, in place of an earlier one of the same recipe.
+    """Add an evaluation to the report in `folder`, replacing an earlier one of the same recipe.
 
     Returns:
-        Why that could not be done, or `None`.
+        The reason if the report cannot be written, else `None`.
     """
     report = load_report(folder)
     if report is None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pruneforge.engine.budget import Budgets
 from pruneforge.progress import Progress
+
+if TYPE_CHECKING:
+    from pruneforge.engine.budget import Budgets
 
 
 class Resources(BaseModel):
@@ -50,4 +53,6 @@ class Resources(BaseModel):
         Raises:
             PruneForgeError: A budget is not a number of bytes.
         """
+        from pruneforge.engine.budget import Budgets  # imports torch, without which the help shows these fields
+
         return Budgets.parse(self.memory_budget, self.device_memory_budget)

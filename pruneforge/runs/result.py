@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pruneforge.checkpoint.masks import load_masks
 from pruneforge.interfaces.adapter import LoadedModel
-from pruneforge.plugins import plugins
+from pruneforge.plugins import loaded_plugins
 from pruneforge.profile import Profile
 from pruneforge.runs.loading import load_model
 
@@ -19,9 +19,9 @@ class PruneResult:
     """A pruned model.
 
     Attributes:
-        report: What `pruneforge.json` holds.
-        folder: Where it was written, if it is read from there when it is asked for.
-        profile: Where the time of the run went; `None` for a result that was loaded.
+        report: The content of `pruneforge.json`.
+        folder: The output folder, if model and masks are read from it at their first use.
+        profile: Time and memory by stage and block; `None` for a result that was loaded.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class PruneResult:
         dtype: str = "auto",
         profile: Profile | None = None,
     ) -> None:
-        """Hold a result in memory, or name the folder that it is read from when it is asked for."""
+        """Hold a result that is in memory, or name the folder that it is read from at first use."""
         self.report = report
         self.profile = profile
         self.folder = folder
@@ -47,7 +47,7 @@ class PruneResult:
     def loaded(self) -> LoadedModel:
         """The model with its adapter and processor."""
         assert self.folder is not None
-        return load_model(self.folder, self._dtype, None, plugins().registry)
+        return load_model(self.folder, self._dtype, None, loaded_plugins().registry)
 
     @cached_property
     def masks(self) -> dict[str, Tensor]:

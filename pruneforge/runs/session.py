@@ -22,7 +22,7 @@ from pruneforge.runs.resources import Resources
 
 @dataclass
 class Session:
-    """What the runs of one pass share.
+    """Everything that the runs of one pass share.
 
     Attributes:
         runs: The runs; each becomes one pruned model.
@@ -31,10 +31,10 @@ class Session:
         device: Where to compute.
         resources: What the runs may use.
         group: The processes that share the work.
-        progress: Where to show how far along the runs are; silent in all processes but the first.
-        peak: The most memory taken since before the model was loaded.
+        progress: Progress bars; silent in all processes but the first.
+        peak: Peak memory since before the model was loaded.
         hook: pluggy's relay to the plugins that observe runs.
-        fingerprint: Of the dense model, once it is known.
+        fingerprint: Hash of the dense model, once it is known.
     """
 
     runs: list[Run]
@@ -50,7 +50,7 @@ class Session:
 
     @property
     def profile(self) -> Profile:
-        """Where the time goes, for all runs together."""
+        """Time and memory by stage and block, of all runs together."""
         return self.runs[0].profile
 
     def block_pruned(self, run: Run, result: BlockResult) -> None:
@@ -62,8 +62,8 @@ class Session:
 
         Args:
             run: The run.
-            identity: What decides its bytes and a resumed run must share; empty if it cannot be resumed.
-            together: How many runs shared the pass.
+            identity: Everything that determines its bytes; empty if the run cannot be resumed.
+            together: Number of runs that shared the pass.
         """
         run.report = make_report(
             run, self.loaded, self.fingerprint, self.data.description or None, self.peak.read(), identity

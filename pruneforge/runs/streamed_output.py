@@ -28,10 +28,10 @@ from pruneforge.runs import report as reports
 from pruneforge.runs.session import Session
 
 OWN_FILES = frozenset({masks.MASKS_FILE, reports.REPORT_FILE, recipes.RECIPE_FILE, PROFILE_FILE, JOURNAL_FILE})
-"""Files of an earlier pruning run, which are not copied from a model that is pruned once more."""
+"""Files that pruning adds, which are not copied when a pruned model is pruned again."""
 
 WAITING = ".activations-"
-"""Folder, in the output, of hidden states that find no room in memory; a process each."""
+"""Prefix of the folders, one per process, in the output, for hidden states that do not fit in memory."""
 
 
 class StreamedOutput(Output):
@@ -40,7 +40,7 @@ class StreamedOutput(Output):
     Attributes:
         run: The run.
         folder: Its folder.
-        identity: What decides the bytes, which a resumed run must share.
+        identity: Everything that determines the bytes; a resumed run must have the same.
         rewrite: The files in the folder.
     """
 
@@ -110,7 +110,7 @@ class StreamedOutput(Output):
         journal.close()
 
     def prepare(self) -> None:
-        """Lay out the files of an opened folder, and tell the run, in every process, what is finished."""
+        """Create the files of an opened folder, and restore in every process what an earlier one finished."""
         if self._journal is not None:
             if not self._journal.entries:
                 self.rewrite.prepare()
@@ -128,7 +128,7 @@ class StreamedOutput(Output):
         self._forget_waiting()
 
     def _forget_waiting(self) -> None:
-        """Remove hidden states that an earlier process left behind."""
+        """Remove hidden states that an earlier process did not remove."""
         for path in self.folder.glob(f"{WAITING}*"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -160,8 +160,8 @@ class StreamedOutput(Output):
     def _tensors_to_write(self, result: BlockResult) -> dict[str, Tensor]:
         """Return a finished block's weights as they will be stored, by tensor name.
 
-        Weights that the metric did not change are those of the checkpoint, whatever dtype was computed in. Those it
-        did change go on in the block as they are rounded for the checkpoint.
+        Weights that the metric did not update are the checkpoint's own, whatever the dtype of the computation. Updated
+        ones are rounded to the checkpoint's dtype, in the block too, so that later blocks see what is stored.
 
         Raises:
             PruneForgeError: A changed weight is too large for the checkpoint's dtype.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -15,6 +16,8 @@ from typer.testing import CliRunner
 
 import pruneforge
 from pruneforge.cli import app
+from pruneforge.interfaces.registry import KINDS
+from pruneforge.plugins import loaded_plugins
 
 
 def run(*arguments: object):
@@ -111,11 +114,31 @@ def test_plugins_lists_options_types_defaults_origin_and_version():
     alpha = next(option for option in registered["metric", "gblm"]["options"] if option["name"] == "alpha")
     assert (alpha["type"], alpha["default"]) == ("float", 100.0)
     assert all(plugin["origin"] and plugin["version"] for plugin in listed["plugins"])
-    table = shell("plugins").stdout
-    assert "alpha: float = 100.0" in table
+    table = " ".join(shell("plugins", "gblm").stdout.split())
+    assert "metric gblm: " in table
+    assert "float │ 100.0" in table
     assert "l1|l2" in table
+    assert "python-docs" not in table
+    assert run("plugins", "gbml").output == "pruneforge: unknown plugin name 'gbml'; did you mean 'gblm'?\n"
     limited = json.loads(shell("plugins", "--json", PRUNEFORGE_PLUGINS="wanda").stdout)
     assert [item["name"] for item in limited["registered"]] == ["wanda"]
+
+
+def test_lists_and_help_do_without_torch():
+    """Which takes seconds to import."""
+    code = (
+        "import sys; from pruneforge.cli import app\n"
+        "for command in (['--help'], ['plugins'], ['prune', '--help'], ['eval', '--help']):\n"
+        "    try: app(command)\n"
+        "    except SystemExit as end: assert not end.code, command\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for kind in KINDS:
+        for entry in loaded_plugins().registry.entries(kind):
+            assert entry.name in done.stdout
+            assert entry.summary() == inspect.getdoc(entry.load()).partition("\n")[0] != ""
 
 
 def test_a_plugin_that_fails_is_shown_and_the_rest_works(tmp_path):
@@ -180,7 +203,7 @@ BAD = [
     ({"--option": "scope"}, "is not of the form name=value"),
     ({"--option": "scope=model"}, "add --propagate dense"),
     ({"--option": "scope=row", "--sparsity": None, "--pattern": "2:4"}, "does not go with pattern 2:4"),
-    ({"--exclude": "*.typo"}, "exclude='*.typo' fits no layer; they are called like 'model.layers.0.self_attn.q_proj'"),
+    ({"--exclude": "*.typo"}, "exclude='*.typo' matches no layer; layers have names such as 'model.layers.0."),
     ({"--exclude": "*"}, "leaves no layer to prune"),
     ({"--seqlen": "4096"}, "longer than the model's context of 256"),
     ({"--samples": "0"}, "Invalid value for '--samples'"),

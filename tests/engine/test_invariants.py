@@ -16,7 +16,7 @@ from pruneforge.engine import budget, gradients
 from pruneforge.engine.budget import Budgets
 from pruneforge.interfaces.patterns import NM, Unstructured, pruned_count
 from pruneforge.numerics import exact_arithmetic
-from pruneforge.plugins import plugins
+from pruneforge.plugins import loaded_plugins
 
 CALIBRATED = ["wanda", "sparsegpt", "gblm"]
 METRICS = ["magnitude", *CALIBRATED]
@@ -120,9 +120,9 @@ def statistics(inputs: torch.Tensor, kinds, samples: int = 1) -> LayerStatistics
 
 
 def metric_of(name, **options):
-    from pruneforge.plugins import plugins
+    from pruneforge.plugins import loaded_plugins
 
-    return plugins().registry.create("metric", name, options)
+    return loaded_plugins().registry.create("metric", name, options)
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), NM(4, 8)])
@@ -231,9 +231,9 @@ def test_only_the_layers_weights_change(metric):
 
 def scores_of(metric, model, batches):
     """Dense-model scores, collected by a plugin that only looks."""
-    from pruneforge.plugins import plugins
+    from pruneforge.plugins import loaded_plugins
 
-    chosen = plugins().registry.create("metric", metric, {})
+    chosen = loaded_plugins().registry.create("metric", metric, {})
     seen = {}
     original = chosen.score
 
@@ -284,9 +284,9 @@ def test_excluded_layers_stay_dense_and_are_counted():
 
 
 def test_one_input_has_one_statistic():
-    from pruneforge.plugins import plugins
+    from pruneforge.plugins import loaded_plugins
 
-    chosen = plugins().registry.create("metric", "wanda", {})
+    chosen = loaded_plugins().registry.create("metric", "wanda", {})
     seen = {}
     chosen.score = lambda layer, stats: (
         seen.__setitem__(layer.name.rpartition(".")[2], stats[ColumnSquares]) or layer.weight.abs()
@@ -335,7 +335,7 @@ def test_sums_over_narrow_inputs_are_as_exact_as_float32(dtype, columns):
 
 def test_a_small_budget_makes_smaller_batches():
     model = tiny_llama(torch.float32)
-    blocks = plugins().registry.create("adapter", "llama").blocks(model)
+    blocks = loaded_plugins().registry.create("adapter", "llama").blocks(model)
     # Inputs and outputs of q, k, v, o, gate, up and down, four bytes each.
     token = 4 * ((64 + 64) * 2 + (64 + 32) * 2 + (64 + 160) * 3)
     device = torch.device("cpu")
@@ -347,7 +347,7 @@ def test_a_small_budget_makes_smaller_batches():
 
 def test_observers_see_the_run_and_cannot_change_it():
     from pruneforge.interfaces.hookspecs import hookimpl
-    from pruneforge.plugins import plugins
+    from pruneforge.plugins import loaded_plugins
 
     class Observer:
         def __init__(self):
@@ -366,11 +366,11 @@ def test_observers_see_the_run_and_cannot_change_it():
             self.events.append(("finished", report["sparsity"]["reached"]))
 
     observer = Observer()
-    plugins().register(observer)
+    loaded_plugins().register(observer)
     try:
         pruneforge.prune(tiny_llama(), "magnitude", 0.5)
     finally:
-        plugins().unregister(observer)
+        loaded_plugins().unregister(observer)
     assert observer.events[0] == ("started", 3)
     assert [event[0] for event in observer.events[1:-1]] == [0, 1, 2]
     assert observer.events[-1] == ("finished", 0.5)

@@ -19,7 +19,7 @@ from pruneforge.engine.loop import prune_blocks
 from pruneforge.engine.residency import InMemory
 from pruneforge.interfaces.adapter import LoadedModel
 from pruneforge.interfaces.hookspecs import hookimpl
-from pruneforge.plugins import plugins
+from pruneforge.plugins import loaded_plugins
 from pruneforge.progress import Progress
 
 PATTERNS = [0.3, 0.5, "2:4"]
@@ -82,12 +82,12 @@ class Interrupted:
 def test_an_interrupted_run_goes_on_for_each_pattern_from_its_own_block(pattern, index, model, tmp_path):
     output = tmp_path / "all"
     observer = Interrupted(pattern, index)
-    plugins().register(observer)
+    loaded_plugins().register(observer)
     try:
         with pytest.raises(KeyboardInterrupt):
             pruneforge.prune_each(model, "sparsegpt", PATTERNS, tokens().split(3), output=output)
     finally:
-        plugins().unregister(observer)
+        loaded_plugins().unregister(observer)
     pruneforge.prune_each(model, "sparsegpt", PATTERNS, tokens().split(3), output=output, resume=True)
     before = outcome(output / "0.5")
     for name, asked in zip(["0.3", "0.5", "2of4"], PATTERNS, strict=True):
@@ -113,7 +113,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(pattern
 
 
 def test_a_model_in_memory_takes_one_pattern(tmp_path):
-    with pytest.raises(PruneForgeError, match="more than one pattern goes with a model that is streamed"):
+    with pytest.raises(PruneForgeError, match="more than one pattern needs a model that is streamed"):
         pruneforge.prune_each(tiny_llama(), "magnitude", [0.3, 0.5], output=tmp_path / "out")
 
 
@@ -131,12 +131,12 @@ def test_a_failure_leaves_no_folder_of_any_pattern(model, tmp_path):
 def test_nothing_is_laid_out_before_every_folder_is_known_to_take_its_run(model, tmp_path, monkeypatch):
     output = tmp_path / "all"
     observer = Interrupted("0.5", 1)
-    plugins().register(observer)
+    loaded_plugins().register(observer)
     try:
         with pytest.raises(KeyboardInterrupt):
             pruneforge.prune_each(model, "magnitude", [0.5], output=output)
     finally:
-        plugins().unregister(observer)
+        loaded_plugins().unregister(observer)
     before = (output / "0.5" / "journal.jsonl").read_bytes()
 
     def prepare(self: Rewrite) -> None:
@@ -151,10 +151,10 @@ def test_nothing_is_laid_out_before_every_folder_is_known_to_take_its_run(model,
 
 def test_the_dense_copy_that_several_patterns_need_counts_in_the_budget(monkeypatch):
     monkeypatch.setattr("pruneforge.engine.budget.resident_bytes", lambda: 0)  # it changes from one moment to the next
-    adapter = plugins().registry.create("adapter", "llama")
+    adapter = loaded_plugins().registry.create("adapter", "llama")
     model = LoadedModel(tiny_llama(torch.float32), adapter, None, "tiny")
     blocks = adapter.blocks(model.module)
-    metric = plugins().registry.create("metric", "wanda")
+    metric = loaded_plugins().registry.create("metric", "wanda")
     budgets, cpu = Budgets(host=1 << 40), torch.device("cpu")
     run = run_of(metric, blocks)
     one, _ = budgets.for_activations([run], model, [], cpu)
@@ -171,9 +171,9 @@ def test_runs_of_several_metrics_share_one_pass():
     metrics, masks = ("magnitude", "wanda", "sparsegpt", "gblm"), {}
     dense = tiny_llama()
     batches = tokens().split(3)
-    adapter = plugins().registry.create("adapter", "llama")
+    adapter = loaded_plugins().registry.create("adapter", "llama")
     blocks = adapter.blocks(dense)
-    runs = [run_of(plugins().registry.create("metric", name), blocks, propagate="dense") for name in metrics]
+    runs = [run_of(loaded_plugins().registry.create("metric", name), blocks, propagate="dense") for name in metrics]
 
     def keep(run, result):
         masks.setdefault(run.metric.name, {}).update(result.masks)

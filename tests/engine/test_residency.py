@@ -13,7 +13,7 @@ import pruneforge
 from pruneforge.engine.chain import Chain
 from pruneforge.engine.loop import prune_blocks
 from pruneforge.interfaces.adapter import Adapter
-from pruneforge.plugins import plugins
+from pruneforge.plugins import loaded_plugins
 from pruneforge.progress import Progress
 
 METRICS = ["magnitude", "wanda", "sparsegpt", "gblm"]
@@ -73,7 +73,7 @@ def test_weights_are_needed_only_while_their_block_is_visited(metric, scope, pro
     expected = pruneforge.prune(
         copy.deepcopy(model), metric, 0.5, None, tokens().split(3), options=options, propagate=propagate
     )
-    registry = plugins().registry
+    registry = loaded_plugins().registry
     adapter: Adapter = registry.create("adapter", "llama")
     chosen = registry.create("metric", metric, options)
     blocks = adapter.blocks(model)

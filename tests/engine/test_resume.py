@@ -22,7 +22,7 @@ from pruneforge import PruneForgeError
 from pruneforge.checkpoint.journal import Journal
 from pruneforge.checkpoint.shards import Checkpoint
 from pruneforge.interfaces.hookspecs import hookimpl
-from pruneforge.plugins import plugins
+from pruneforge.plugins import loaded_plugins
 
 KILLER = Path(__file__).parent / "killer.py"
 SETTINGS = ["--sparsity", "0.5", "--calibration", "python-docs", "--samples", "4", "--seqlen", "64", "-p", str(KILLER)]
@@ -180,7 +180,7 @@ def test_a_full_disk_leaves_a_run_that_can_go_on(tmp_path):
 
     for block, left in ((None, False), (1, True)):  # by then the first block is on the disk
         observer = Fills(block)
-        plugins().register(observer)
+        loaded_plugins().register(observer)
         if block is None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
         try:
@@ -188,7 +188,7 @@ def test_a_full_disk_leaves_a_run_that_can_go_on(tmp_path):
                 pruneforge.prune(model, "magnitude", 0.5, output=output)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-            plugins().unregister(observer)
+            loaded_plugins().unregister(observer)
         assert (output / "journal.jsonl").exists() == left
     result = pruneforge.prune(model, "magnitude", 0.5, output=output, resume=True)
     assert outcome(output) == outcome(tmp_path / "whole")
@@ -207,12 +207,12 @@ def test_a_read_error_leaves_a_run_that_can_go_on(tmp_path):
                 last.rename(tmp_path / "away")
 
     observer = Unplugs()
-    plugins().register(observer)
+    loaded_plugins().register(observer)
     try:
         with pytest.raises(PruneForgeError, match="cannot be read: No such file or directory; once it can, go on with"):
             pruneforge.prune(model, "magnitude", 0.5, output=output)
     finally:
-        plugins().unregister(observer)
+        loaded_plugins().unregister(observer)
     (tmp_path / "away").rename(last)
     result = pruneforge.prune(model, "magnitude", 0.5, output=output, resume=True)
     assert outcome(output) == outcome(tmp_path / "whole")
@@ -310,5 +310,5 @@ def test_a_finished_run_is_left_alone_and_another_is_refused(tmp_path):
     with pytest.raises(PruneForgeError, match=r"finished run in .* is another one: model fingerprint was"):
         pruneforge.prune(model, "wanda", 0.5, None, [tokens()], output=output, resume=True)
     assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in output.iterdir()} == left
-    with pytest.raises(PruneForgeError, match="resume goes with a model that is streamed from its folder, and "):
+    with pytest.raises(PruneForgeError, match="resume needs a model that is streamed from its folder, and "):
         pruneforge.prune(tiny_llama(), "magnitude", 0.5, output=tmp_path / "b", resume=True)

@@ -23,7 +23,7 @@ from pruneforge.engine.hidden_states import Store
 from pruneforge.engine.loop import prune_blocks
 from pruneforge.engine.residency import Streamed
 from pruneforge.interfaces.adapter import Adapter
-from pruneforge.plugins import plugins
+from pruneforge.plugins import loaded_plugins
 from pruneforge.progress import Progress
 
 METRICS = ["magnitude", "wanda", "sparsegpt", "gblm"]
@@ -148,7 +148,7 @@ def test_weights_are_there_only_while_their_block_is_visited(metric, scope, prop
     options = {"scope": scope} if scope else {}
     folder = saved(tmp_path / "model")
     expected = pruneforge.prune(folder, metric, 0.5, None, tokens().split(3), options=options, propagate=propagate)
-    registry = plugins().registry
+    registry = loaded_plugins().registry
     adapter: Adapter = registry.create("adapter", "llama")
     module = adapter.skeleton(str(folder), None).module
     vacate(module)
@@ -190,7 +190,7 @@ class Noting(Checkpoint):
 
 def test_a_third_block_is_read_only_when_one_of_two_was_let_go(tmp_path):
     folder = saved(tmp_path / "model")
-    adapter: Adapter = plugins().registry.create("adapter", "llama")
+    adapter: Adapter = loaded_plugins().registry.create("adapter", "llama")
     module = adapter.skeleton(str(folder), None).module
     vacate(module)
     blocks = adapter.blocks(module)
@@ -350,7 +350,7 @@ def test_a_checkpoint_that_cannot_stream_is_held_in_memory_and_the_report_says_s
     (folder / "model.safetensors").rename(folder / "other.safetensors")
     torch.save(tensors, folder / "pytorch_model.bin")
     result = pruneforge.prune(folder, "magnitude", 0.5, output=tmp_path / "out")
-    assert "the whole model was held in memory" in result.report["warnings"][0]
+    assert "the model was loaded whole" in result.report["warnings"][0]
 
 
 def test_budgets_are_kept_or_refused(tmp_path):

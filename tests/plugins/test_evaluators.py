@@ -177,11 +177,11 @@ def test_lm_eval_limit_is_applied_and_said(checkpoint, local_task):
 def test_the_seven_zero_shot_tasks_are_the_published_ones_and_known_to_lm_eval():
     from lm_eval.tasks import TaskManager
 
-    from pruneforge.plugins import plugins
+    from pruneforge.plugins import loaded_plugins
 
     tasks = ["boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
     for spec in ("zero-shot-7", "lm-eval:zero-shot-7"):
-        assert plugins().registry.create("evaluator", spec)._names() == tasks
+        assert loaded_plugins().registry.create("evaluator", spec)._names() == tasks
     manager = TaskManager()
     assert all(manager.match_tasks([task]) == [task] for task in tasks)
 

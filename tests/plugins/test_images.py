@@ -20,7 +20,7 @@ import pruneforge
 from pruneforge import PruneForgeError
 from pruneforge.data.images import class_indices, draw_order
 from pruneforge.interfaces.source import Request, create_source
-from pruneforge.plugins import plugins
+from pruneforge.plugins import loaded_plugins
 
 CLASSES = ["cat", "dog", "owl"]
 EACH = 8
@@ -57,11 +57,11 @@ def checkpoint(tmp_path):
 
 
 def source(data, **options):
-    return create_source(data, options, plugins().registry)
+    return create_source(data, options, loaded_plugins().registry)
 
 
 def processor(module=None):
-    return plugins().registry.create("adapter", "timm").processor(module or model())
+    return loaded_plugins().registry.create("adapter", "timm").processor(module or model())
 
 
 def draw(data, samples=6, seed=0, module=None, **options):

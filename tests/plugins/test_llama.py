@@ -16,7 +16,7 @@ import pruneforge
 from pruneforge import PruneForgeError
 from pruneforge.engine.budget import Budgets
 from pruneforge.interfaces.adapter import LoadedModel
-from pruneforge.plugins import plugins
+from pruneforge.plugins import loaded_plugins
 
 SMALL = {
     "vocab_size": 96,
@@ -128,7 +128,7 @@ def test_a_weight_that_two_layers_share_is_refused():
 
 def test_loss_is_the_models_own():
     model = tiny_llama()
-    adapter = plugins().registry.create("adapter", "llama")
+    adapter = loaded_plugins().registry.create("adapter", "llama")
     ids = tokens(3)
     batch = adapter.batch(ids, model)
     losses = adapter.losses(adapter.forward(model, batch), batch)
@@ -208,7 +208,7 @@ def test_training_mode_and_forward_are_restored():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_losses_made_a_few_tokens_at_a_time_are_those_of_plain_cross_entropy(dtype, monkeypatch):
-    adapter = plugins().registry.create("adapter", "llama")
+    adapter = loaded_plugins().registry.create("adapter", "llama")
     module = sys.modules["pruneforge_llama.adapter"]
     ids = tokens(3, 10)
     logits = torch.randn(3, 10, 96, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
@@ -224,14 +224,14 @@ def test_losses_made_a_few_tokens_at_a_time_are_those_of_plain_cross_entropy(dty
 
 
 def test_logits_and_attention_count_in_the_budget_of_a_metric_that_looks_at_gradients(monkeypatch):
-    adapter = plugins().registry.create("adapter", "llama")
+    adapter = loaded_plugins().registry.create("adapter", "llama")
     narrow, wide = (LoadedModel(tiny_llama(vocab_size=size), adapter, None, "tiny") for size in (96, 96_000))
     monkeypatch.setattr("pruneforge.engine.budget.resident_bytes", lambda: 0)  # it changes from one moment to the next
     cpu, on_device = torch.device("cpu"), torch.device("meta")
     monkeypatch.setattr("pruneforge.engine.budget.free_on_device", lambda device: 1 << 44)
 
     def left(model, name, device=cpu, samples=64, length=64):
-        blocks, metric = adapter.blocks(model.module), plugins().registry.create("metric", name)
+        blocks, metric = adapter.blocks(model.module), loaded_plugins().registry.create("metric", name)
         batch = adapter.batch(torch.zeros(samples, length, dtype=torch.int64), model.module)
         return sum(Budgets(1 << 40, 1 << 40).for_activations([run_of(metric, blocks)], model, [batch], device))
 

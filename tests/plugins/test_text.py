@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 import pruneforge
 from pruneforge import PruneForgeError
 from pruneforge.interfaces.source import Request, create_source
-from pruneforge.plugins import plugins
+from pruneforge.plugins import loaded_plugins
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards vex bold mice".split()
 
@@ -32,7 +32,7 @@ def documents(count: int = 12, seed: int = 0) -> list[str]:
 
 
 def source(data, **options):
-    return create_source(data, options, plugins().registry)
+    return create_source(data, options, loaded_plugins().registry)
 
 
 def draw(data, tokenizer, samples=8, seqlen=32, seed=0, batch_size=3, **options):

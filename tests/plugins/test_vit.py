@@ -12,7 +12,7 @@ from timm.data import ImageNetInfo
 
 import pruneforge
 from pruneforge import PruneForgeError
-from pruneforge.plugins import plugins
+from pruneforge.plugins import loaded_plugins
 from pruneforge.runs.loading import load_model
 
 SMALL = {
@@ -92,6 +92,6 @@ def test_an_imagenet_heads_classes_are_wordnet_ids(tmp_path):
     config = transformers.ViTConfig(**{**SMALL, "num_labels": 1000}, id2label=names)
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
     transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
-    processor = load_model(tmp_path, "auto", None, plugins().registry).processor
+    processor = load_model(tmp_path, "auto", None, loaded_plugins().registry).processor
     assert processor.names[281] == "n02123045"  # tabby, tabby cat
     assert len(set(processor.names)) == 1000

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import pruneforge
 from pruneforge import PruneForgeError
 from pruneforge.interfaces.hookspecs import hookimpl
-from pruneforge.plugins import plugins
+from pruneforge.plugins import loaded_plugins
 
 
 def run(model, output, **changes):
@@ -116,12 +116,12 @@ class _Fails:
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("CUDA out of memory")])
 def test_a_run_that_fails_can_go_on(checkpoint, tmp_path, error):
     observer = _Fails(error)
-    plugins().register(observer)
+    loaded_plugins().register(observer)
     try:
         with pytest.raises(type(error)):
             run(checkpoint, tmp_path / "out")
     finally:
-        plugins().unregister(observer)
+        loaded_plugins().unregister(observer)
     with pytest.raises(PruneForgeError, match="holds an unfinished run"):
         run(checkpoint, tmp_path / "out")
     result, whole = run(checkpoint, tmp_path / "out", resume=True), run(checkpoint, tmp_path / "whole")

@@ -1,0 +1,76 @@
+"""What `pruneforge prune` prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pruneforge.cli import common
+
+if TYPE_CHECKING:
+    from pruneforge.runs.estimate import Estimate
+
+
+def print_result(report: dict[str, Any], output: Path) -> None:
+    """Print what became of one run, from its report."""
+    measured = report["measured"]
+    print(
+        f"pruned {report['sparsity']['pruned']:,} of {report['sparsity']['weights']:,} weights "
+        f"({report['sparsity']['reached']:.2%}) in {measured['seconds']['total']:.1f} s, "
+        f"peak memory {common.mebibytes(measured['peak_memory']['host_bytes'])}; wrote {output}"
+    )
+
+
+def print_shared(measured: dict[str, Any], gradient_cache: str | None) -> None:
+    """Print what runs of one pass kept for later runs, and their profile."""
+    from pruneforge.engine.gradient_store import cache_folder
+
+    added = measured["gradient_cache"].get("added_bytes", 0)
+    if added:
+        where = gradient_cache or cache_folder()
+        print(f"kept gradient statistics for later runs, {common.mebibytes(added)} below {where}")
+    if "profile" in measured:
+        common.console.print(_profile_table(measured["profile"]))
+
+
+def _profile_table(rows: list[dict[str, Any]]) -> Any:
+    """Return seconds by block and stage, with the most memory seen in each."""
+    from rich.table import Table
+
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    blocks = sorted({row["block"] for row in rows}, key=lambda block: -1 if block is None else block)
+    memory = "device_bytes" if any(row["device_bytes"] for row in rows) else "host_bytes"
+    table = Table(title="seconds by block and stage, and most memory in MiB")
+    for name in ("block", *stages, "MiB"):
+        table.add_column(name, justify="left" if name == "block" else "right", no_wrap=True)
+
+    def add(name: str, chosen: list[dict[str, Any]]) -> None:
+        seconds = {stage: sum(row["seconds"] for row in chosen if row["stage"] == stage) for stage in stages}
+        cells = [f"{seconds[stage]:.2f}" if seconds[stage] else "" for stage in stages]
+        table.add_row(name, *cells, common.mebi(max(row[memory] for row in chosen)))
+
+    for block in blocks:
+        add("all" if block is None else str(block), [row for row in rows if row["block"] == block])
+    add("sum", rows)
+    peaks = [max(row[memory] for row in rows if row["stage"] == stage) for stage in stages]
+    table.add_row("MiB", *map(common.mebi, peaks))
+    return table
+
+
+def print_estimate(title: str, estimated: Estimate) -> None:
+    """Print what a run will take."""
+    from rich.table import Table
+
+    table = Table(title=title, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("blocks", f"{estimated.blocks:,}")
+    table.add_row("layers to prune", f"{estimated.layers:,}")
+    table.add_row("weights to prune", f"{estimated.pruned:,} of {estimated.weights:,}")
+    table.add_row("peak host memory", common.mebibytes(estimated.host_bytes))
+    table.add_row("peak device memory", common.mebibytes(estimated.device_bytes) if estimated.device_bytes else "none")
+    table.add_row("disk", common.mebibytes(estimated.disk_bytes))
+    for stage, seconds in estimated.seconds.items():
+        table.add_row(f"time: {stage}", f"{seconds:,.1f} s")
+    table.add_row("time, but for writing", f"{sum(estimated.seconds.values()):,.1f} s")
+    common.console.print(table)

@@ -1,0 +1,203 @@
+"""Settings are declared once: as fields that the command line, Python and the documentation take over."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import typing
+from typing import Any, Literal
+
+import pytest
+import typer
+from pydantic import BaseModel, Field
+from typer.testing import CliRunner
+
+import pruneforge
+from pruneforge.cli import app
+from pruneforge.cli.settings import SettingsCommand, fields_of, settings
+from pruneforge.interfaces.recipe import EvalRecipe, PruneRecipe
+from pruneforge.runs.resources import Resources
+
+CALIBRATED = ("--sparsity", "0.5", "--calibration", "python-docs", "--samples", "4", "--seqlen", "64")
+
+
+def run(*arguments: object, application: typer.Typer = app):
+    return CliRunner(env={"COLUMNS": "200"}).invoke(application, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("function", "models"), [(pruneforge.prune, (PruneRecipe, Resources)), (pruneforge.evaluate, (EvalRecipe,))]
+)
+def test_python_takes_every_setting_with_its_default_and_documents_it(function, models):
+    parameters = inspect.signature(function).parameters
+    text = " ".join(inspect.getdoc(function).split())
+    for model in models:
+        for name, field in model.model_fields.items():
+            if name == "plugins":  # a property of the process in Python
+                continue
+            assert name in parameters, f"{function.__name__} lacks {name}"
+            if name not in ("model", "metric", "task"):
+                default = parameters[name].default
+                assert (default or None) == (field.get_default(call_default_factory=True) or None), name
+            own_words = name in ("model", "metric", "calibration", "progress")
+            assert own_words or f"{name}: {' '.join(field.description.split())}" in text, name
+
+
+def test_the_command_takes_every_setting_with_its_description():
+    command = typing.cast(Any, typer.main.get_command(app)).commands["prune"]
+    options = {
+        option.name: option for option in command.get_params(command.make_context("prune", [], resilient_parsing=True))
+    }
+    for name, field in {**PruneRecipe.model_fields, **fields_of(Resources)}.items():
+        assert name in options, f"the command lacks {name}"
+        if name not in ("sparsity", "pattern", "plugins"):  # which the command line writes in its own way
+            assert field.description.removesuffix(".") in options[name].help
+
+
+class Settings(BaseModel):
+    """One field of every kind."""
+
+    path: str = Field(description="where to")
+    count: int | None = Field(None, ge=2, description="how many")
+    share: float = Field(0.5, description="how much")
+    kind: Literal["fast", "exact"] = Field("fast", description="which")
+    quick: bool = Field(False, description="hurry")
+    tied: bool = Field(True, description="keep together")
+    names: list[str] = Field(default_factory=list, description="which ones")
+    more_options: dict[str, Any] = Field(default_factory=dict, description="further ones")
+    inner: object = Field(None, exclude=True, description="not for the command line")
+
+
+class Command(SettingsCommand):
+    def fields(self):
+        return fields_of(Settings)
+
+
+def application() -> typer.Typer:
+    made = typer.Typer(add_completion=False)
+
+    @made.command(cls=Command)
+    def show(ctx: typer.Context) -> None:
+        print(json.dumps(settings(ctx)))
+
+    return made
+
+
+def test_a_field_of_every_kind_becomes_an_option_and_only_what_was_given_arrives():
+    made = application()
+    assert json.loads(run("--path", "x", application=made).output) == {"path": "x"}
+    everything = (
+        "--path",
+        "x",
+        "--count",
+        2,
+        "--share",
+        0.25,
+        "--kind",
+        "exact",
+        "--quick",
+        "--no-tied",
+        "--name",
+        "a",
+    )
+    done = run(*everything, "--name", "b", "--more-option", "a=[1]", "--more-option", "b=c", application=made)
+    assert json.loads(done.output) == {
+        "path": "x",
+        "count": 2,
+        "share": 0.25,
+        "kind": "exact",
+        "quick": True,
+        "tied": False,
+        "names": ["a", "b"],
+        "more_options": {"a": [1], "b": "c"},
+    }
+    for wrong in (("--count", 1), ("--share", "much"), ("--kind", "slow"), ("--inner", "x"), ("--more-option", "a")):
+        assert run("--path", "x", *wrong, application=made).exit_code != 0, wrong
+    shown = " ".join(run("--help", application=made).output.split())
+    for text in ("Where to.", "[required]", "How many.", "[default: 0.5]", "<fast|exact>", "Further ones. Repeatable."):
+        assert text in shown, text
+    assert "inner" not in shown
+
+
+def test_options_of_the_metric_are_options_of_the_command(checkpoint, tmp_path):
+    done = run("prune", checkpoint, "--metric", "wanda", "--scope=layer", *CALIBRATED, "--output", tmp_path / "a")
+    assert done.exit_code == 0, done.output
+    report = pruneforge.load(tmp_path / "a").report
+    assert report["recipe"]["options"] == {"scope": "layer"}
+    twice = ("--scope", "layer", "--option", "scope=output", "--output", tmp_path / "b")
+    done = run("prune", checkpoint, "--metric", "wanda", *CALIBRATED, *twice)
+    assert (done.exit_code, done.output.strip()) == (2, "pruneforge: option 'scope' is given twice")
+    done = run("prune", checkpoint, "--metric", "magnitude", "--alpha", 3, "--output", tmp_path / "b")
+    assert done.exit_code == 2
+    assert "No such option: --alpha" in done.output
+    done = run("prune", checkpoint, "--metric", "gbml", "--alpha", 3, "--output", tmp_path / "b")
+    assert (done.exit_code, done.output.strip()) == (2, "pruneforge: unknown metric 'gbml'; did you mean 'gblm'?")
+    assert not (tmp_path / "b").exists()
+
+
+def test_options_of_the_source_and_of_a_plugin_file_are_options_of_the_command(checkpoint, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from pydantic import Field\nfrom pruneforge import Metric\n"
+        "class Mine(Metric):\n"
+        "    class Options(Metric.Options):\n"
+        "        power: float = Field(1.0, description='exponent of the weight')\n"
+        "        pack: bool = Field(False, description='a name that the source has too')\n"
+        "    def score(self, layer, stats):\n"
+        "        return layer.weight.abs() ** self.options.power\n"
+    )
+    chosen = ("--metric", "mine", "-p", file)
+    shown = " ".join(run("prune", *chosen, "--calibration", "python-docs", "--help").output.split())
+    assert "Options of metric mine" in shown
+    assert "Exponent of the weight." in shown
+    assert "--pack" not in shown  # whose would it be?
+    shown = run("prune", "--metric", "wanda", "--calibration", "python-docs", "--help").output
+    assert "--no-pack" in shown
+    done = run("prune", checkpoint, *chosen, "--power", 0.5, "--output", tmp_path / "a")
+    assert done.exit_code == 0, done.output
+    assert pruneforge.load(tmp_path / "a").report["metric"]["options"]["power"] == 0.5
+
+
+def test_options_of_the_evaluator_are_options_of_the_command_and_of_its_recipe(checkpoint, tmp_path):
+    common = ("eval", checkpoint, "--task", "perplexity")
+    done = run(*common, "--data", "python-docs", "--window", 32, "--limit", 2, "--json")
+    assert done.exit_code == 0, done.output
+    outcome = json.loads(done.output)
+    assert (outcome["window"], outcome["windows"]) == (32, 2)
+    assert outcome["recipe"]["options"] == {"data": "python-docs", "window": 32, "limit": 2}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("task: perplexity\ndata: python-docs\nwindow: 32\nlimit: 2\n")
+    again = json.loads(run("eval", checkpoint, "--config", recipe, "--json").output)
+    assert again["perplexity"] == outcome["perplexity"]
+    done = run(*common, "--data", "python-docs", "--strict")
+    assert done.exit_code == 2
+    assert "No such option: --strict" in done.output
+    done = run(*common, "--data", "python-docs", "--window", 100_000)
+    assert done.exit_code == 2
+    assert "window 100000 is longer than the model's context" in done.output
+    recipe.write_text("task: perplexity\nwindw: 32\n")
+    done = run("eval", checkpoint, "--config", recipe)
+    assert (done.exit_code, "did you mean 'window'" in done.output) == (2, True)
+
+
+def test_messages_name_a_plugins_options_as_they_are_typed(checkpoint, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("too little")
+    done = run("eval", checkpoint, "--task", "perplexity", "--data", short, "--window", 64)
+    assert done.exit_code == 2
+    assert "use a shorter --window or more text" in done.output
+
+
+def test_evaluate_takes_options_as_keywords_or_as_a_mapping_but_not_both(checkpoint):
+    asked = {"data": "python-docs", "window": 32, "limit": 1}
+    by_name = pruneforge.evaluate(checkpoint, "perplexity", **asked)
+    assert by_name["perplexity"] == pruneforge.evaluate(checkpoint, "perplexity", asked)["perplexity"]
+    with pytest.raises(pruneforge.PruneForgeError, match="option 'limit' is given twice"):
+        pruneforge.evaluate(checkpoint, "perplexity", asked, limit=1)
+    with pytest.raises(pruneforge.PruneForgeError, match="unknown option of perplexity 'windw'; did you mean 'window'"):
+        pruneforge.evaluate(checkpoint, "perplexity", data="python-docs", windw=32)
+
+
+def test_an_unknown_setting_from_python_is_refused_with_the_nearest(checkpoint, tmp_path):
+    with pytest.raises(pruneforge.PruneForgeError, match="unknown setting 'sampels'; did you mean 'samples'"):
+        pruneforge.prune_each(checkpoint, "magnitude", [0.5], output=tmp_path / "out", sampels=3)
