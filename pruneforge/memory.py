@@ -1,4 +1,4 @@
-"""What a process holds in memory, and the most it held."""
+"""Memory of this process: in use, and at its peak."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pruneforge.errors import UnfinishedError
 
 
 class PeakMemory:
-    """Measures the peak from its creation to `read`.
+    """Measures peak memory from its creation to `read`.
 
-    On Linux the kernel's own peak of resident memory is reset at the start; where that is not allowed,
-    and elsewhere, the peak of the whole process is reported and says so.
+    On Linux the kernel's peak of resident memory is reset at the start. Where that is not possible, the peak of the
+    whole process is reported, and `host_covers` is "process".
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,17 +28,17 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
 
     def read(self) -> dict[str, Any]:
-        """Return peak bytes of host memory and what they cover; on CUDA, of the device's tensors and torch's pools."""
-        found: dict[str, Any] = {"host_bytes": _peak(), "host_covers": "run" if self._reset else "process"}
+        """Return peak bytes of host memory and what they cover; on CUDA also those of tensors and of torch's pools."""
+        measured: dict[str, Any] = {"host_bytes": _peak(), "host_covers": "run" if self._reset else "process"}
         if self._device.type == "cuda":
-            found["device_bytes"] = torch.cuda.max_memory_allocated(self._device)
-            found["device_reserved_bytes"] = torch.cuda.max_memory_reserved(self._device)
-        return found
+            measured["device_bytes"] = torch.cuda.max_memory_allocated(self._device)
+            measured["device_reserved_bytes"] = torch.cuda.max_memory_reserved(self._device)
+        return measured
 
 
 @contextmanager
 def one_line_for_full_devices() -> Iterator[None]:
-    """Convert torch's error about a device without room into one line.
+    """Convert torch's out-of-memory error within the context into `UnfinishedError`.
 
     Raises:
         UnfinishedError: The device is full.
@@ -54,12 +54,13 @@ def one_line_for_full_devices() -> Iterator[None]:
 
 
 def resident_bytes() -> int:
-    """Return what the process takes in host memory now, or 0 where the system does not say."""
+    """Return the bytes of host memory that this process uses now, or 0 where the system does not tell."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
 def _reset_peak() -> bool:
+    """Reset the kernel's peak of resident memory; return whether that worked."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -68,6 +69,7 @@ def _reset_peak() -> bool:
 
 
 def _peak() -> int:
+    """Return the peak bytes of resident memory."""
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():
@@ -80,9 +82,9 @@ def _peak() -> int:
 
 
 TOKENS_ON_CPU, TOKENS_ON_DEVICE = 1024, 4096
-"""Tokens that go through a block together: on a CPU so few that they stay near its caches."""
+"""Number of tokens that go through a block together; on a CPU few, so that they stay near its caches."""
 
 
 def usual_tokens_a_batch(device: torch.device) -> int:
-    """Return how many tokens go through a block together where memory is no question."""
+    """Return how many tokens go through a block together if memory is not limited."""
     return TOKENS_ON_CPU if device.type == "cpu" else TOKENS_ON_DEVICE

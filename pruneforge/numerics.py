@@ -1,4 +1,4 @@
-"""The arithmetic of a run: full float32, narrower units where they lose nothing, and its own random numbers."""
+"""Arithmetic of a run: full float32 products, narrower units where they are exact, and seeded random numbers."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-CUDA: Any = torch.backends.cuda  # parts of them are missing from torch before 2.9, and from its type hints
+CUDA: Any = torch.backends.cuda  # `Any`: parts of these are missing from torch before 2.9, and from its type hints
 CUDNN: Any = torch.backends.cudnn
 MKLDNN: Any = torch.backends.mkldnn
 
 NARROW = {("cpu", torch.bfloat16): "bf16"}
-"""By device and dtype, the units that hold every value of that dtype and add up in float32.
+"""By device and dtype: units that represent every value of the dtype exactly and sum in float32.
 
-CUDA's tensor cores hold bfloat16 and float16 whole too, but round their sums toward zero; they are left out until
-masks are shown not to change (`make bench-cuda` compares them).
+CUDA's tensor cores represent bfloat16 and float16 exactly too, but round their sums toward zero. They are not used
+until masks are shown not to change (`make bench-cuda` compares them).
 """
 
 LEGACY = {"ieee": "highest", "tf32": "high", "bf16": "medium"}
-"""Names of the same precisions in the interface that torch had before 2.9."""
+"""Names of the same precisions in torch's interface before 2.9."""
 
 
 @contextmanager
 def exact_arithmetic(seed: int, device: torch.device) -> Iterator[None]:
-    """Full float32 products, repeatable kernels, and random numbers of the run's own that leave the caller's alone.
+    """Use full float32 products, repeatable kernels and seeded random numbers within the context.
+
+    The caller's settings and random number generators are restored afterwards.
 
     Args:
         seed: Seed of the random numbers.
-        device: Where the run computes. It is the current one within the context, and no other device is touched, so a
-            run on the CPU does not initialise CUDA.
+        device: Where to compute. It becomes torch's current device; no other device is touched, so a run on the CPU
+            does not initialise CUDA.
     """
     on_cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_cuda else []), ExitStack() as settings:
@@ -46,7 +48,7 @@ def exact_arithmetic(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def seed_random_numbers(seed: int, device: torch.device) -> None:
-    """Seed the generators of the CPU and of `device`; unlike `torch.manual_seed`, those of no other device."""
+    """Seed the random number generators of the CPU and of `device` only, unlike `torch.manual_seed`."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(seed)
@@ -54,10 +56,10 @@ def seed_random_numbers(seed: int, device: torch.device) -> None:
 
 @contextmanager
 def products_of(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """Allow float32 products of values that came from `dtype` to run on units that are made for it.
+    """Let float32 products of values that were converted from `dtype` run on the units for that dtype.
 
-    bfloat16 is exact in these units, a product of two fits float32, and sums are float32: the result is as exact as
-    that of float32 units, and several times as fast.
+    bfloat16 is exact in these units, products of two bfloat16 values are exact in float32, and sums are float32. So the
+    result is as exact as with float32 units, only several times faster.
     """
     precision = NARROW.get((device.type, dtype))
     if precision is None:
@@ -69,10 +71,10 @@ def products_of(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def repeatable_gradients(device: torch.device) -> Iterator[None]:
-    """Compute attention, within the context, by kernels whose backward pass gives the same bits each time.
+    """Use attention kernels with a repeatable backward pass within the context.
 
-    On CUDA the backward passes of flash and memory-efficient attention add with atomics, in whatever order threads
-    come; plain matrix products do not. They take memory for every pair of tokens of a sample.
+    On CUDA the backward passes of flash and memory-efficient attention add with atomics, in an order that varies. Plain
+    matrix products do not, but take memory for every pair of tokens of a sample.
     """
     if device.type == "cuda":
         with sdpa_kernel(SDPBackend.MATH):
@@ -83,7 +85,7 @@ def repeatable_gradients(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _precision(backend: Any, name: str) -> Iterator[None]:
-    """Set the units of float32 products of one backend; before torch 2.9 there was one setting for all."""
+    """Set the precision of one backend's float32 products; before torch 2.9, that of all backends."""
     if not hasattr(torch.backends, "fp32_precision"):
         legacy = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(LEGACY[name])
@@ -98,14 +100,15 @@ def _precision(backend: Any, name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        backend.fp32_precision = "none"  # inherited from the settings above it, if that gives what it was
+        # Inherit from the settings above this one, as by default, if that restores the value.
+        backend.fp32_precision = "none"
         if backend.fp32_precision != before:
             backend.fp32_precision = before
 
 
 @contextmanager
 def _convolutions() -> Iterator[None]:
-    """Full float32 convolutions, by the algorithm that is repeatable and not the one that a trial found fastest."""
+    """Use full float32 convolutions and repeatable algorithms, rather than those that a trial finds fastest."""
     before = CUDNN.deterministic, CUDNN.benchmark
     CUDNN.deterministic, CUDNN.benchmark = True, False
     try:
@@ -123,7 +126,7 @@ def _convolutions() -> Iterator[None]:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype for sums and scores over values of `dtype`: float32, or float64 for float64."""
+    """Return the dtype of sums and scores of `dtype` values: float64 for float64, otherwise float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -131,25 +134,27 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Return whether no value is infinite or NaN, in one pass and without a temporary."""
+    """Return whether all values are finite, in one pass and without a temporary tensor."""
     return bool(finite_flag(tensor))
 
 
 def finite_flag(tensor: Tensor) -> Tensor:
-    """Return what `all_finite` does as a tensor [] on the tensor's device, for which the host need not wait."""
+    """Return `all_finite` as a boolean tensor [] on the tensor's device, without waiting for the device."""
     if not tensor.numel():
         return torch.ones((), dtype=torch.bool, device=tensor.device)
+    # NaN shows in both: `aminmax` propagates it.
     low, high = torch.aminmax(tensor)
     return torch.isfinite(low) & torch.isfinite(high)
 
 
 def first_false(flags: Sequence[Tensor]) -> int | None:
-    """Return the place of the first flag [] that is false, if one is; the host waits once for all of them."""
+    """Return the index of the first false flag, or `None`; flags are boolean tensors [], and the host waits once."""
     return next((place for place, flag in enumerate(torch.stack(list(flags)).tolist()) if not flag), None)
 
 
 def zeroed(weight: Tensor, mask: Tensor) -> Tensor:
-    """Set to zero, in place, what `mask` prunes, and return the weight; both [out, in], or of as many values."""
-    bits = weight.view(_BITS[weight.element_size()])  # as integers: exactly +0, and several times as fast
+    """Set weights that `mask` prunes to zero, in place, and return the weight; both have the same number of values."""
+    # Multiplied as integers: that gives +0 for negative weights too, and is several times as fast.
+    bits = weight.view(_BITS[weight.element_size()])
     bits.mul_(mask.view(weight.shape))
     return weight

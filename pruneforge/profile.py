@@ -1,4 +1,4 @@
-"""Where the time and the memory of a run go."""
+"""Record the time and memory of a run, by stage."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from pruneforge.memory import resident_bytes
 
 PROFILE_FILE = "profile.json"
 PERIOD = 0.01
-"""Seconds between two looks at the memory, at first."""
+"""Seconds between two memory samples, at first."""
 
 MOST_SAMPLES = 50_000
+"""Number of memory samples at which every second one is dropped and the period is doubled."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """One stretch of work.
+    """One timed piece of work.
 
     Attributes:
-        stage: What was done.
-        block: For which block, or `None` where it was for the model.
-        start: When it began, in seconds of `time.perf_counter`.
-        seconds: How long it took.
-        thread: The thread that did it.
+        stage: Name of the stage.
+        block: Index of the block, or `None` for the whole model.
+        start: Start, in seconds of `time.perf_counter`.
+        seconds: Duration.
+        thread: Identifier of the thread.
     """
 
     stage: str
@@ -47,9 +48,9 @@ class Sample:
     """Memory at one time.
 
     Attributes:
-        time: When, in seconds of `time.perf_counter`.
-        host_bytes: What the process holds in host memory.
-        device_bytes: What its tensors hold on the CUDA device.
+        time: In seconds of `time.perf_counter`.
+        host_bytes: Host memory of the process.
+        device_bytes: Memory of its tensors on the CUDA device.
     """
 
     time: float
@@ -62,14 +63,15 @@ def _time(sample: Sample) -> float:
 
 
 class Profile:
-    """Times the stages of a run; with `memory`, looks at its memory all the while.
+    """Times the stages of a run and, with `memory=True`, samples its memory.
 
-    Nested stages count twice. A CUDA device works behind the host: with `memory`, a stage ends when its work is done
-    there; without, when it is handed over, so that nothing waits for the measurement, but for what `settle` says.
+    Nested stages count twice. With `memory=True`, CUDA is synchronised before a stage ends. Otherwise a stage ends when
+    its work is submitted, so that measuring slows nothing down, and only `settle` waits.
 
     Attributes:
-        spans: What was done, in the order it ended.
-        samples: What memory was held, in order; empty without `memory`.
+        spans: The timed work, in the order in which it ended.
+        samples: The memory samples, in order; empty without `memory=True`.
+        memory: Whether memory is sampled.
     """
 
     def __init__(self, device: torch.device | None = None, memory: bool = False) -> None:
@@ -80,12 +82,12 @@ class Profile:
 
     @contextmanager
     def stage(self, name: str, block: int | None = None, wait: bool = True) -> Iterator[None]:
-        """Note how long the context takes.
+        """Time the context.
 
         Args:
-            name: What is done.
-            block: For which block.
-            wait: Whether its work may go on in the current stream of a CUDA device when the context ends.
+            name: Name of the stage.
+            block: Index of the block.
+            wait: With `memory=True`, synchronise the current CUDA stream; `False` for work in other streams.
         """
         start = time.perf_counter()
         try:
@@ -96,9 +98,9 @@ class Profile:
             self.spans.append(Span(name, block, start, time.perf_counter() - start, threading.get_ident()))
 
     def settle(self, name: str, block: int | None = None) -> None:
-        """Wait for what was handed over to a CUDA device, in the name of the stage that did most of it.
+        """Wait for the work submitted to a CUDA device, and count the time to a stage.
 
-        Called once a block and stage, it keeps the work of one stage from being counted in the next that waits.
+        Called once for each block and stage, so that a stage's work is not counted to the next one that waits.
         """
         if self._device is not None:
             with self.stage(name, block, wait=False):
@@ -106,7 +108,7 @@ class Profile:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Look at the memory within the context, if that is wanted."""
+        """Sample memory in the background within the context, with `memory=True`."""
         if not self.memory:
             yield
             return
@@ -116,7 +118,7 @@ class Profile:
             period = PERIOD
             while not done.wait(period):
                 self._look()
-                if len(self.samples) > MOST_SAMPLES:  # a long run is looked at less often
+                if len(self.samples) > MOST_SAMPLES:  # long runs are sampled less often
                     del self.samples[::2]
                     period *= 2
 
@@ -134,15 +136,15 @@ class Profile:
         self.samples.append(Sample(time.perf_counter(), resident_bytes(), on_device))
 
     def seconds(self) -> dict[str, float]:
-        """Return seconds by stage, in the order the stages first ended."""
-        found: dict[str, float] = {}
+        """Return the seconds of each stage, in the order in which the stages first ended."""
+        by_stage: dict[str, float] = {}
         for span in self.spans:
-            found[span.stage] = found.get(span.stage, 0.0) + span.seconds
-        return found
+            by_stage[span.stage] = by_stage.get(span.stage, 0.0) + span.seconds
+        return by_stage
 
     def table(self) -> list[dict[str, Any]]:
-        """Return, for each stage and block, seconds and the most bytes seen meanwhile; of types that JSON holds."""
-        samples = list(self.samples)  # more may come meanwhile
+        """Return seconds and peak bytes for each stage and block, JSON-serialisable."""
+        samples = list(self.samples)  # a copy, since the background thread may add more
         rows: dict[tuple[str, int | None], dict[str, Any]] = {}
         for span in self.spans:
             row = rows.setdefault(
@@ -156,7 +158,7 @@ class Profile:
         return list(rows.values())
 
     def save(self, path: Path) -> None:
-        """Write the spans and the memory as a trace in Chrome's format, which https://ui.perfetto.dev opens."""
+        """Write spans and memory samples as a trace in Chrome's format, for https://ui.perfetto.dev."""
         events: list[dict[str, Any]] = [
             {
                 "name": span.stage if span.block is None else f"{span.stage} {span.block}",
@@ -181,6 +183,6 @@ class Profile:
 
 
 def _during(span: Span, samples: list[Sample]) -> list[Sample]:
-    """Return what was seen within a span and at the first look after it, which short ones need."""
+    """Return the samples within a span, and the first one after it, since short spans may have none."""
     first = bisect_left(samples, span.start, key=_time)
     return samples[first : bisect_left(samples, span.start + span.seconds, key=_time) + 1]

@@ -1,4 +1,4 @@
-"""Progress of long steps: nothing by default, bars with time left when asked for."""
+"""Progress of long steps: silent, or bars with the remaining time."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ T = TypeVar("T")
 
 
 class Progress:
-    """Iterates in silence.
+    """Iterates without showing anything.
 
     Attributes:
-        shown: Whether anybody sees progress; a library's own bars follow it.
+        shown: Whether progress is visible; other libraries' bars are switched on or off accordingly.
     """
 
     shown = False
 
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-        """Yield `items`, showing how far along they are.
+        """Yield `items`, showing progress.
 
         Args:
-            items: What to iterate over.
-            description: What the step does, as a user would say it.
-            total: Number of items, where `items` has no length.
+            items: The items.
+            description: Description of the step, for users.
+            total: Number of items, if `items` has no length.
         """
         yield from items
 
 
 class BarProgress(Progress):
-    """Shows a bar for each running step on standard error; silent when that is no terminal."""
+    """Shows a bar for each running step on standard error; silent if that is not a terminal."""
 
     def __init__(self) -> None:
         from rich import progress
@@ -51,7 +51,7 @@ class BarProgress(Progress):
         self._running = 0
 
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-        """Yield `items` with a bar; bars of steps within steps stand below one another."""
+        """Yield `items` with a bar; bars of nested steps are shown below one another."""
         if total is None:
             total = len(items) if hasattr(items, "__len__") else None  # type: ignore[arg-type]
         if self._running == 0:
@@ -70,7 +70,7 @@ class BarProgress(Progress):
 
 
 def as_progress(progress: bool | Progress) -> Progress:
-    """Return what was asked for: bars for `True`, nothing for `False`."""
+    """Return `progress` itself, bars for `True`, or silence for `False`."""
     if isinstance(progress, Progress):
         return progress
     return BarProgress() if progress else Progress()

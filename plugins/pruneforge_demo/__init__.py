@@ -1,4 +1,4 @@
-"""The embedded default: a small trained checkpoint and real data, so that everything runs without a network."""
+"""Demos: small trained checkpoints and real data that ship with PruneForge, so that they need no network."""
 
 from pruneforge import Registry, hookimpl
 

@@ -1,4 +1,4 @@
-"""The handwritten digits that scikit-learn carries, in three disjoint parts."""
+"""The handwritten digits that come with scikit-learn, in three disjoint parts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 Part = Literal["training", "calibration", "evaluation"]
 
 SIZE = 8
-"""Pixels a side."""
+"""Width and height in pixels."""
 
 _SHARES: dict[Part, tuple[float, float]] = {
     "training": (0.0, 0.6),
@@ -19,7 +19,7 @@ _SHARES: dict[Part, tuple[float, float]] = {
 
 
 def images(part: Part) -> tuple[np.ndarray, np.ndarray]:
-    """Return one part of the 1797 digits.
+    """Return one part of the 1797 digits, in a fixed random order.
 
     Args:
         part: `training` (60 %), `calibration` (15 %) or `evaluation` (25 %).

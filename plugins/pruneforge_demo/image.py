@@ -1,4 +1,4 @@
-"""A small vision transformer of handwritten digits, and those digits as an image source."""
+"""A small vision transformer trained on handwritten digits, and these digits as an image source."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pruneforge_demo import digits
 class Digits(ImageSource):
     """The 1797 handwritten digits that scikit-learn carries, 8x8 pixels.
 
-    Calibration and evaluation are disjoint from one another and from what the demo's model was trained on.
+    Calibration and evaluation data are disjoint from each other and from the training data of the demo's model.
     """
 
     def images(self, part: Any) -> ImageSet:
@@ -27,6 +27,8 @@ class Digits(ImageSource):
 
 
 class _DigitSet(ImageSet):
+    """One part of the digits."""
+
     def __init__(self, part: digits.Part) -> None:
         self._pixels, self._labels = digits.images(part)
 

@@ -1,4 +1,4 @@
-"""A small language model of Python's documentation, and that documentation as a text source."""
+"""A small language model trained on Python's documentation, and this documentation as a text source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pruneforge_demo import corpus
 class PythonDocs(TextSource):
     """Python's language reference and library docstrings, as this installation carries them.
 
-    Calibration and evaluation are disjoint from one another and from what the demo's model was trained on.
+    Calibration and evaluation data are disjoint from each other and from the training data of the demo's model.
     """
 
     class Options(TextSource.Options):

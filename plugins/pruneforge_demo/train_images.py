@@ -1,7 +1,7 @@
 """Train the small vision transformer that `pruneforge demo` prunes.
 
 Run `python -m pruneforge_demo.train_images --output DIR`; it takes a few minutes on two CPU cores and needs
-no network. The images are scikit-learn's handwritten digits, the training part alone.
+no network. The images are the training part of scikit-learn's handwritten digits.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PREPROCESSING: dict[str, Any] = {
 
 
 def train(output: Path, epochs: int, batch: int, seed: int) -> None:
-    """Train for `epochs` passes over the training part and save to `output` in timm's layout."""
+    """Train for `epochs` passes over the training part, and save the model to `output` in timm's layout."""
     torch.manual_seed(seed)
     images, labels = _part("training")
     held_out, truth = _part("calibration")
@@ -64,6 +64,7 @@ def train(output: Path, epochs: int, batch: int, seed: int) -> None:
 
 
 def _part(part: digits.Part) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the normalised images, float32 [images, 1, height, width], and labels of one part."""
     pixels, labels = digits.images(part)
     values = torch.from_numpy(pixels).float().unsqueeze(1) / 255
     mean, std = PREPROCESSING["mean"], PREPROCESSING["std"]
@@ -71,7 +72,7 @@ def _part(part: digits.Part) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _shifted(images: torch.Tensor) -> torch.Tensor:
-    """Shift each batch by up to a pixel, so that a thousand images go further."""
+    """Shift a batch by up to one pixel, to augment the thousand images."""
     down, right = torch.randint(-1, 2, (2,)).tolist()
     return torch.roll(images, (down, right), dims=(2, 3))
 

@@ -1,8 +1,8 @@
 """Train the small language model that `pruneforge demo` prunes.
 
 Run `python -m pruneforge_demo.train_text --output DIR`; it takes about a quarter of an hour on two
-CPU cores and needs no network. The tokenizer and the weights come from the training part of
-`pruneforge_demo.corpus` alone.
+CPU cores and needs no network. The tokenizer and the weights are trained only on the training part of
+`pruneforge_demo.corpus`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CONTEXT = 256
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer of `vocabulary` entries learnt from `texts`."""
+    """Return a byte-level BPE tokenizer with `vocabulary` entries, trained on `texts`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -39,7 +39,7 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def train(output: Path, steps: int, batch: int, vocabulary: int, seed: int) -> None:
-    """Train for `steps` steps of `batch` windows and save model and tokenizer to `output`."""
+    """Train for `steps` steps of `batch` windows each, and save model and tokenizer to `output`."""
     torch.manual_seed(seed)
     texts = corpus.documents("training")
     tokenizer = train_tokenizer(texts, vocabulary)
@@ -94,6 +94,7 @@ def train(output: Path, steps: int, batch: int, vocabulary: int, seed: int) -> N
 
 @torch.no_grad()
 def _loss(model: LlamaForCausalLM, ids: torch.Tensor) -> float:
+    """Return the mean loss on the first 32 windows of held-out text."""
     windows = ids[: 32 * CONTEXT].view(32, CONTEXT)
     return model(input_ids=windows, labels=windows, use_cache=False).loss.item()
 

@@ -24,10 +24,9 @@ from pruneforge import (
 class GBLM(Metric):
     """`|W| * ||X||_2 + alpha * |W| * G`, compared within each output row.
 
-    `G` sums over the samples n the gradient g_n of sample n's own mean loss in the dense model:
-    `sum |g_n|` (l1) or `sqrt(sum g_n^2)` (l2). It is not divided by the number of samples, so alpha, the
-    number of samples and their length go together; the paper has alpha 100 for 128 samples of 2048
-    tokens. With alpha 0 this is Wanda.
+    With g_n the gradient of the mean loss of sample n in the dense model, `G` is `sum |g_n|` (l1) or `sqrt(sum g_n^2)`
+    (l2) over the samples. It is not divided by their number, so a good alpha depends on the number of samples and on
+    their length; the paper uses alpha 100 with 128 samples of 2048 tokens. With alpha 0 this is Wanda.
     """
 
     scope = "row"
@@ -46,14 +45,15 @@ class GBLM(Metric):
 
     @property
     def requires(self) -> Sequence[type[Statistic]]:  # type: ignore[override]
-        """Column squares unless gradients stand alone, gradients unless alpha is 0."""
+        """Column squares unless `gradient_only`, and a gradient statistic unless alpha is 0."""
+        # Without the gradient term, no gradients are computed and no cache is written.
         needed: list[type[Statistic]] = [] if self.options.gradient_only else [ColumnSquares]
         if self.options.gradient_only or self.options.alpha > 0:
             needed.append(self._gathered())
         return needed
 
     def score(self, layer: Layer, stats: LayerStatistics) -> Tensor:
-        """Return weight [out, in] times (norm [in] plus alpha times gradient [out, in])."""
+        """Return |weight| [out, in] times (norm [in] plus alpha times gradient [out, in])."""
         weight = layer.weight.abs()
         if self.options.gradient_only:
             return weight * self._gradient(stats)
@@ -63,11 +63,13 @@ class GBLM(Metric):
         return weight * norm + self.options.alpha * weight * self._gradient(stats)
 
     def _gathered(self) -> type[GradientStatistic]:
+        """Return the statistic that sums what `G` needs of each g_n."""
         if self.options.signed:
             return GradientSum
         return GradientMagnitude if self.options.norm == "l1" else GradientSquares
 
     def _gradient(self, stats: LayerStatistics) -> Tensor:
+        """Return G [out, in]."""
         total = stats[self._gathered()].total
         if self.options.signed:
             return total.abs()

@@ -1,4 +1,4 @@
-"""Images in a folder of folders, or in a zip or tar of one."""
+"""Images in a folder with one subfolder per class, or in a zip or tar archive of such a folder."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 class ImageFiles(ImageSource):
     """A folder, zip or tar in ImageNet's layout: each class is a folder of images.
 
-    Of several layers of folders, `split` names the one to read below (`train`, `val`); an image's class is the
-    folder it stands in. Images that stand in one folder alone have no class.
+    With several levels of folders, `split` names the one to read below (`train`, `val`). An image's class is the folder
+    that contains it. Images directly in the root have no class.
     """
 
     argument = "path"
@@ -37,14 +37,18 @@ class ImageFiles(ImageSource):
 
     @classmethod
     def reads(cls, path: str) -> bool:
-        """Return whether it is an archive, or a folder that is no model's."""
+        """Return whether the path is an archive, or a folder that does not hold a model."""
         file = Path(path)
         if file.is_file():
             return file.name.lower().endswith(ARCHIVES)
         return file.is_dir() and not (file / "config.json").exists()
 
     def images(self, part: str) -> ImageSet:
-        """List the images; the part makes no difference."""
+        """Return the images, whatever the part.
+
+        Raises:
+            PruneForgeError: The path cannot be read or holds no images.
+        """
         path = Path(self.options.path)
         try:
             files: _Files = _Folder(path) if path.is_dir() else _Archive(path)
@@ -57,19 +61,19 @@ class ImageFiles(ImageSource):
         return files
 
     def describe(self, part: str) -> dict[str, Any]:
-        """Return the file's name, the split, and the number of images and classes."""
+        """Return the name of the folder or archive, the split, and the number of images and classes."""
         files = self.images(part)
         labels = {files.label(index) for index in range(len(files))} - {None}
-        found = {"file": Path(self.options.path).name, "split": self.options.split, "images": len(files)}
-        return found | {"classes": len(labels)}
+        description = {"file": Path(self.options.path).name, "split": self.options.split, "images": len(files)}
+        return description | {"classes": len(labels)}
 
 
 class _Files(ImageSet):
-    """Images by their path, in alphabetical order."""
+    """Images by path, in alphabetical order."""
 
     def __init__(self, path: Path, names: list[str]) -> None:
         self.path = path
-        # macOS archives carry a hidden twin of every file.
+        # Archives made on macOS contain a hidden `._NAME` file for every file.
         self.names = sorted(
             name
             for name in names
@@ -77,7 +81,11 @@ class _Files(ImageSet):
         )
 
     def choose(self, split: str | None) -> None:
-        """Keep what stands below a folder called `split`."""
+        """Keep the images below a folder called `split`, or all of them.
+
+        Raises:
+            PruneForgeError: Two folders of the same name would be one class.
+        """
         if split is not None:
             self.names = [name for name in self.names if split in PurePosixPath(name).parts[:-1]]
         parents: dict[str, PurePosixPath] = {}
@@ -101,9 +109,11 @@ class _Files(ImageSet):
 
 
 class _Folder(_Files):
+    """Images below a folder."""
+
     def __init__(self, path: Path) -> None:
-        found = (Path(base, name) for base, _, names in os.walk(path) for name in names)
-        super().__init__(path, [file.relative_to(path).as_posix() for file in found])
+        files = (Path(base, name) for base, _, names in os.walk(path) for name in names)
+        super().__init__(path, [file.relative_to(path).as_posix() for file in files])
 
     def open(self, index: int) -> Image.Image:
         with Image.open(self.path / self.names[index]) as image:
@@ -112,6 +122,8 @@ class _Folder(_Files):
 
 
 class _Archive(_Files):
+    """Images in a zip or tar archive."""
+
     def __init__(self, path: Path) -> None:
         if path.name.lower().endswith(".zip"):
             with zipfile.ZipFile(path) as file:
@@ -129,6 +141,7 @@ class _Archive(_Files):
             return image
 
     def _read(self, name: str) -> bytes:
+        """Return the bytes of one file of the archive."""
         # A file handle cannot be shared between processes, so each opens its own.
         if self._handle is None or self._handle[0] != os.getpid():
             is_zip = self.path.name.lower().endswith(".zip")
@@ -139,7 +152,7 @@ class _Archive(_Files):
             return archive.read(name)
         member = archive.extractfile(self._members[name])
         if member is None:
-            raise OSError("it is no regular file in the archive")
+            raise OSError("it is not a regular file in the archive")
         return member.read()
 
     def __getstate__(self) -> dict[str, Any]:

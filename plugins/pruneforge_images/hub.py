@@ -1,4 +1,4 @@
-"""Image data sets of the Hub, through `datasets`."""
+"""Image data sets of the Hub, read with `datasets`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pruneforge import ImageSet, ImageSource, PruneForgeError
 class ImageHub(ImageSource):
     """An image data set of the Hub, `imagenet-1k` by default, read as a stream.
 
-    Calibration reads the first `pool` images of the shuffled split, evaluation its whole split unless
-    `evaluation_pool` says how many of its first; both go to a temporary file on disk.
+    Calibration reads the first `pool` images of its shuffled split. Evaluation reads its whole split, or the first
+    `evaluation_pool` images. Both are kept in a temporary file on disk.
     """
 
     argument = "path"
@@ -42,7 +42,11 @@ class ImageHub(ImageSource):
     options: Options
 
     def images(self, part: str) -> ImageSet:
-        """Stream the rows of one part to a temporary file on disk, still encoded."""
+        """Stream the encoded images of one part to a temporary file on disk.
+
+        Raises:
+            PruneForgeError: They cannot be loaded.
+        """
         import datasets
 
         options = self.options
@@ -53,14 +57,14 @@ class ImageHub(ImageSource):
             rows: Any = datasets.load_dataset(
                 options.path, options.config, split=split, revision=options.revision, streaming=True
             )
-            # Undecoded, so that a corrupt image is met where it is named and counted.
+            # Undecoded, so that a corrupt image raises in `open`, where it is counted, and not while streaming.
             rows = rows.cast_column(options.image_column, datasets.Image(decode=False))
             if calibrate:
                 rows = rows.shuffle(seed=0, buffer_size=1000).take(options.pool)
             elif options.evaluation_pool is not None:
                 rows = rows.take(options.evaluation_pool)
             return _Rows(rows, *columns)
-        except Exception as error:  # datasets, its backends and its readers each raise their own
+        except Exception as error:  # datasets, its backends and its readers raise many kinds of errors
             reason = " ".join(str(error).split())[:300]
             raise PruneForgeError(f"images of {options.path!r} ({split}) cannot be loaded: {reason}") from error
 
@@ -72,10 +76,12 @@ class ImageHub(ImageSource):
 
 
 class _Rows(ImageSet):
+    """The rows of a streamed data set, in a temporary file."""
+
     def __init__(self, rows: Any, image: str, label: str) -> None:
         import datasets
 
-        # On disk and memory-mapped: ImageNet's validation images are 6 GB.
+        # On disk and memory-mapped, since ImageNet's validation images are 6 GB.
         self._folder = tempfile.TemporaryDirectory(prefix="pruneforge-images-")
         features = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
         self.rows = datasets.Dataset.from_generator(
@@ -87,7 +93,7 @@ class _Rows(ImageSet):
         named = (rows.features or {}).get(label)
         if isinstance(named, datasets.ClassLabel):
             self.class_names = named.names
-        self._labels: list[int | None] = self.rows["label"][:]  # a whole row would read its image too
+        self._labels: list[int | None] = self.rows["label"][:]  # by column: a row would include its image
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -13,5 +13,5 @@ class Magnitude(Metric):
     scope = "layer"
 
     def score(self, layer: Layer, stats: LayerStatistics) -> Tensor:
-        """Return the weights' absolute values [out, in]."""
+        """Return the absolute values of the weights [out, in]."""
         return layer.weight.abs()

@@ -15,19 +15,19 @@ from pruneforge import NM, Gram, Layer, LayerStatistics, Metric, Options, Patter
 PruneColumns = Callable[[Tensor, Tensor, Pattern], tuple[Tensor, Tensor]]
 
 SUB_BLOCK = 32
-"""Columns whose errors are gathered before they go to the rest of the block."""
+"""Number of columns whose errors go to the rest of the block together, as one matrix product."""
 
 HIGHEST_DAMPING = 1.0
-"""Times the mean of the Hessian's diagonal; past it, the factorisation is given up."""
+"""Largest damping to try, as a multiple of the mean of the Hessian's diagonal."""
 
 
 class SparseGPT(Metric):
     """Prune column by column and let the columns to the right make up for it (algorithm 1).
 
-    With H = 2/N X^T X and U the upper Cholesky factor of its damped inverse (H^-1 = U^T U), a weight's
-    score is `W^2 / diag(U)^2`; removing column j at error `e_j = (w_j - q_j) / U_jj` changes the later
-    columns by `-e_j U_j,j+1:`. Unstructured masks are chosen for all rows of a block of columns at once,
-    N:M masks every M columns, each on the weights as compensated by then.
+    With H = 2/N X^T X and U the upper Cholesky factor of its damped inverse (H^-1 = U^T U), a weight's score is
+    `W^2 / diag(U)^2`. Pruning column j makes an error `e_j = (w_j - q_j) / U_jj`, which changes the later columns by
+    `-e_j U_j,j+1:`. Unstructured masks are selected over all rows of a block of columns, N:M masks for every M columns,
+    both on the weights as compensated so far.
     """
 
     requires = (Gram,)
@@ -43,32 +43,44 @@ class SparseGPT(Metric):
     HESSIAN_SCALE: ClassVar[float] = 2.0
 
     def prune_layer(self, layer: Layer, stats: LayerStatistics, pattern: Pattern) -> Pruned:
-        """Return the mask and the compensated weight of a layer [out, in]."""
+        """Return the mask and the compensated weight of a layer, both [out, in].
+
+        Raises:
+            PruneForgeError: The Hessian cannot be factorised.
+        """
         factor, dead, notes = stats.shared("factor", lambda: self._factor(stats[Gram], layer.name))
-        weight = layer.weight.T.clone(memory_format=torch.contiguous_format)  # [in, out]: a column in one piece
-        weight[dead] = 0
+        weight = layer.weight.T.clone(memory_format=torch.contiguous_format)  # [in, out]: a column is contiguous
+        weight[dead] = 0  # a dead input contributes nothing to the output; at score 0 its weights are pruned first
         mask = torch.empty_like(weight, dtype=torch.bool)
         size = self._block_size(pattern)
         prune, slower = column_pruner(weight.device, weight.dtype, size, pattern)
         for start in range(0, len(weight), size):
             columns = slice(start, min(start + size, len(weight)))
             errors, mask[columns] = prune(weight[columns], factor[columns, columns], pattern)
+            # The columns to the right receive the errors of the whole block, as one matrix product (lazy updates).
             weight[columns.stop :].addmm_(factor[columns, columns.stop :].T, errors, alpha=-1)
         return Pruned(mask.T.contiguous(), weight.T.contiguous(), (*notes, *slower))
 
     def _block_size(self, pattern: Pattern) -> int:
-        """Columns a block: the option, rounded to whole groups of an N:M pattern."""
+        """Return the number of columns in a block: the option, rounded to whole groups of an N:M pattern."""
         size = self.options.block_size
         return max(size - size % pattern.m, pattern.m) if isinstance(pattern, NM) else size
 
     def _factor(self, gram: Gram, name: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-        """Return U [in, in], which columns are dead [in], and what had to be done to get there."""
+        """Return U [in, in], which columns are dead, boolean [in], and notes for the report.
+
+        Dead columns had only zero inputs. Their diagonal entry is set to 1, as in the authors' code, so that the
+        Hessian can be factorised.
+
+        Raises:
+            PruneForgeError: Even with the largest damping the Hessian cannot be factorised.
+        """
         diagonal = gram.per_sample().diagonal() * self.HESSIAN_SCALE
         dead = diagonal == 0
         mean = torch.where(dead, 1, diagonal).mean()
         damping = self.options.damping
         while damping <= max(HIGHEST_DAMPING, self.options.damping):
-            # A matrix of the size of the Gram matrix takes memory: no more of them at a time than needed.
+            # In place where possible: each matrix of the Gram matrix's size takes as much memory as the statistic.
             hessian = gram.per_sample().mul_(self.HESSIAN_SCALE)
             hessian.diagonal()[dead] = 1
             hessian.diagonal().add_(damping * mean)
@@ -88,10 +100,10 @@ class SparseGPT(Metric):
 
 
 def inverse_factor(matrix: Tensor) -> Tensor | None:
-    """Return the upper triangular U with matrix^-1 = U^T U [n, n], or `None` if it is not positive definite.
+    """Return the upper triangular U [n, n] with matrix^-1 = U^T U, or `None` if the matrix is not positive definite.
 
-    With J the reversal of rows and columns and J A J = L L^T, A = (J L J) (J L J)^T, so U = (J L J)^-1 = J L^-1 J:
-    one factorisation and one triangular solve.
+    With J the reversal of rows and columns and J A J = L L^T, A = (J L J) (J L J)^T, so U = (J L J)^-1 = J L^-1 J. That
+    is one factorisation and one triangular solve, instead of an inverse and two factorisations.
 
     Args:
         matrix: A [n, n]; it is overwritten.
@@ -111,10 +123,10 @@ def inverse_factor(matrix: Tensor) -> Tensor | None:
 def column_pruner(
     device: torch.device, dtype: torch.dtype, size: int, pattern: Pattern
 ) -> tuple[PruneColumns, tuple[str, ...]]:
-    """Return what prunes blocks of `size` columns on `device`, and why it is not the fastest there, if so.
+    """Return the function that prunes blocks of `size` columns on `device`, and a note if it is a slower fallback.
 
-    On CUDA that is the Triton kernel, if a trial of it runs: Triton compiles when it is first called, which takes a C
-    compiler, Python's headers and a GPU that it supports. `prune_columns` does the same in plain torch, and on the CPU.
+    On CUDA this is the Triton kernel if a trial of it runs: Triton compiles at the first call, which needs a C
+    compiler, Python's headers and a GPU that it supports. Otherwise, and on the CPU, it is `prune_columns`.
     """
     if device.type == "cpu":
         return prune_columns, ()
@@ -126,39 +138,40 @@ def column_pruner(
             return prune_columns, (f"blocks are wider than {kernel.WIDEST[dtype]} columns, so {slower}",)
         trial = torch.ones(size, kernel.TILE, dtype=dtype, device=device)
         kernel.prune_columns(trial, torch.eye(size, dtype=dtype, device=device), pattern)
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError:  # not a missing compiler, and a fallback would be cached
         raise
-    except Exception as error:  # whatever a compiler or a driver raises
+    except Exception as error:  # compilers and drivers raise many kinds of errors
         reason = " ".join(str(error).split())[-160:] or "no reason given"
         return prune_columns, (f"Triton cannot run here ({type(error).__name__}: {reason}), so {slower}",)
     return kernel.prune_columns, ()
 
 
 def prune_columns(weight: Tensor, factor: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """Prune one block of columns in place, given transposed so that a column stands in one piece.
+    """Prune one block of columns in place, transposed so that a column is contiguous.
 
-    A column's error goes to the next few columns at once, and to those behind them with the errors of its whole
-    sub-block, as one matrix product.
+    A column's error is applied to the rest of its sub-block at once, and to the rest of the block together with the
+    errors of the whole sub-block, as one matrix product.
 
     Args:
-        weight: [columns, out], replaced by what stays, compensated.
+        weight: W^T of the block [columns, out]; replaced by the pruned and compensated weight.
         factor: U of these columns [columns, columns].
         pattern: Selects the mask.
 
     Returns:
-        The errors [columns, out] for the columns to the right, and the mask [columns, out].
+        The errors [columns, out], for the columns to the right, and the mask, boolean [columns, out].
     """
     diagonal = factor.diagonal()[:, None]
     errors = torch.empty_like(weight)
     mask = torch.empty_like(weight, dtype=torch.bool)
-    divisors = torch.empty_like(weight)  # infinite where a weight stays, so that its error is 0
+    divisors = torch.empty_like(weight)  # infinite where a weight is kept, so that its error is 0
     group, width = len(weight), SUB_BLOCK
     if isinstance(pattern, NM):
         group = pattern.m
         width = max(group, width - width % group)
     else:
         pattern = pattern.within("layer")
-    # A column is a few microseconds of work, of which most is the calls: no more of them than needed.
+    # A column takes a few microseconds, most of them for the calls: the rows are indexed once, and each column takes
+    # two calls.
     columns = list(zip(weight, divisors, errors, factor, strict=True))
     for start in range(0, len(weight), width):
         stop = min(start + width, len(weight))

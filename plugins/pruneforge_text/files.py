@@ -20,8 +20,8 @@ SUFFIXES = (".txt", ".text", ".md", ".jsonl", ".json", ".parquet")
 class TextFile(TextSource):
     """A local file: `.txt` is one document, `.jsonl` and `.parquet` hold one a row.
 
-    Behind the path, `[:80%]` or `[1000:2000]` takes part of the lines or rows, so that calibration and
-    evaluation can share a file and not the text.
+    After the path, `[:80%]` or `[1000:2000]` selects some of the lines or rows, so that calibration and evaluation can
+    use different parts of one file.
     """
 
     argument = "path"
@@ -36,12 +36,16 @@ class TextFile(TextSource):
 
     @classmethod
     def reads(cls, path: str) -> bool:
-        """Return whether the file's name, without a slice behind it, ends like a text file's."""
+        """Return whether the path, without its slice, is an existing file with the suffix of a text file."""
         file = Path(split_slice(path)[0])
         return file.is_file() and file.suffix.lower() in SUFFIXES
 
     def documents(self, part: Part) -> Sequence[str]:
-        """Read the file; the part makes no difference."""
+        """Return the documents of the file, whatever the part.
+
+        Raises:
+            PruneForgeError: The file cannot be read, or the slice is empty.
+        """
         name, rows = split_slice(self.options.path)
         path = Path(name)
         try:
@@ -63,12 +67,13 @@ class TextFile(TextSource):
         return documents[start:stop]
 
     def describe(self, part: Part) -> dict[str, Any]:
-        """Return the file's name, slice and hash."""
+        """Return the name, slice and hash of the file."""
         name, rows = split_slice(self.options.path)
         digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()
         return {"file": Path(name).name, "rows": str(rows), "sha256": digest}
 
     def _json_lines(self, path: Path) -> list[str]:
+        """Read a field of each line of JSON."""
         documents = []
         for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
             if not line.strip():
@@ -79,13 +84,14 @@ class TextFile(TextSource):
                 text = None
             if not isinstance(text, str):
                 raise PruneForgeError(
-                    f"line {number} of {str(path)!r} is no JSON object with a text in field {self.options.column!r}; "
+                    f"line {number} of {str(path)!r} is not a JSON object with text in field {self.options.column!r}; "
                     "name another with `source_options` column=NAME"
                 )
             documents.append(text)
         return documents
 
     def _parquet(self, path: Path) -> list[str]:
+        """Read a column of a Parquet file."""
         import pyarrow
         from pyarrow import parquet
 

@@ -1,7 +1,6 @@
-"""Text data sets of the Hub, through `datasets`, none of which runs remote code.
+"""Text data sets of the Hub, read with `datasets`. None of them runs remote code.
 
-The pinned names are those of data sets stored as files. `PRUNEFORGE_PLUGINS`, `HF_HOME`, `HF_TOKEN` and
-`HF_DATASETS_OFFLINE` have their usual meaning.
+The named data sets are stored as files. `HF_HOME`, `HF_TOKEN` and `HF_DATASETS_OFFLINE` have their usual meaning.
 """
 
 from __future__ import annotations
@@ -17,7 +16,11 @@ from pruneforge_text.slices import Slice, split_slice
 
 
 class _HubText(TextSource):
-    """Text of a Hub data set; a subclass says where it is."""
+    """Text of a Hub data set; a subclass gives its location.
+
+    Attributes:
+        field: Name of the column that holds the text.
+    """
 
     field: ClassVar[str] = "text"
 
@@ -26,18 +29,22 @@ class _HubText(TextSource):
         raise NotImplementedError
 
     def slice(self) -> Slice:
-        """Return which rows count."""
+        """Return which rows to read; all by default."""
         return Slice()
 
     def documents(self, part: Part) -> Sequence[str]:
-        """Download (or find in the cache) and return the documents."""
+        """Download the documents, or read them from the cache.
+
+        Raises:
+            PruneForgeError: They cannot be loaded, or have no such column.
+        """
         import datasets
 
         location = self.location(part)
         try:
             rows = datasets.load_dataset(**location)
         except Exception as error:
-            # datasets, its download backends and its file readers each raise their own.
+            # datasets, its download backends and its file readers raise many kinds of errors.
             reason = " ".join(str(error).split())[:300]
             raise PruneForgeError(
                 f"source {self.name!r} cannot be loaded ({location['path']}): {reason}; "
@@ -52,7 +59,7 @@ class _HubText(TextSource):
         return [text or "" for text in rows.select(range(start, stop))[self.field][:]]
 
     def describe(self, part: Part) -> dict[str, Any]:
-        """Return where the documents come from."""
+        """Return the data set, column and rows of the documents."""
         location = {key: value for key, value in self.location(part).items() if value is not None}
         return {"dataset": location.pop("path"), **location, "column": self.field, "rows": str(self.slice())}
 
@@ -61,7 +68,7 @@ class C4(_HubText):
     """C4, English: the first training file for calibration, the first validation file for evaluation."""
 
     def location(self, part: Part) -> dict[str, Any]:
-        """Return the one file of the part; C4 as a whole is 300 GB."""
+        """Return one file of the part, since all of C4 is 300 GB."""
         split = "train" if part == "calibration" else "validation"
         shards = {"train": "01024", "validation": "00008"}[split]
         files = {split: f"en/c4-{split}.00000-of-{shards}.json.gz"}
@@ -69,7 +76,7 @@ class C4(_HubText):
 
 
 class _Running(_HubText):
-    """Rows too short to crop: for calibration they are one text, joined by a space as in the authors' code."""
+    """Rows too short to crop. For calibration they are joined by spaces into one text, as in the authors' code."""
 
     def documents(self, part: Part) -> Sequence[str]:
         """Return the rows, for calibration as one document."""
@@ -89,8 +96,8 @@ class WikiText2(_Running):
 class PTB(_Running):
     """Penn Treebank, text only: the training split for calibration, the test split for evaluation.
 
-    Sentences are joined by a space. The data set's own script no longer runs; its Parquet conversion,
-    which the Hub keeps, does.
+    Sentences are joined by a space. The data set's own script no longer runs, so its Parquet conversion on the Hub is
+    read instead.
     """
 
     field = "sentence"
@@ -125,15 +132,15 @@ class Hub(_HubText):
 
     @property
     def field(self) -> str:  # type: ignore[override]
-        """The column asked for."""
+        """The `column` option."""
         return self.options.column
 
     def slice(self) -> Slice:
-        """Return the rows asked for."""
+        """Return the slice after the path."""
         return split_slice(self.options.path)[1]
 
     def location(self, part: Part) -> dict[str, Any]:
-        """Return what was asked for, whichever the part."""
+        """Return the arguments from the options, whatever the part."""
         options = self.options
         path = split_slice(options.path)[0]
         return {"path": path, "name": options.config, "split": options.split, "revision": options.revision}

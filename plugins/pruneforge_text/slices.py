@@ -1,4 +1,4 @@
-"""A part of a file or data set by its rows, in the notation of `datasets`: `[:80%]`, `[1000:2000]`."""
+"""Slices of a file's or data set's rows, in the notation of `datasets`: `[:80%]`, `[1000:2000]`."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from pruneforge import PruneForgeError
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows from `start` up to `stop`, each a number, a percentage, or empty."""
+    """Rows from `start` to `stop`, each a number, a percentage such as "80%", or empty."""
 
     start: str = ""
     stop: str = ""
 
     def bounds(self, rows: int) -> tuple[int, int]:
-        """Return the first row and the one past the last, of `rows` rows.
+        """Return the first row and the one after the last, out of `rows` rows.
 
         Raises:
-            PruneForgeError: No row is left.
+            PruneForgeError: The slice is empty.
         """
         start = _position(self.start, rows, 0)
         stop = _position(self.stop, rows, rows)
         if start >= stop:
-            raise PruneForgeError(f"slice {self} leaves nothing of {rows} rows")
+            raise PruneForgeError(f"slice {self} selects none of {rows} rows")
         return start, stop
 
     def __str__(self) -> str:
@@ -32,12 +32,13 @@ class Slice:
 
 
 def split_slice(text: str) -> tuple[str, Slice]:
-    """Return a path and the slice behind it, the slice of everything if there is none."""
-    found = re.fullmatch(r"(.+)\[(\d*%?):(\d*%?)\]", text, re.DOTALL)
-    return (found[1], Slice(found[2], found[3])) if found else (text, Slice())
+    """Split a path from the slice after it; without one, the slice takes all rows."""
+    match = re.fullmatch(r"(.+)\[(\d*%?):(\d*%?)\]", text, re.DOTALL)
+    return (match[1], Slice(match[2], match[3])) if match else (text, Slice())
 
 
 def _position(text: str, rows: int, default: int) -> int:
+    """Return the row of one end of a slice, at most `rows`; `default` if it is empty."""
     if not text.strip("%"):
         return default
     return min(rows, rows * int(text[:-1]) // 100 if text.endswith("%") else int(text))

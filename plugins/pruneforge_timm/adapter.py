@@ -1,6 +1,6 @@
-"""Image classifiers of timm (Wightman, 2019) that are made of repeated blocks.
+"""Image classifiers of timm (Wightman, 2019) that consist of repeated blocks.
 
-timm calls the repeated part of a model `blocks`, once (ViT, DeiT, BEiT, EVA, Mixer) or once a stage (Swin,
+In timm the repeated part of a model is called `blocks`, once (ViT, DeiT, BEiT, EVA, Mixer) or in each stage (Swin,
 ConvNeXt). A block's layers are its linear modules and 1x1 convolutions: `qkv`, `proj`, `fc1`, `fc2` in a ViT.
 """
 
@@ -16,27 +16,27 @@ from torch import Tensor, nn
 from pruneforge import Batch, Block, ImageClassifier, ImageProcessor, PruneForgeError, Skeleton, find_layers
 
 PREFIX = "timm:"
-"""Before the name of a pretrained model; `hf-hub:` names a repository, as in timm itself."""
+"""Prefix of the name of a pretrained model; `hf-hub:` is the prefix of a repository, as in timm itself."""
 
 POSITIONAL = ("cpb_mlp", "meta_mlp", "rel_pos")
-"""Small networks within a block that make position biases; they see coordinates, not tokens."""
+"""Small networks within a block that compute position biases. They receive coordinates, not tokens."""
 
 
 class Timm(ImageClassifier):
     """timm models whose blocks hold linear modules or 1x1 convolutions."""
 
     def declines(self, reference: str) -> str | None:
-        """Build the model without weights and look for its blocks."""
+        """Build the model without weights and check its blocks."""
         try:
             with torch.device("meta"):
                 return self.declines_module(_create(reference, pretrained=False))
-        except Exception as error:  # configurations fail in as many ways as there are architectures
+        except Exception as error:  # each architecture fails in its own way on a bad configuration
             return " ".join(str(error).split())[:200] or type(error).__name__
 
     def declines_module(self, module: Any) -> str | None:
-        """Look for lists called `blocks`, of layer-normalised blocks with layers in them."""
+        """Check for lists called `blocks`, of blocks that have layers and no batch normalisation."""
         if not hasattr(module, "pretrained_cfg") or not hasattr(module, "num_classes"):
-            return f"{type(module).__name__} is no timm model"
+            return f"{type(module).__name__} is not a timm model"
         if module.num_classes == 0:
             return f"{type(module).__name__} has no classifier head"
         blocks = self.blocks(module)
@@ -55,7 +55,7 @@ class Timm(ImageClassifier):
             model = _create(reference, pretrained=True)
         except PruneForgeError:
             raise
-        except Exception as error:  # hub, file formats and mismatched weights each raise their own
+        except Exception as error:  # hub, file formats and mismatched weights raise many kinds of errors
             raise PruneForgeError(
                 f"model {reference!r} cannot be loaded: {' '.join(str(error).split())[:300]}"
             ) from error
@@ -64,7 +64,7 @@ class Timm(ImageClassifier):
         return (model if dtype is None else model.to(dtype)), self.processor(model)
 
     def skeleton(self, reference: str, dtype: torch.dtype | None) -> Skeleton | None:
-        """Build the model of a local folder without its weights; in their own dtype it is float32, as timm loads it."""
+        """Build the model of a local folder without its weights; float32 by default, as timm loads it."""
         from accelerate import init_empty_weights
 
         folder = Path(reference)
@@ -74,12 +74,13 @@ class Timm(ImageClassifier):
             model = _create(reference, pretrained=False)
         part: Any
         for part in model.modules():
-            vacant = [name for name, value in part._buffers.items() if value is not None and value.is_meta]
-            if vacant and hasattr(part, "init_non_persistent_buffers"):  # timm's own way to fill them in afterwards
-                for name in vacant:
+            on_meta = [name for name, value in part._buffers.items() if value is not None and value.is_meta]
+            # timm's own way to compute buffers after a model was created on the meta device.
+            if on_meta and hasattr(part, "init_non_persistent_buffers"):
+                for name in on_meta:
                     part._buffers[name] = torch.empty_like(part._buffers[name], device="cpu")
                 part.init_non_persistent_buffers()
-        if any(value.is_meta for value in model.buffers()):
+        if any(value.is_meta for value in model.buffers()):  # a skeleton needs real buffers
             return None
         model = model.eval() if dtype is None else model.eval().to(dtype)
         return Skeleton(model, self.processor(model), folder)
@@ -101,17 +102,17 @@ class Timm(ImageClassifier):
         save_for_hf(module, str(folder), safe_serialization=True)
 
     def blocks(self, module: nn.Module) -> list[Block]:
-        """Return the items of every outermost list called `blocks`, in the order they run."""
-        found: list[Block] = []
+        """Return the items of every outermost list called `blocks`, in the order in which they run."""
+        blocks: list[Block] = []
         for name, part in module.named_modules():
-            inside = any(name.startswith(f"{block.name}.") for block in found)
+            inside = any(name.startswith(f"{block.name}.") for block in blocks)
             is_list = isinstance(part, nn.Sequential | nn.ModuleList) and name.rpartition(".")[2] == "blocks"
             if is_list and not inside:
                 for key, block in part.named_children():
                     full = f"{name}.{key}"
                     layers = [la for la in find_layers(block, full) if not any(p in la.name for p in POSITIONAL)]
-                    found.append(Block(full, block, tuple(layers)))
-        return found
+                    blocks.append(Block(full, block, tuple(layers)))
+        return blocks
 
     def forward(self, module: nn.Module, batch: Batch) -> Any:
         """Run the model."""
@@ -122,11 +123,11 @@ class Timm(ImageClassifier):
         return int(module.num_classes)
 
     def logits(self, output: Any) -> Tensor:
-        """Return the output itself; heads in training mode return several."""
+        """Return the output, or the first of several (distilled models in training mode return two)."""
         return output if isinstance(output, Tensor) else output[0]
 
     def check_images(self, pixels: Tensor, module: Any) -> None:
-        """Compare with the size the patch embedding was made for, or let it divide into patches."""
+        """Compare with the size of the patch embedding, or check that patches divide the image."""
         embed: Any = getattr(module, "patch_embed", None) or getattr(module, "stem", None)
         first = module.pretrained_cfg.get("first_conv")
         channels = module.get_submodule(first).in_channels if isinstance(first, str) else pixels.shape[1]
@@ -144,7 +145,7 @@ class Timm(ImageClassifier):
             )
 
     def tokens(self, pixels: Tensor, module: Any) -> tuple[int, int]:
-        """Return class, distillation and register tokens, and those with the patches."""
+        """Return the number of class, distillation and register tokens, and that number plus the patches."""
         prefix = int(getattr(module, "num_prefix_tokens", 0))
         if not prefix:
             return 0, 0
@@ -153,6 +154,11 @@ class Timm(ImageClassifier):
 
 
 def _create(reference: str, pretrained: bool) -> nn.Module:
+    """Create a model by timm's name, hub name or folder.
+
+    Raises:
+        PruneForgeError: The reference is not one that timm knows.
+    """
     import timm
 
     folder = Path(reference)
@@ -164,17 +170,20 @@ def _create(reference: str, pretrained: bool) -> nn.Module:
     elif reference.startswith((PREFIX, "hf-hub:")):
         name = reference.removeprefix(PREFIX)
     else:
-        raise PruneForgeError(f"it is no folder, and does not begin with {PREFIX} or hf-hub:")
+        raise PruneForgeError(f"it is not a folder and does not begin with {PREFIX} or hf-hub:")
     try:
         return timm.create_model(name, pretrained=pretrained)
     except RuntimeError as error:
         if "Unknown model" in str(error) or "Invalid pretrained tag" in str(error):
-            raise PruneForgeError(f"timm knows no model {name!r}; timm.list_models() lists them") from error
+            raise PruneForgeError(f"timm has no model {name!r}; timm.list_models() lists them") from error
         raise
 
 
 def _check_shapes(model: nn.Module, folder: Path) -> None:
-    """Raise if a local checkpoint's weights have other shapes than the model; timm drops such a head in silence."""
+    """Raise if weights of a local checkpoint differ from the model in shape.
+
+    timm would silently load the model without such a head.
+    """
     file = folder / "model.safetensors"
     if not file.is_file():
         return
@@ -188,7 +197,7 @@ def _check_shapes(model: nn.Module, folder: Path) -> None:
 
 
 def _class_names(module: Any) -> list[str] | None:
-    """Return the WordNet ids of an ImageNet head, in its order, or the names the configuration gives."""
+    """Return the configuration's class names, or the WordNet ids of an ImageNet head, in the head's order."""
     import timm.data
 
     names = module.pretrained_cfg.get("label_names")

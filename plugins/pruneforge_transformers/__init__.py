@@ -1,1 +1,1 @@
-"""Checkpoints of transformers: what the adapters of its models share."""
+"""Checkpoints of the transformers library, for the adapters of its models."""

@@ -1,4 +1,4 @@
-"""Checkpoints of transformers: what adapters of its models share in loading and saving them."""
+"""Load and save checkpoints of the transformers library, for the adapters of its models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pruneforge import Checkpoint, PruneForgeError
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-def skeleton(reference: str, auto: str) -> nn.Module:
+def skeleton_from_config(reference: str, auto: str) -> nn.Module:
     """Return a model without weights, on the meta device, built from its configuration.
 
     Args:
@@ -23,7 +23,7 @@ def skeleton(reference: str, auto: str) -> nn.Module:
         auto: Name of the transformers class that builds it, such as `AutoModelForCausalLM`.
 
     Raises:
-        PruneForgeError: There is no such configuration, it is of another kind, or the checkpoint is quantised.
+        PruneForgeError: There is no configuration, it is of another kind of model, or the checkpoint is quantised.
     """
     import transformers
 
@@ -34,7 +34,7 @@ def skeleton(reference: str, auto: str) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(reference, trust_remote_code=False)
         with torch.device("meta"):
             model = getattr(transformers, auto).from_config(config, trust_remote_code=False)
-    except Exception as error:  # configurations fail in as many ways as there are architectures
+    except Exception as error:  # each architecture fails in its own way on a bad configuration
         raise PruneForgeError(first_line(error)) from error
     if getattr(config, "quantization_config", None) is not None:
         raise PruneForgeError("the checkpoint is quantised; prune the original and quantise afterwards")
@@ -42,7 +42,7 @@ def skeleton(reference: str, auto: str) -> nn.Module:
 
 
 def load_pretrained(reference: str, auto: str, dtype: torch.dtype | None) -> Any:
-    """Return the model with its weights, on the CPU, in the checkpoint's dtype unless another is asked for.
+    """Return the model with its weights on the CPU, in `dtype` or by default the checkpoint's.
 
     Raises:
         PruneForgeError: It cannot be loaded, or weights are missing.
@@ -53,7 +53,7 @@ def load_pretrained(reference: str, auto: str, dtype: torch.dtype | None) -> Any
         model, info = getattr(transformers, auto).from_pretrained(
             reference, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False
         )
-    except Exception as error:  # hub, file formats and configurations each raise their own
+    except Exception as error:  # hub, file formats and configurations raise many kinds of errors
         raise PruneForgeError(f"model {reference!r} cannot be loaded: {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -63,16 +63,19 @@ def load_pretrained(reference: str, auto: str, dtype: torch.dtype | None) -> Any
     return model.eval()
 
 
-def vacant_pretrained(reference: str, auto: str, dtype: torch.dtype | None) -> tuple[nn.Module, Path] | None:
+def skeleton_from_checkpoint(reference: str, auto: str, dtype: torch.dtype | None) -> tuple[nn.Module, Path] | None:
     """Return the model with its parameters on the meta device, and the folder of its safetensors files.
 
     Args:
         reference: A folder or hub id.
         auto: Name of the transformers class that builds it.
-        dtype: Dtype of the parameters; `None` takes the configuration's, or else that of the first weight.
+        dtype: Dtype of the parameters; by default the configuration's, or else that of the first weight.
 
     Returns:
         `None` if the checkpoint has no safetensors files.
+
+    Raises:
+        PruneForgeError: The checkpoint cannot be downloaded.
     """
     import transformers
     from accelerate import init_empty_weights
@@ -84,6 +87,7 @@ def vacant_pretrained(reference: str, auto: str, dtype: torch.dtype | None) -> t
     if dtype is None:
         stored = Checkpoint(folder).tensors.values()
         dtype = config.dtype or next(s.dtype for s in stored if s.dtype.is_floating_point)
+    # Buffers stay real: rotary frequencies, for example, are computed here and not stored in checkpoints.
     with init_empty_weights(include_buffers=False):
         model = getattr(transformers, auto).from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
@@ -91,7 +95,11 @@ def vacant_pretrained(reference: str, auto: str, dtype: torch.dtype | None) -> t
 
 
 def local_safetensors(reference: str) -> Path | None:
-    """Return the folder that holds a model's safetensors files, downloaded if need be, or `None` if it has none."""
+    """Return the folder of a model's safetensors files, downloaded if needed, or `None` if it has no such files.
+
+    Raises:
+        PruneForgeError: The model cannot be downloaded.
+    """
     folder = Path(reference)
     if folder.is_dir():
         return folder if any((folder / name).is_file() for name in (SINGLE, INDEX)) else None
@@ -103,28 +111,28 @@ def local_safetensors(reference: str) -> Path | None:
         if weights is None:
             return None
         return Path(snapshot_download(reference, allow_patterns=[*weights, *others], ignore_patterns=["*/*"]))
-    except Exception as error:  # hub, network and cache each raise their own
+    except Exception as error:  # hub, network and cache raise many kinds of errors
         raise PruneForgeError(f"model {reference!r} cannot be downloaded: {first_line(error)}") from error
 
 
 def _weight_files(reference: str) -> list[str] | None:
-    """Return the names of a hub model's safetensors files, from the cache where there is no network."""
+    """Return the names of a hub model's safetensors files, or `None`; without a network, from the cache."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     for name in (SINGLE, INDEX):
         try:
-            found = Path(hf_hub_download(reference, name))
+            path = Path(hf_hub_download(reference, name))
         except EntryNotFoundError:
             continue
         if name == SINGLE:
             return [SINGLE]
-        return [INDEX, *sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))]
+        return [INDEX, *sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))]
     return None
 
 
 def save_pretrained(module: Any, processor: Any, folder: Path) -> None:
-    """Write a model and its tokenizer or image processor, if there is one, as `from_pretrained` loads them."""
+    """Write a model and its tokenizer or image processor, if there is one, for `from_pretrained`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module.save_pretrained(folder)
@@ -133,6 +141,6 @@ def save_pretrained(module: Any, processor: Any, folder: Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, shortened."""
+    """Return the first line of an error's text, at most 200 characters, or its class name if it has no text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Vision transformers of transformers."""
+"""Vision transformers of the transformers library."""
 
 from pruneforge import Registry, hookimpl
 

@@ -1,4 +1,4 @@
-"""Vision transformers of transformers with a classification head: ViT, DeiT and those built alike."""
+"""Vision transformers of the transformers library with a classification head: ViT, DeiT and others of their shape."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pruneforge_transformers.checkpoints import (
     first_line,
     load_pretrained,
     save_pretrained,
-    skeleton,
-    vacant_pretrained,
+    skeleton_from_checkpoint,
+    skeleton_from_config,
 )
 
 AUTO = "AutoModelForImageClassification"
@@ -26,16 +26,16 @@ class ViT(ImageClassifier):
     """transformers image classifiers whose encoder is one list of blocks of linear layers."""
 
     def declines(self, reference: str) -> str | None:
-        """Build the model without weights from its configuration and look at its shape."""
+        """Build the model without weights from its configuration and check its shape."""
         try:
-            return self.declines_module(skeleton(reference, AUTO))
+            return self.declines_module(skeleton_from_config(reference, AUTO))
         except PruneForgeError as error:
             return str(error)
 
     def declines_module(self, module: Any) -> str | None:
-        """Look for one list of blocks whose weights are all linear."""
+        """Check for one list of blocks whose weights all belong to linear layers."""
         if not hasattr(module, "config") or getattr(module, "main_input_name", None) != "pixel_values":
-            return f"{type(module).__name__} is no transformers image model"
+            return f"{type(module).__name__} is not a transformers image model"
         if not hasattr(module, "classifier") and not hasattr(module, "cls_classifier"):
             return f"{type(module).__name__} has no classification head"
         blocks = self.blocks(module)
@@ -45,7 +45,9 @@ class ViT(ImageClassifier):
             inside = {id(layer.parameter) for layer in block.layers}
             for name, parameter in block.module.named_parameters():
                 if parameter.dim() > 1 and id(parameter) not in inside:
-                    return f"block {block.name} has a weight {name} {list(parameter.shape)} that is no linear layer's"
+                    return (
+                        f"block {block.name} has a weight {name} {list(parameter.shape)} that is not in a linear layer"
+                    )
         return None
 
     def load(self, reference: str, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
@@ -55,18 +57,18 @@ class ViT(ImageClassifier):
 
     def skeleton(self, reference: str, dtype: torch.dtype | None) -> Skeleton | None:
         """Build the model without weights from its configuration."""
-        found = vacant_pretrained(reference, AUTO, dtype)
-        if found is None:
+        built = skeleton_from_checkpoint(reference, AUTO, dtype)
+        if built is None:
             return None
-        model: Any = found[0]
-        return Skeleton(model, _processor(reference, model.config), found[1])
+        model: Any = built[0]
+        return Skeleton(model, _processor(reference, model.config), built[1])
 
     def save(self, module: Any, processor: Any, folder: Path) -> None:
         """Write the layout that `AutoModelForImageClassification.from_pretrained` loads."""
         save_pretrained(module, processor.native if isinstance(processor, ImageProcessor) else None, folder)
 
     def blocks(self, module: nn.Module) -> list[Block]:
-        """Return the items of the first list of modules."""
+        """Return the items of the first `ModuleList`."""
         for name, part in module.named_modules():
             if isinstance(part, nn.ModuleList) and len(part):
                 named = [(f"{name}.{key}", block) for key, block in part.named_children()]
@@ -86,7 +88,7 @@ class ViT(ImageClassifier):
         return output.logits
 
     def check_images(self, pixels: Tensor, module: Any) -> None:
-        """Compare with the size the configuration names."""
+        """Compare with the image size in the configuration."""
         side, channels = module.config.image_size, module.config.num_channels
         expected = (channels, side, side) if isinstance(side, int) else (channels, *side)
         if tuple(pixels.shape[1:]) != expected:
@@ -96,7 +98,7 @@ class ViT(ImageClassifier):
             )
 
     def tokens(self, pixels: Tensor, module: Any) -> tuple[int, int]:
-        """Return class, distillation and register tokens, and those with the patches."""
+        """Return the number of class, distillation and register tokens, and that number plus the patches."""
         config = module.config
         distilled = any(name.endswith("distillation_token") for name, _ in module.named_parameters())
         prefix = 1 + distilled + getattr(config, "num_register_tokens", 0)
@@ -105,6 +107,7 @@ class ViT(ImageClassifier):
 
 
 def _processor(reference: str, config: Any) -> ImageProcessor:
+    """Load the checkpoint's image processor."""
     import transformers
 
     try:
@@ -116,7 +119,7 @@ def _processor(reference: str, config: Any) -> ImageProcessor:
 
 
 def _class_names(config: Any) -> list[str]:
-    """Return the names that the configuration gives; an ImageNet head's classes by WordNet id, as its folders are."""
+    """Return the configuration's class names; for an ImageNet head, WordNet ids, as image folders are named."""
     names = [config.id2label[index] for index in range(config.num_labels)]
     info = ImageNetInfo()
     if len(names) == info.num_classes() and names[0] == info.index_to_description(0):
@@ -126,7 +129,7 @@ def _class_names(config: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class _Transform:
-    """Preprocesses one image; a class, so that processes that read images can be handed it."""
+    """Preprocesses one image. A class, not a closure, so that worker processes can unpickle it."""
 
     native: Any
 

@@ -1,4 +1,4 @@
-"""Work that goes on beside the caller, one task behind it."""
+"""Run tasks in the background, one task behind the caller."""
 
 from __future__ import annotations
 
@@ -7,32 +7,40 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 
 class Behind:
-    """Runs tasks in a thread of its own, in order: one goes on while the caller makes the next, and no more wait."""
+    """Runs tasks in order in one thread: one task runs while the caller prepares the next, and none are queued.
+
+    A queue would keep the tensors of all its tasks in memory; this way at most one block waits to be written.
+    """
 
     def __init__(self, name: str, initializer: Callable[[], object] | None = None) -> None:
-        """Name the thread and what it calls first; it begins with the first task."""
+        """Create the worker; its thread starts with the first task.
+
+        Args:
+            name: Name of the thread.
+            initializer: Called first in the thread.
+        """
         self._thread = ThreadPoolExecutor(1, name, initializer=initializer)
         self._last: Future[None] | None = None
 
     def start(self, task: Callable[[], None]) -> None:
-        """Begin a task when the one before is over.
+        """Wait for the task before, then start `task`.
 
         Raises:
-            Exception: What the task before raised; then the new one is not begun.
+            Exception: The error of the task before; `task` is then not started.
         """
         self.wait()
         self._last = self._thread.submit(task)
 
     def wait(self) -> None:
-        """Wait until the last task is over.
+        """Wait for the last task.
 
         Raises:
-            Exception: What it raised.
+            Exception: The error of that task, once.
         """
-        last, self._last = self._last, None
+        last, self._last = self._last, None  # forgotten first, so that its error is raised once
         if last is not None:
             last.result()
 
     def close(self) -> None:
-        """Wait until the last task is over, whatever becomes of it; nothing is begun any more."""
+        """Wait for the last task, ignoring its error, and accept no more."""
         self._thread.shutdown()

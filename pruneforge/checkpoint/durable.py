@@ -1,4 +1,4 @@
-"""Files that are complete or not there, and last through a power cut."""
+"""Write files that are complete or absent, and survive a power cut."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pruneforge.checkpoint.shards import as_bytes, header
+from pruneforge.checkpoint.shards import as_bytes, safetensors_header
 from pruneforge.errors import UnfinishedError
 
 PARTIAL = ".partial"
+"""Ending of a file's name while the file is being written."""
 
 
 @contextmanager
 def writing(folder: Path, what: str = "output folder") -> Iterator[None]:
-    """Turn what the system says of a full or read-only disk into one line.
+    """Convert `OSError` within the context into `UnfinishedError`.
+
+    Args:
+        folder: The folder that is written to.
+        what: What the message calls it.
 
     Raises:
         UnfinishedError: Something could not be written.
@@ -32,7 +37,8 @@ def writing(folder: Path, what: str = "output folder") -> Iterator[None]:
 
 @contextmanager
 def open_for_writing(path: Path) -> Iterator[int]:
-    """Open a file for reading and writing at any place, made if it is not there; yield its descriptor."""
+    """Open a file for reading and writing at any offset, creating it if needed; yield its descriptor."""
+    # Not truncated: files are filled in place by several calls.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         yield descriptor
@@ -41,22 +47,23 @@ def open_for_writing(path: Path) -> Iterator[int]:
 
 
 def write_all(target: int, data: memoryview, offset: int) -> None:
-    """Write all of `data` at an offset, however little the system takes at a time."""
-    done = 0
+    """Write all of `data` at an offset."""
+    done = 0  # the system may write less than asked for, and never more than 2 GiB at a time
     while done < len(data):
         done += os.pwrite(target, data[done : done + (1 << 30)], offset + done)
 
 
 def sync(folder: Path) -> None:
-    """Make the small files of a folder, and their names, last through a power cut."""
+    """Flush the small files of a folder, and its list of names, to the disk."""
     for path in folder.iterdir():
+        # Weight files are larger, and flushed where they are written.
         if path.is_file() and path.stat().st_size < 1 << 24:
             _sync(path)
     _sync(folder)
 
 
 def _sync(path: Path) -> None:
-    """Make one file last through a power cut."""
+    """Flush one file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -65,18 +72,18 @@ def _sync(path: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], what: str = "folder") -> None:
-    """Write a safetensors file, whole or not at all, without a second copy of its tensors.
+    """Write a safetensors file, completely or not at all, without a second copy of its tensors.
 
     Args:
         path: The file.
-        tensors: By name; those of larger dtypes first, so that all are aligned.
-        metadata: What else the file says of itself.
-        what: What its folder is to a user, for messages.
+        tensors: Tensors by name; larger dtypes first, so that all are aligned.
+        metadata: The file's metadata.
+        what: What error messages call its folder.
 
     Raises:
-        UnfinishedError: The disk is full, or cannot be written.
+        UnfinishedError: The disk is full or cannot be written.
     """
-    head = header({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, metadata)
+    head = safetensors_header({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, metadata)
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")  # two runs may share a cache
     with writing(path.parent, what):
         try:
@@ -87,14 +94,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
                     data = as_bytes(tensor.cpu().contiguous()).numpy().data
                     write_all(target, data, offset)
                     offset += len(data)
-                os.fsync(target)
+                os.fsync(target)  # before the file gets its name, or a power cut could leave the name without the data
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a file that is complete or as it was before."""
+    """Write a text file atomically: it is complete, or as it was before."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         partial.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The output folder: complete, or not there."""
+"""Create an output folder that is complete or absent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pruneforge.errors import PruneForgeError
 
 
 def check_output(folder: Path) -> None:
-    """Raise unless `folder` can be written: absent or empty, below a folder that takes new files.
+    """Raise unless `folder` is absent or empty, and can be written.
 
     Raises:
         PruneForgeError: Naming the folder.
@@ -26,16 +26,23 @@ def check_output(folder: Path) -> None:
         raise PruneForgeError(f"output folder {str(folder)!r} is not empty; name another or empty it first")
     above = next(path for path in [target, *target.parents] if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise PruneForgeError(f"output folder {str(folder)!r} cannot be made: {str(above)!r} is no folder to write in")
+        raise PruneForgeError(
+            f"output folder {str(folder)!r} cannot be made: {str(above)!r} is not a folder that can be written to"
+        )
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a hidden folder to fill; it becomes `folder` when the context ends well, and vanishes otherwise."""
+    """Yield a hidden folder to fill; it becomes `folder` at the end, or is removed if there was an error.
+
+    Raises:
+        PruneForgeError: The folder cannot be written.
+    """
     check_output(folder)
     target = folder.resolve()
-    # An empty folder that is there already may be a mount point: it is filled, not replaced.
+    # An existing empty folder may be a mount point: it is filled, not replaced.
     inside = target.is_dir()
+    # Beside its target, so that renaming stays within one file system.
     partial = (target if inside else target.parent) / f".{target.name}.partial-{os.getpid()}"
     try:
         partial.mkdir(parents=True)

@@ -1,8 +1,8 @@
-"""The journal of a run: what it is, and which blocks are finished.
+"""The journal of a run: its identity, and the blocks it has finished.
 
-One JSON object a line in the output folder. The first line says what the run is; each later one that a block is
-finished, after its weights and masks are on the disk. A line without its end was being written when the run was
-stopped, and does not count.
+A file of JSON lines in the output folder. The first line is the identity of the run. Each later line records a finished
+block, and is written once the block's weights and masks are on the disk. A last line without a line break was being
+written when the run stopped, and is ignored.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ FORMAT = 1
 
 
 class Journal:
-    """The open journal of one run; while it is open, no other process opens it.
+    """The journal of one run, locked against other processes while it is open.
 
     Attributes:
-        entries: What was appended so far, in order.
-        resumed: Whether it goes on from an earlier process.
+        folder: The output folder.
+        entries: The lines after the first, in order.
+        resumed: Whether it continues the run of an earlier process.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any], resume: bool) -> None:
-        """Open the journal in `folder`, or begin one.
+        """Open the journal in `folder`, or start one.
 
         Args:
-            folder: The output folder; made if it is not there.
-            run: What decides the result: recipe, fingerprints, versions. Of types that JSON holds.
-            resume: Whether to go on from an unfinished run.
+            folder: The output folder, created if needed.
+            run: The identity of the run: everything that decides its result. JSON-serialisable.
+            resume: Whether to continue an unfinished run.
 
         Raises:
-            PruneForgeError: Another process has it open, or an unfinished run is another one, or is there though
-                `resume` is not set.
+            PruneForgeError: Another process has the journal open, the folder holds another unfinished run, or it
+                holds this one and `resume` is false.
             UnfinishedError: The folder cannot be written.
         """
         self.folder = folder
@@ -55,6 +56,7 @@ class Journal:
                 raise PruneForgeError(
                     f"output folder {str(folder)!r} holds an unfinished run; go on with `resume`, or empty the folder"
                 )
+            # As JSON reads it back, so that tuples and lists compare equal.
             wanted = json.loads(json.dumps({"format": FORMAT, **run}))
             if not lines:
                 self.append(wanted)
@@ -68,7 +70,7 @@ class Journal:
         self.entries = lines[1:]
 
     def _complete_lines(self) -> list[dict[str, Any]]:
-        """Return the lines that were written whole, and cut off what follows them."""
+        """Return the complete lines, and cut off an incomplete last one."""
         text = os.pread(self._file, os.fstat(self._file).st_size, 0)
         whole = text[: text.rfind(b"\n") + 1]
         lines = []
@@ -77,27 +79,27 @@ class Journal:
                 lines.append(json.loads(line))
             except ValueError as error:
                 raise PruneForgeError(
-                    f"line {number} of {str(self.folder / JOURNAL_FILE)!r} is damaged; empty the folder and begin anew"
+                    f"line {number} of {str(self.folder / JOURNAL_FILE)!r} is damaged; empty the folder and start again"
                 ) from error
         if whole != text:
             os.ftruncate(self._file, len(whole))
         return lines
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Add a line, on the disk when this returns.
+        """Add a line, flushed to the disk when this returns.
 
         Raises:
-            UnfinishedError: The disk is full, or cannot be written.
+            UnfinishedError: The disk is full or cannot be written.
         """
         line = json.dumps(entry).encode() + b"\n"
         with writing(self.folder):
-            if os.write(self._file, line) < len(line):  # what there is of the line is cut off by the next reader
+            if os.write(self._file, line) < len(line):  # the next process cuts the incomplete line off
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file)
         self.entries.append(dict(entry))
 
     def close(self) -> None:
-        """Close the journal, and let other processes have it."""
+        """Close the journal, which unlocks it."""
         os.close(self._file)
 
 
@@ -119,17 +121,17 @@ def _locked(path: Path) -> int:
             raise
         if path.exists() and os.fstat(file).st_ino == path.stat().st_ino:
             return file
-        os.close(file)  # its owner finished, and removed it, just before it was locked
+        os.close(file)  # its owner finished and removed it just before it was locked: lock a new one
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:
-    """Return the first thing in which two runs differ, or nothing."""
+    """Return the first difference between two identities, as text for a user, or an empty string."""
     for key in [*before, *(key for key in now if key not in before)]:
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found = difference(old, new, f"{prefix}{key} ")
-            if found:
-                return found
+            deeper = difference(old, new, f"{prefix}{key} ")
+            if deeper:
+                return deeper
         elif old != new:
             return f"{prefix}{key} was {_short(old)} and is {_short(new)} now"
     return ""

@@ -1,4 +1,4 @@
-"""Masks on disk: one bit a weight."""
+"""Masks on disk, one bit per weight."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from pruneforge.errors import PruneForgeError
 MASKS_FILE = "masks.safetensors"
 
 
-def header(shapes: Mapping[str, tuple[int, int]]) -> bytes:
-    """Return the first bytes of a file of packed masks of `shapes`, by layer name."""
+def masks_header(shapes: Mapping[str, tuple[int, int]]) -> bytes:
+    """Return the header of a file of packed masks of `shapes`, by layer name."""
     packed = {name: (torch.uint8, (packed_bytes(shape),)) for name, shape in shapes.items()}
-    return shards.header(packed, _metadata({name: list(shape) for name, shape in shapes.items()}))
+    return shards.safetensors_header(packed, _metadata({name: list(shape) for name, shape in shapes.items()}))
 
 
 def packed_bytes(shape: tuple[int, int]) -> int:
-    """Return how many bytes a packed mask [out, in] takes."""
+    """Return the size in bytes of a packed mask [out, in]."""
     return -(-shape[0] * shape[1] // 8)
 
 
 def pack(mask: Tensor) -> np.ndarray:
-    """Return a mask [out, in] as bytes [packed_bytes] uint8."""
+    """Pack a mask, boolean [out, in], row by row into bits, uint8 [packed_bytes]."""
     return np.packbits(mask.numpy().reshape(-1))
 
 
@@ -39,16 +39,16 @@ def _metadata(shapes: Mapping[str, list[int]]) -> dict[str, str]:
 
 
 def save_masks(masks: Mapping[str, Tensor], folder: Path) -> None:
-    """Write masks (boolean [out, in], by layer name) to `folder`, packed along the flattened weight."""
+    """Write masks, boolean [out, in] by layer name, to `folder`."""
     packed = {name: pack(mask) for name, mask in masks.items()}
     save_file(packed, folder / MASKS_FILE, metadata=_metadata({name: list(mask.shape) for name, mask in masks.items()}))
 
 
 def load_masks(folder: Path) -> dict[str, Tensor]:
-    """Return the masks that `save_masks` wrote.
+    """Read masks from `folder`, boolean [out, in] by layer name.
 
     Raises:
-        PruneForgeError: The folder holds none, or the file is damaged.
+        PruneForgeError: The folder has no masks, or their file is damaged.
     """
     path = folder / MASKS_FILE
     if not path.is_file():

@@ -1,7 +1,7 @@
-"""Writing a checkpoint block by block: files of their final size, filled in place.
+"""Write a checkpoint block by block, into files that have their final size from the start.
 
-While it is being written, a file is called `NAME.partial`. A rewritten weight file begins as its original
-without the tensors that will change; those are written to their places as they are finished.
+A file is called `NAME.partial` until the run is finished. A weight file starts as a copy of the original without the
+tensors that will change; these are written to their places when their block is finished.
 """
 
 from __future__ import annotations
@@ -16,42 +16,45 @@ from torch import Tensor
 
 from pruneforge.checkpoint import masks
 from pruneforge.checkpoint.durable import PARTIAL, open_for_writing, sync, write_all, writing
-from pruneforge.checkpoint.shards import Checkpoint, Stored, as_bytes, read_header, read_tensor
+from pruneforge.checkpoint.shards import Checkpoint, TensorLocation, as_bytes, read_header, read_tensor
 
 
 class Rewrite:
-    """A copy of a checkpoint in which some tensors change, and the masks beside it."""
+    """A copy of a checkpoint in which some tensors change, with the masks of its layers."""
 
-    def __init__(self, source: Checkpoint, folder: Path, layers: Mapping[str, tuple[Stored, tuple[int, int]]]) -> None:
+    def __init__(
+        self, source: Checkpoint, folder: Path, layers: Mapping[str, tuple[TensorLocation, tuple[int, int]]]
+    ) -> None:
         """Describe the files; nothing is written yet.
 
         Args:
-            source: What is copied.
-            folder: Where to.
-            layers: For each layer, where its tensor stands and its shape as a matrix.
+            source: The checkpoint to copy.
+            folder: The folder to write to.
+            layers: Location of each layer's tensor, and the shape of its mask (out, in), by layer name.
         """
         self.source = source
         self.folder = folder
         self._layers = dict(layers)
-        self._changing = {stored.name for stored, _ in layers.values()}
-        self._head = masks.header({name: shape for name, (_, shape) in layers.items()})
-        self._places: dict[str, Stored] = {}
+        self._changing = {location.name for location, _ in layers.values()}
+        self._head = masks.masks_header({name: shape for name, (_, shape) in layers.items()})
+        self._places: dict[str, TensorLocation] = {}
 
     def bytes_needed(self) -> int:
-        """Return how many bytes the finished folder takes."""
+        """Return the size in bytes of the finished folder."""
         weights = sum((self.source.folder / file).stat().st_size for file in self.source.files)
         others = sum(path.stat().st_size for path in self.source.companions())
         packed = sum(masks.packed_bytes(shape) for _, shape in self._layers.values())
         return weights + others + packed + len(self._head)
 
     def prepare(self) -> None:
-        """Lay out every file at its full size, with everything that does not change.
+        """Create every file at its full size, with everything that does not change.
 
         Raises:
-            UnfinishedError: The disk is full, or cannot be written.
+            UnfinishedError: The disk is full or cannot be written.
         """
         with writing(self.folder):
             free = shutil.disk_usage(self.folder).free
+            # Blocks that an interrupted run has reserved already.
             there = sum(path.stat().st_blocks * 512 for path in self.folder.glob(f"*{PARTIAL}"))
             if self.bytes_needed() > free + there:
                 raise OSError(errno.ENOSPC, f"{self.bytes_needed():,} bytes are needed and {free + there:,} are free")
@@ -65,7 +68,8 @@ class Rewrite:
             sync(self.folder)
 
     def _lay_out(self, file: str) -> None:
-        tensors = [stored for stored in self.source.tensors.values() if stored.file == file]
+        """Create one weight file with everything but the tensors that will change."""
+        tensors = [location for location in self.source.tensors.values() if location.file == file]
         changing = sorted((t for t in tensors if t.name in self._changing), key=lambda t: t.start)
         size = (self.source.folder / file).stat().st_size
         with (
@@ -74,31 +78,32 @@ class Rewrite:
         ):
             _reserve(target, size)
             start = 0
-            for stored in changing:
-                _copy(original.fileno(), target, start, stored.start)
-                start = stored.start + stored.size
+            for location in changing:
+                _copy(original.fileno(), target, start, location.start)
+                start = location.start + location.size
             _copy(original.fileno(), target, start, size)
             os.fsync(target)
 
     def write(self, tensors: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
-        """Write finished layers to disk for good.
+        """Write finished layers, flushed to the disk when this returns.
 
         Args:
-            tensors: The changed tensors, by name, in the dtype they are stored in.
-            kept: Masks [out, in], by layer name.
+            tensors: The changed tensors, by name, in the checkpoint's dtype.
+            kept: Masks, boolean [out, in], by layer name.
 
         Raises:
-            UnfinishedError: The disk is full, or cannot be written.
+            UnfinishedError: The disk is full or cannot be written.
         """
         with writing(self.folder):
+            # By file, so that each is opened and flushed once.
             touched: dict[Path, list[tuple[int, memoryview]]] = {}
             for name, tensor in tensors.items():
-                stored = self.source.tensors[name]
-                place = touched.setdefault(self._partial(stored.file), [])
-                place.append((stored.start, as_bytes(tensor.cpu()).numpy().data))
+                location = self.source.tensors[name]
+                place = touched.setdefault(self._partial(location.file), [])
+                place.append((location.start, as_bytes(tensor.cpu()).numpy().data))
             partial = self.folder / (masks.MASKS_FILE + PARTIAL)
             if not self._places:
-                self._places = {stored.name: stored for stored in read_header(partial)}
+                self._places = {location.name: location for location in read_header(partial)}
             packed = [(self._places[name].start, masks.pack(mask).data) for name, mask in kept.items()]
             for path, parts in [*touched.items(), (partial, packed)]:
                 with open_for_writing(path) as target:
@@ -111,18 +116,25 @@ class Rewrite:
         return name in self._changing
 
     def read(self, name: str) -> Tensor:
-        """Return a changed tensor that was written before."""
-        stored = self.source.tensors[name]
-        return read_tensor(self._partial(stored.file), stored)
+        """Return a changed tensor, as `write` wrote it in this process or an earlier one."""
+        location = self.source.tensors[name]
+        return read_tensor(self._partial(location.file), location)
 
     def finish(self, own: Collection[str]) -> None:
-        """Give every file its name, and copy what stands beside the weights, but for files called as in `own`."""
+        """Rename every file to its final name, and copy the checkpoint's other files.
+
+        Args:
+            own: Names of files not to copy.
+
+        Raises:
+            UnfinishedError: The disk is full or cannot be written.
+        """
         with writing(self.folder):
             for file in [*self.source.files, masks.MASKS_FILE]:
                 partial = self.folder / (file + PARTIAL)
-                if partial.exists():  # a run that was stopped right here has renamed some already
+                if partial.exists():  # a run that was stopped here has renamed some files already
                     partial.replace(self.folder / file)
-            # The configuration comes last: without it nothing takes the folder for a model.
+            # The configuration comes last: without it no library takes the folder for a model.
             for path in sorted(self.source.companions(), key=lambda path: path.name == "config.json"):
                 if path.name not in own:
                     copy = self.folder / (path.name + PARTIAL)
@@ -135,13 +147,15 @@ class Rewrite:
 
 
 def _reserve(target: int, size: int) -> None:
-    """Give a file its size, and its room on the disk where the system can."""
+    """Give a file its size, and allocate its blocks where the system can."""
+    # Allocated now, a full disk shows before hours of work and not in the middle of a block.
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(target, 0, size)
     os.ftruncate(target, size)
 
 
 def _copy(source: int, target: int, start: int, stop: int) -> None:
+    """Copy bytes `start` to `stop` between two open files, at the same offsets."""
     while start < stop:
         chunk = os.pread(source, min(stop - start, 1 << 24), start)
         if not chunk:

@@ -1,8 +1,8 @@
-"""Checkpoints of safetensors files, read tensor by tensor.
+"""Read checkpoints of safetensors files tensor by tensor.
 
-A tensor is read straight from its place in the file into the memory that the model will use. The files are not
-memory-mapped: a page that cannot be read would then end the process by a signal instead of an error, and pages
-of a finished block would count as the process's own until the kernel takes them back.
+A tensor is read from its place in the file directly into the memory that the model will use. The files are not
+memory-mapped: an unreadable page would then kill the process by a signal instead of raising an error, and pages of a
+finished block would count as the process's memory until the kernel reclaims them.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Dtypes by their names in the files."""
+"""Dtypes by their safetensors names."""
 
 _CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
-class Stored:
-    """Where one tensor stands.
+class TensorLocation:
+    """Location of a tensor in a safetensors file.
 
     Attributes:
-        name: Its name.
+        name: Name of the tensor.
         file: Name of the file.
-        dtype: Its dtype there.
-        shape: Its shape.
-        start: Its first byte, counted from the start of the file.
-        size: How many bytes it has.
+        dtype: Dtype in the file.
+        shape: Shape of the tensor.
+        start: Offset of its first byte from the start of the file.
+        size: Size in bytes.
     """
 
     name: str
@@ -67,79 +67,81 @@ class Checkpoint:
     """The tensors of a folder of safetensors files.
 
     Attributes:
-        folder: The folder; it is never written to.
-        files: Names of its weight files.
-        index: Name of the file that says which tensor stands where, or `None` if there is one weight file.
-        tensors: Every tensor, by name.
+        folder: The folder, which is never written to.
+        files: Names of the weight files.
+        index: Name of the index file, which maps tensors to files, or `None` if there is one weight file.
+        tensors: Location of every tensor, by name.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Read the index and every file's header.
+        """Read the index and the header of every file.
 
         Raises:
-            PruneForgeError: The folder holds no such checkpoint, or a file is missing, truncated or damaged.
+            PruneForgeError: The folder has no such checkpoint, or a file is missing, truncated or damaged.
         """
         self.folder = folder
-        # Of a single file and an index the libraries take the single file.
+        # Given both a single file and an index, the libraries load the single file.
         self.index = INDEX if (folder / INDEX).is_file() and not (folder / SINGLE).is_file() else None
         listed = _index(folder / INDEX) if self.index else None
         self.files = sorted(set(listed.values())) if listed is not None else [SINGLE]
         missing = [name for name in self.files if not (folder / name).is_file()]
         if missing and self.index:
-            raise PruneForgeError(f"{INDEX} in {str(folder)!r} names {missing[0]!r}, and there is no such file")
+            raise PruneForgeError(f"{INDEX} in {str(folder)!r} names {missing[0]!r}, which does not exist")
         if missing:
             raise PruneForgeError(f"{str(folder)!r} holds no {SINGLE} and no {INDEX}")
-        self.tensors: dict[str, Stored] = {}
+        self.tensors: dict[str, TensorLocation] = {}
         for file in self.files:
-            for stored in read_header(folder / file):
-                if listed is None or listed.get(stored.name) == file:
-                    self.tensors[stored.name] = stored
+            for location in read_header(folder / file):
+                if listed is None or listed.get(location.name) == file:
+                    self.tensors[location.name] = location
         lost = sorted(set(listed or ()) - set(self.tensors))
         if lost and listed:
-            raise PruneForgeError(f"{INDEX} places {lost[0]!r} in {listed[lost[0]]!r}, and it does not stand there")
+            raise PruneForgeError(f"{INDEX} places {lost[0]!r} in {listed[lost[0]]!r}, which does not contain it")
 
-    def read(self, stored: Stored, pinned: bool = False) -> Tensor:
-        """Return a tensor, as it is stored, in memory of its own.
+    def read(self, location: TensorLocation, pinned: bool = False) -> Tensor:
+        """Return a tensor on the CPU, in the dtype of the file.
 
         Args:
-            stored: Which.
-            pinned: Whether a CUDA device is to copy from that memory by itself.
+            location: The tensor's location.
+            pinned: Read into pinned memory, for asynchronous copies to a CUDA device.
 
         Raises:
-            UnfinishedError: The file cannot be read, or has become shorter.
+            UnfinishedError: The file cannot be read or has become shorter.
         """
-        return read_tensor(self.folder / stored.file, stored, pinned)
+        return read_tensor(self.folder / location.file, location, pinned)
 
     def fingerprint(self) -> str:
-        """Return a hash of the configuration, and of every tensor's name, dtype, shape and bytes.
+        """Return a hash of the configuration and of every tensor's name, dtype, shape and bytes.
 
-        Bytes go through CRC-32, which tells models apart and is no seal: it reads at the speed of a good disk.
+        Bytes are hashed with CRC-32, which keeps up with a fast disk. It tells models apart, but does not protect
+        against deliberate changes.
 
         Raises:
             UnfinishedError: A file cannot be read.
         """
         digest = hashlib.sha256()
         config = self.folder / "config.json"
-        ordered = sorted(self.tensors.values(), key=lambda stored: stored.name)
+        ordered = sorted(self.tensors.values(), key=lambda location: location.name)
         try:
             digest.update(config.read_bytes() if config.exists() else b"")
             with ThreadPoolExecutor() as threads:
-                for stored, checksum in zip(ordered, threads.map(self._checksum, ordered), strict=True):
-                    digest.update(f"{stored.name}{stored.dtype}{stored.shape}{checksum}".encode())
+                for location, checksum in zip(ordered, threads.map(self._checksum, ordered), strict=True):
+                    digest.update(f"{location.name}{location.dtype}{location.shape}{checksum}".encode())
         except OSError as error:
             raise UnfinishedError(f"{str(self.folder)!r} cannot be read: {error.strerror}") from error
         return digest.hexdigest()
 
-    def _checksum(self, stored: Stored) -> int:
+    def _checksum(self, location: TensorLocation) -> int:
+        """Return the CRC-32 of a tensor's bytes."""
         checksum = 0
-        with open(self.folder / stored.file, "rb", buffering=0) as file:
-            for start in range(stored.start, stored.start + stored.size, _CHUNK):
-                part = os.pread(file.fileno(), min(_CHUNK, stored.start + stored.size - start), start)
+        with open(self.folder / location.file, "rb", buffering=0) as file:
+            for start in range(location.start, location.start + location.size, _CHUNK):
+                part = os.pread(file.fileno(), min(_CHUNK, location.start + location.size - start), start)
                 checksum = zlib.crc32(part, checksum)
         return checksum
 
     def companions(self) -> list[Path]:
-        """Return the folder's other files: configuration, tokenizer, index; no weights in other formats."""
+        """Return the folder's other files (configuration, tokenizer, index), without weights in other formats."""
         weights = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json"}
         return [
             path
@@ -150,11 +152,11 @@ class Checkpoint:
         ]
 
 
-def read_header(path: Path) -> list[Stored]:
-    """Return the tensors of a safetensors file, in the order they stand.
+def read_header(path: Path) -> list[TensorLocation]:
+    """Return the locations of a safetensors file's tensors, in file order.
 
     Raises:
-        PruneForgeError: The file is damaged, shorter than its header says, or holds an unknown dtype.
+        PruneForgeError: The file is damaged, shorter than its header says, or has an unknown dtype.
     """
     try:
         size = path.stat().st_size
@@ -164,8 +166,8 @@ def read_header(path: Path) -> list[Stored]:
                 raise PruneForgeError(f"{str(path)!r} is truncated: it ends within its header")
             entries = json.loads(file.read(length))
         entries.pop("__metadata__", None)
-        found = [
-            Stored(
+        locations = [
+            TensorLocation(
                 name,
                 path.name,
                 DTYPES[entry["dtype"]],
@@ -179,30 +181,31 @@ def read_header(path: Path) -> list[Stored]:
         raise PruneForgeError(f"{str(path)!r} holds a dtype that cannot be pruned: {error}") from error
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise PruneForgeError(f"{str(path)!r} cannot be read as safetensors: {error}") from error
-    for stored in found:
-        if stored.start + stored.size > size:
-            missing = stored.start + stored.size - size
+    for location in locations:
+        if location.start + location.size > size:
+            missing = location.start + location.size - size
             raise PruneForgeError(
-                f"{str(path)!r} is truncated: tensor {stored.name!r} ends {missing:,} bytes behind its end"
+                f"{str(path)!r} is truncated: tensor {location.name!r} ends {missing:,} bytes after the end of the file"
             )
-        if prod(stored.shape) * stored.dtype.itemsize != stored.size:
-            raise PruneForgeError(f"{str(path)!r} is damaged: tensor {stored.name!r} has {stored.size:,} bytes")
-    return sorted(found, key=lambda stored: stored.start)
+        if prod(location.shape) * location.dtype.itemsize != location.size:
+            raise PruneForgeError(f"{str(path)!r} is damaged: tensor {location.name!r} has {location.size:,} bytes")
+    return sorted(locations, key=lambda location: location.start)
 
 
-def read_tensor(path: Path, stored: Stored, pinned: bool = False) -> Tensor:
-    """Return a tensor of a file; see `Checkpoint.read`."""
-    tensor = torch.empty(stored.shape, dtype=stored.dtype, pin_memory=pinned)
-    if not stored.size:
+def read_tensor(path: Path, location: TensorLocation, pinned: bool = False) -> Tensor:
+    """Read one tensor of a file; see `Checkpoint.read`."""
+    tensor = torch.empty(location.shape, dtype=location.dtype, pin_memory=pinned)
+    if not location.size:
         return tensor
     target = as_bytes(tensor).numpy().data
     try:
         with open(path, "rb", buffering=0) as file:
             done = 0
-            while done < stored.size:
-                count = os.preadv(file.fileno(), [target[done : done + (1 << 30)]], stored.start + done)
+            while done < location.size:
+                # The system may read less than asked for, and never more than 2 GiB at a time.
+                count = os.preadv(file.fileno(), [target[done : done + (1 << 30)]], location.start + done)
                 if not count:
-                    raise UnfinishedError(f"{str(path)!r} became shorter: it ends within tensor {stored.name!r}")
+                    raise UnfinishedError(f"{str(path)!r} became shorter: it ends within tensor {location.name!r}")
                 done += count
     except OSError as error:
         raise UnfinishedError(
@@ -212,16 +215,18 @@ def read_tensor(path: Path, stored: Stored, pinned: bool = False) -> Tensor:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """Return a contiguous tensor's memory as bytes [n] uint8."""
+    """View the memory of a contiguous tensor as bytes, uint8 [n]."""
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 
-def header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """Return the first bytes of a safetensors file that will hold `tensors` in the order they come.
+def safetensors_header(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> bytes:
+    """Return the header of a safetensors file that will hold `tensors` in the given order.
 
     Args:
-        tensors: Dtype and shape of each, by name; those of larger dtypes first, so that all are aligned.
-        metadata: What else the file says of itself.
+        tensors: Dtype and shape of each tensor, by name; larger dtypes first, so that all are aligned.
+        metadata: The file's metadata.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
@@ -231,11 +236,12 @@ def header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata:
         entries[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the format pads the header, so that tensors start at a multiple of 8
     return len(text).to_bytes(8, "little") + text
 
 
 def _index(path: Path) -> dict[str, str]:
+    """Read an index: the file name of each tensor, by tensor name."""
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         if not isinstance(listed, dict) or not listed:
@@ -243,6 +249,7 @@ def _index(path: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PruneForgeError(f"index {str(path)!r} is damaged: {error}") from error
     for file in listed.values():
+        # Paths are refused: an index must not make us read or write outside the folder.
         if not isinstance(file, str) or Path(file).name != file:
-            raise PruneForgeError(f"index {str(path)!r} names {file!r}, which is no file of the folder")
+            raise PruneForgeError(f"index {str(path)!r} names {file!r}, which is not the name of a file in the folder")
     return listed

@@ -1,4 +1,4 @@
-"""Models without weights, and where in a checkpoint the weights of each layer are."""
+"""Models without weights, and the locations of their weights in a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,62 +7,69 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pruneforge.checkpoint.shards import Checkpoint, Stored
+from pruneforge.checkpoint.shards import Checkpoint, TensorLocation
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Block
 
 
-def vacate(module: nn.Module) -> None:
-    """Replace a model's parameters by vacant ones on the CPU; ties stay ties."""
+def make_skeleton(module: nn.Module) -> None:
+    """Replace a model's parameters by placeholders on the CPU; tied parameters stay tied."""
     made: dict[int, nn.Parameter] = {}
-    before = list(module.parameters())  # held, so that no id is given twice
+    before = list(module.parameters())  # keeps them alive, so that no id is reused
     for parameter in before:
-        made[id(parameter)] = nn.Parameter(vacant(parameter.shape, parameter.dtype), requires_grad=False)
+        made[id(parameter)] = nn.Parameter(placeholder(parameter.shape, parameter.dtype), requires_grad=False)
     for part in module.modules():
         for name, present in part._parameters.items():
             if present is not None:
                 part._parameters[name] = made[id(present)]
 
 
-def vacant(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return a tensor of this shape that takes no memory and is NaN wherever it is read by mistake."""
+def placeholder(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a tensor of this shape that takes no memory.
+
+    It is NaN, so that reading it by mistake shows in any result.
+    """
     return torch.full((), torch.nan, dtype=dtype).expand(*shape)
 
 
-def lacking(module: nn.Module, checkpoint: Checkpoint) -> list[str]:
-    """Return a name of each parameter that a checkpoint holds under none of its names."""
-    there: dict[int, bool] = {}
+def missing_parameters(module: nn.Module, checkpoint: Checkpoint) -> list[str]:
+    """Return the parameters that a checkpoint does not hold under any of their names, each by its first name."""
+    present: dict[int, bool] = {}  # by id: tied parameters have several names, and files usually hold one of them
     names: dict[int, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        there[id(parameter)] = there.get(id(parameter), False) or name in checkpoint.tensors
+        present[id(parameter)] = present.get(id(parameter), False) or name in checkpoint.tensors
         names.setdefault(id(parameter), name)
-    return [names[key] for key, found in there.items() if not found]
+    return [names[key] for key, in_checkpoint in present.items() if not in_checkpoint]
 
 
-def stored_parameters(module: nn.Module, checkpoint: Checkpoint) -> dict[int, Stored]:
-    """Return where each parameter's weights stand, by the parameter's id.
+def parameter_locations(module: nn.Module, checkpoint: Checkpoint) -> dict[int, TensorLocation]:
+    """Return the location of each parameter's tensor, by the parameter's id.
 
     Raises:
-        PruneForgeError: A tensor has another shape than the parameter, or is not of a floating dtype.
+        PruneForgeError: A tensor differs from the parameter in shape, or is not floating-point.
     """
-    found: dict[int, Stored] = {}
+    locations: dict[int, TensorLocation] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        stored = checkpoint.tensors.get(name)
-        if stored is None:
+        location = checkpoint.tensors.get(name)
+        if location is None:
             continue
-        if stored.shape != tuple(parameter.shape):
+        if location.shape != tuple(parameter.shape):
             raise PruneForgeError(
-                f"tensor {name!r} is {list(stored.shape)} in the weights and {list(parameter.shape)} by config.json"
+                f"tensor {name!r} is {list(location.shape)} in the weights and {list(parameter.shape)} by config.json"
             )
-        if not stored.dtype.is_floating_point:
-            raise PruneForgeError(f"tensor {name!r} is {stored.dtype}, and weights must be floating-point numbers")
-        found.setdefault(id(parameter), stored)
-    return found
+        if not location.dtype.is_floating_point:
+            raise PruneForgeError(f"tensor {name!r} is {location.dtype}, and weights must be floating-point numbers")
+        locations.setdefault(id(parameter), location)
+    return locations
 
 
-def stored_layers(
+def layer_locations(
     module: nn.Module, blocks: Sequence[Block], checkpoint: Checkpoint
-) -> dict[str, tuple[Stored, tuple[int, int]]]:
-    """Return where each layer's weight stands, and its shape as a matrix, by layer name."""
-    stored = stored_parameters(module, checkpoint)
-    return {layer.name: (stored[id(layer.parameter)], layer.shape) for block in blocks for layer in block.layers}
+) -> dict[str, tuple[TensorLocation, tuple[int, int]]]:
+    """Return the location of each layer's weight and its shape (out, in), by layer name.
+
+    Raises:
+        PruneForgeError: See `parameter_locations`.
+    """
+    locations = parameter_locations(module, checkpoint)
+    return {layer.name: (locations[id(layer.parameter)], layer.shape) for block in blocks for layer in block.layers}

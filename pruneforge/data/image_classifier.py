@@ -1,4 +1,4 @@
-"""What adapters of image classifiers share: batches of images, labels and their loss."""
+"""A base class of adapters of image classifiers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from pruneforge.interfaces.options import Options
 
 
 class ImageClassifier(Adapter):
-    """What adapters of image classifiers share: batches, and the cross-entropy of the label."""
+    """An adapter of image classifiers: batches of images, and the cross-entropy of their labels.
+
+    A subclass says how many classes and tokens a model has, which images it takes, and what its logits are.
+    """
 
     class Options(Options):
         """Options of adapters of image classifiers."""
@@ -30,7 +33,15 @@ class ImageClassifier(Adapter):
     options: Options
 
     def batch(self, data: Tensor | Mapping[str, Tensor], module: nn.Module) -> Batch:
-        """Take images [samples, channels, height, width], or a mapping with `pixel_values` and maybe `labels`."""
+        """Return a batch of images [samples, channels, height, width].
+
+        Args:
+            data: The images, or a mapping with `pixel_values` and optionally `labels`, integers [samples].
+            module: The model; pixels are converted to its dtype.
+
+        Raises:
+            PruneForgeError: The images or labels do not fit the model.
+        """
         inputs = {"pixel_values": data} if isinstance(data, Tensor) else dict(data) if isinstance(data, Mapping) else {}
         pixels, labels = inputs.get("pixel_values"), inputs.get("labels")
         if not isinstance(pixels, Tensor) or pixels.dim() != 4 or not pixels.is_floating_point() or not len(pixels):
@@ -50,27 +61,27 @@ class ImageClassifier(Adapter):
         return Batch({"pixel_values": pixels}, len(pixels), self._counting(pixels, module), labels, self._loss(labels))
 
     def losses(self, output: Any, batch: Batch) -> Tensor:
-        """Return each image's cross-entropy [samples]: of its label, or else of the model's own prediction."""
+        """Return each image's cross-entropy [samples], of its label, or else of the model's own prediction."""
         logits = self.logits(output)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         targets = logits.detach().argmax(dim=1) if batch.targets is None else batch.targets
         return F.cross_entropy(logits, targets, reduction="none")
 
     def context_length(self, module: nn.Module) -> int | None:
-        """Return `None`: images have no length to choose."""
+        """Return `None`: images have no sequence length to choose."""
         return None
 
     @abstractmethod
     def classes(self, module: nn.Module) -> int:
-        """Return how many classes the head has."""
+        """Return the number of classes of the head."""
 
     @abstractmethod
     def logits(self, output: Any) -> Tensor:
-        """Return the logits [samples, classes] of what `forward` returned."""
+        """Return the logits [samples, classes] in the result of `forward`."""
 
     @abstractmethod
     def check_images(self, pixels: Tensor, module: nn.Module) -> None:
-        """Raise unless the model takes images of this size.
+        """Raise unless the model takes images of this size [samples, channels, height, width].
 
         Raises:
             PruneForgeError: Naming the sizes.
@@ -78,9 +89,10 @@ class ImageClassifier(Adapter):
 
     @abstractmethod
     def tokens(self, pixels: Tensor, module: nn.Module) -> tuple[int, int]:
-        """Return how many prefix tokens and how many tokens in all the blocks see."""
+        """Return the number of prefix tokens, and of all tokens, that blocks receive for each image."""
 
     def _counting(self, pixels: Tensor, module: nn.Module) -> Tensor | None:
+        """Return the mask of valid tokens, boolean [samples, tokens], or `None` if prefix tokens count too."""
         if self.options.prefix_tokens:
             return None
         prefix, total = self.tokens(pixels, module)

@@ -20,15 +20,14 @@ from pruneforge.interfaces.source import Request, Source
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """How a checkpoint wants its images, and what its classes are called.
+    """The preprocessing and class names of a checkpoint.
 
     Attributes:
-        transform: From an image to a tensor [channels, height, width], by the checkpoint's own evaluation
-            preprocessing.
-        mode: Colour mode the images are converted to before (`"RGB"`, or `"L"` for one channel).
-        classes: How many classes the head has.
-        names: What the classes are called in an image folder, in the head's order, if that is known.
-        native: The library's own processor, for saving; `None` where the model itself holds it.
+        transform: The checkpoint's own evaluation preprocessing, from an image to a tensor [channels, height, width].
+        mode: Colour mode that images are converted to first (`"RGB"`, or `"L"` for one channel).
+        classes: Number of classes of the head.
+        names: Names of the classes in an image folder, in the head's order, if known.
+        native: The library's own processor, for saving; `None` if the model contains it.
     """
 
     transform: Callable[[Image.Image], Tensor] = field(repr=False)
@@ -39,10 +38,10 @@ class ImageProcessor:
 
 
 class ImageSet(ABC):
-    """Images that can be opened one by one, from any process.
+    """Images that can be opened one by one, in any process.
 
     Attributes:
-        class_names: What the data set calls its classes, where labels are class indices and it says so.
+        class_names: The data set's class names if its labels are class indices; `None` if it has no names.
     """
 
     class_names: Sequence[str] | None = None
@@ -52,26 +51,26 @@ class ImageSet(ABC):
 
     @abstractmethod
     def open(self, index: int) -> Image.Image:
-        """Return an image, decoded.
+        """Return a decoded image.
 
         Raises:
-            OSError: It is corrupt or truncated (as PIL says).
+            OSError: It is corrupt or truncated, as reported by PIL.
         """
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Return what to call an image in a message."""
+        """Return an image's name for messages."""
 
     @abstractmethod
     def label(self, index: int) -> str | int | None:
-        """Return an image's class: its folder's name, a class index, or `None` if it has none."""
+        """Return an image's class: the name of its folder, a class index, or `None` if it has none."""
 
 
 class ImageSource(Source):
     """A source of images.
 
     Attributes:
-        reading: What the last draw left out or converted.
+        reading: The images that the last draw left out or converted.
     """
 
     class Options(options.Options):
@@ -95,10 +94,10 @@ class ImageSource(Source):
         """
 
     def calibration(self, request: Request) -> Iterable[Mapping[str, Tensor]]:
-        """Yield `{"pixel_values": float [samples, channels, height, width], "labels": int64 [samples]}`.
+        """Yield batches `{"pixel_values": float [samples, channels, height, width], "labels": int64 [samples]}`.
 
-        Images are drawn without replacement and put through the checkpoint's evaluation transform. Without
-        labels in the source, batches have none.
+        Images are drawn without replacement and preprocessed by the checkpoint's evaluation transform. Batches have
+        labels only if all their images do.
 
         Raises:
             PruneForgeError: There are too few images, or one is corrupt and `strict` is set.
@@ -129,38 +128,38 @@ class ImageSource(Source):
             yield batch
 
     def warnings(self) -> list[str]:
-        """Return what the last draw left out or converted."""
+        """Return warnings about images that the last draw left out or converted."""
         return self.reading.warnings()
 
 
 def image_processor(processor: Any) -> ImageProcessor:
-    """Return the processor if it is one for images.
+    """Return the processor if it is an `ImageProcessor`.
 
     Raises:
-        PruneForgeError: It is none.
+        PruneForgeError: It is not.
     """
     if not isinstance(processor, ImageProcessor):
-        raise PruneForgeError("the model takes no images, or came without its preprocessing; use another source")
+        raise PruneForgeError("the model does not take images, or came without its preprocessing; use another source")
     return processor
 
 
 @dataclass
 class Reading:
-    """What became of images on their way in.
+    """A record of the images that could not be read or were converted.
 
     Attributes:
-        corrupt: Names of those that could not be read.
-        converted: Names of those in another colour mode than the model takes, by that mode.
+        corrupt: Names of images that could not be read.
+        converted: Names of images in another colour mode than the model's, by "MODE to MODE".
     """
 
     corrupt: list[str] = field(default_factory=list)
     converted: dict[str, list[str]] = field(default_factory=dict)
 
     def note(self, name: str, loaded: Loaded, wanted: str, strict: bool) -> None:
-        """Note what became of an image that should have colour mode `wanted`.
+        """Record an image that should have colour mode `wanted`.
 
         Raises:
-            PruneForgeError: It is corrupt and `strict` is set.
+            PruneForgeError: It is corrupt and `strict` is true.
         """
         if loaded.pixels is None:
             if strict:
@@ -170,24 +169,27 @@ class Reading:
             self.converted.setdefault(f"{loaded.mode} to {wanted}", []).append(name)
 
     def warnings(self) -> list[str]:
-        """Return a line for each thing that happened, with a count and the first names."""
-        lines = [f"{len(self.corrupt)} corrupt images were left out: {_some(self.corrupt)}"] if self.corrupt else []
+        """Return one line for corrupt images and one for each conversion, with a count and the first names."""
+        lines = []
+        if self.corrupt:
+            lines.append(f"{len(self.corrupt)} corrupt images were left out: {_first_few(self.corrupt)}")
         for modes, names in sorted(self.converted.items()):
-            lines.append(f"{len(names)} images were converted from colour mode {modes}: {_some(names)}")
+            lines.append(f"{len(names)} images were converted from colour mode {modes}: {_first_few(names)}")
         return lines
 
 
-def _some(names: Sequence[str]) -> str:
+def _first_few(names: Sequence[str]) -> str:
+    """Return the first three names, as text."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """An image on its way in.
+    """A preprocessed image.
 
     Attributes:
-        pixels: [channels, height, width], or `None` if the image is corrupt.
-        mode: The colour mode it had.
+        pixels: Float [channels, height, width], or `None` if the image is corrupt.
+        mode: Its original colour mode.
         error: Why it is corrupt.
     """
 
@@ -197,21 +199,22 @@ class Loaded:
 
 
 def load_image(images: ImageSet, index: int, processor: ImageProcessor) -> Loaded:
-    """Open and preprocess an image."""
+    """Open and preprocess an image; a corrupt one is returned with its error."""
     try:
         image = images.open(index)
         converted = image.convert(processor.mode)
-    except Exception as error:  # damaged files make archives and PIL raise nearly anything
+    except Exception as error:  # for damaged files, archives and PIL raise many kinds of errors
         return Loaded(None, error=f"{type(error).__name__}: {error}")
     return Loaded(processor.transform(converted), image.mode)
 
 
 def draw_order(images: ImageSet, seed: int, balanced: bool) -> list[int]:
-    """Return all indices in random order; balanced, so that any first part holds the classes equally."""
+    """Return all indices in random order, and if `balanced`, so that every prefix has the classes equally often."""
     order = list(range(len(images)))
     random.Random(seed).shuffle(order)
     if not balanced:
         return order
+    # The first image of each class comes first, then the second of each, and so on.
     turns: dict[Any, int] = {}
     turn = {}
     for index in order:
@@ -221,11 +224,11 @@ def draw_order(images: ImageSet, seed: int, balanced: bool) -> list[int]:
 
 
 def class_indices(images: ImageSet, processor: ImageProcessor) -> list[int | None]:
-    """Return each image's class as the head counts it.
+    """Return each image's class as an index of the head, or `None` if it has none.
 
-    Names that are all among the head's class names (WordNet ids, say) map by name, so a folder may hold a
-    subset. Otherwise the data's own classes (a folder's names, sorted) are the head's, one by one, and there
-    must be as many.
+    If all class names of the data are among the head's (WordNet ids, for example), they map by name, so a folder may
+    hold a subset. Otherwise the data's classes, sorted by name, map to the head's in order, and their numbers must be
+    equal.
 
     Raises:
         PruneForgeError: The classes do not fit the head.
@@ -234,9 +237,9 @@ def class_indices(images: ImageSet, processor: ImageProcessor) -> list[int | Non
     if images.class_names is not None:
         heads = _heads_classes(images.class_names, processor)
         return [heads[label] if isinstance(label, int) else None for label in labels]
-    found = sorted({label for label in labels if isinstance(label, str)})
-    if found:
-        position = dict(zip(found, _heads_classes(found, processor), strict=True))
+    class_names = sorted({label for label in labels if isinstance(label, str)})
+    if class_names:
+        position = dict(zip(class_names, _heads_classes(class_names, processor), strict=True))
         return [position[label] if isinstance(label, str) else None for label in labels]
     numbers = [label for label in labels if isinstance(label, int)]
     if numbers and not 0 <= min(numbers) <= max(numbers) < processor.classes:
@@ -246,15 +249,20 @@ def class_indices(images: ImageSet, processor: ImageProcessor) -> list[int | Non
     return [label if isinstance(label, int) else None for label in labels]
 
 
-def _heads_classes(found: Sequence[str], processor: ImageProcessor) -> list[int]:
-    """Return the head's index of each of the data's classes."""
+def _heads_classes(class_names: Sequence[str], processor: ImageProcessor) -> list[int]:
+    """Return the head's index of each class of the data.
+
+    Raises:
+        PruneForgeError: The classes do not fit the head.
+    """
     names = list(processor.names or [])
     position = {name: index for index, name in enumerate(names)}
-    if set(found) <= set(names) and len(position) == len(names):
-        return [position[name] for name in found]
-    if len(found) == processor.classes:
-        return list(range(len(found)))
+    count = len(class_names)
+    if set(class_names) <= set(names) and len(position) == len(names):
+        return [position[name] for name in class_names]
+    if count == processor.classes:
+        return list(range(count))
     known = f", called like {names[0]!r}" if names else ""
     raise PruneForgeError(
-        f"the images have {len(found)} classes, such as {found[0]!r}, and the head has {processor.classes}{known}"
+        f"the images have {count} classes, such as {class_names[0]!r}, and the head has {processor.classes}{known}"
     )

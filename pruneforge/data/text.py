@@ -1,4 +1,4 @@
-"""Text as calibration and evaluation data: documents, and token windows cut out of them."""
+"""Text as calibration and evaluation data: documents, and token windows cut from them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TextSource(Source):
     """A source of text documents.
 
     Attributes:
-        separator: What stands between documents where they are read as one text.
+        separator: Text between documents when they are joined.
     """
 
     separator: ClassVar[str] = "\n\n"
@@ -43,7 +43,7 @@ class TextSource(Source):
         """Return the documents of one part; a source without parts returns the same for both.
 
         Raises:
-            PruneForgeError: The documents cannot be had.
+            PruneForgeError: The documents cannot be loaded.
         """
 
     def calibration(self, request: Request) -> Iterable[Mapping[str, Tensor]]:
@@ -53,7 +53,7 @@ class TextSource(Source):
             PruneForgeError: There is no tokenizer, or too little text.
         """
         if request.seqlen is None:
-            raise PruneForgeError(f"source {self.name!r} gives text; say how long with `seqlen`")
+            raise PruneForgeError(f"source {self.name!r} gives text; set the tokens in a sample with `seqlen`")
         documents = self.documents("calibration")
         if not any(document.strip() for document in documents):
             raise PruneForgeError(f"source {self.name!r} holds no text")
@@ -64,7 +64,7 @@ class TextSource(Source):
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
-    """Return the token ids [tokens] int64 of a text, with the special tokens the tokenizer adds by itself.
+    """Return the token ids of a text, int64 [tokens], with the special tokens that the tokenizer adds.
 
     Raises:
         PruneForgeError: There is no tokenizer.
@@ -77,22 +77,22 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
 
 
 def crops(documents: Sequence[str], source: str, request: Request, seqlen: int) -> list[Tensor]:
-    """Return random crops of random documents that are longer than `seqlen`, documents drawn with replacement.
+    """Return random crops of random documents longer than `seqlen`, drawn with replacement.
 
-    The random numbers are drawn as in the code that the published methods' authors share, so the same
-    seed and documents give the same samples.
+    Random numbers are drawn as in the common code of the published methods' authors, so the same seed and documents
+    give the same samples.
 
     Returns:
-        `samples` tensors [seqlen] int64.
+        `samples` tensors, int64 [seqlen].
 
     Raises:
-        PruneForgeError: No document is long enough, or those that are hold too little.
+        PruneForgeError: No document is long enough, or the long ones hold fewer tokens than the samples.
     """
     tokenizer, samples, progress = request.processor, request.samples, request.progress
     generator = random.Random(request.seed)
-    lengths: dict[int, int] = {}
+    lengths: dict[int, int] = {}  # in tokens, of the documents tokenised so far
 
-    @functools.lru_cache(maxsize=16)  # a single long file is drawn from again and again
+    @functools.lru_cache(maxsize=16)  # a single long file is drawn from many times
     def tokens_of(index: int) -> Tensor:
         return tokenize(tokenizer, documents[index])
 
@@ -124,17 +124,18 @@ def crops(documents: Sequence[str], source: str, request: Request, seqlen: int) 
                 "samples, which would repeat one another; use fewer `samples` or a shorter `seqlen`"
             )
 
-    if samples * seqlen > _bytes(documents, samples * seqlen):  # more tokens than bytes: say at once what there is
+    # A token usually has a byte or more. If more tokens are wanted than there are bytes, check before drawing.
+    if samples * seqlen > _bytes(documents, samples * seqlen):
         lengths = {index: len(tokens_of(index)) for index in range(len(documents))}
         check_longest()
         check_total()
-    found = [draw() for _ in progress.track(range(samples), "drawing calibration samples")]
+    windows = [draw() for _ in progress.track(range(samples), "drawing calibration samples")]
     check_total()
-    return found
+    return windows
 
 
 def _bytes(documents: Sequence[str], enough: int) -> int:
-    """Return how many bytes the documents have, or the first of them that have `enough`."""
+    """Return the size of the documents in bytes, counted until it reaches `enough`."""
     size = 0
     for document in documents:
         size += len(document.encode())
@@ -147,7 +148,7 @@ def packed(documents: Sequence[str], source: str, request: Request, seqlen: int)
     """Return random windows of the documents joined end to end, without replacement.
 
     Returns:
-        `samples` tensors [seqlen] int64.
+        `samples` tensors, int64 [seqlen].
 
     Raises:
         PruneForgeError: The documents hold fewer than `samples` windows.

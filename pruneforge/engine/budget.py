@@ -1,4 +1,4 @@
-"""What a run may take in memory, and what it needs besides hidden states."""
+"""Memory budgets of a run, and estimates of what it needs besides hidden states."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from pruneforge.memory import resident_bytes, usual_tokens_a_batch
 from pruneforge.numerics import accumulation_dtype
 
 SHARE_OF_FREE = 0.8
-"""How much of the memory that is free at the start a run takes for itself unless it is told."""
+"""Share of the memory free at the start that a run uses by default."""
 
 
 SHARE_OF_BATCH = 0.125
-"""How much of a budget the working memory of one batch may take."""
+"""Share of a budget for the working memory of one batch."""
 
 BYTES_A_VALUE = 20
-"""What a logit, or a number of attention for a pair of tokens, takes where a gradient is wanted: in the model's dtype
-and in float32, the softmax, and the gradients of these."""
+"""Bytes for each logit, and for each attention score of a pair of tokens, where gradients are computed: the value in
+the model's dtype and in float32, its softmax, and the gradients of these."""
 
 HEAD_LOGITS = 1 << 27
-"""Logits that the head makes at a time, unless one sample has more."""
+"""Logits that the head computes at a time, unless one sample has more."""
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 @dataclass(frozen=True)
 class Budgets:
-    """Bytes that a run may take.
+    """Bytes that a run may use.
 
     Attributes:
-        host: In host memory, by all processes on a machine; `None` for most of what is free.
-        device: On the CUDA device of each process; `None` for most of what is free.
+        host: In host memory, for all processes on a machine together; `None` for most of the free memory.
+        device: On the CUDA device of each process; `None` for most of the free memory.
     """
 
     host: int | None = None
@@ -51,17 +51,17 @@ class Budgets:
 
     @classmethod
     def parse(cls, host: str | int | None, device: str | int | None) -> Budgets:
-        """Return the budgets of what a user wrote.
+        """Parse budgets such as `8GB`, `512MiB` or a number of bytes.
 
         Raises:
-            PruneForgeError: One is no number of bytes.
+            PruneForgeError: One of them is not a number of bytes.
         """
         return cls(_parse(host, "memory budget"), _parse(device, "device memory budget"))
 
     def tokens_a_batch(self, blocks: Sequence[Block], device: torch.device) -> int:
-        """Return how many tokens are to go through a block together: the usual number, or what a small budget holds.
+        """Return how many tokens should go through a block together: the usual number, or fewer on a small budget.
 
-        What happens to be free has no say in it, since the sums of other batches round otherwise.
+        Free memory is ignored on purpose: another batch size would round differently, and so change masks.
         """
         usual = usual_tokens_a_batch(device)
         on_cpu = None if self.host is None else self.host // _sharing()
@@ -73,13 +73,13 @@ class Budgets:
     def for_activations(
         self, runs: Sequence[Run], model: LoadedModel, batches: Sequence[Batch], device: torch.device
     ) -> tuple[int, int]:
-        """Return what hidden states may take in host memory and on the device, in bytes.
+        """Return how many bytes of hidden states fit in host memory and on the device.
 
-        That is what a budget leaves after weights, statistics and working memory. On the CPU the device's share is 0.
-        With several runs in one pass a block is kept dense beside the one that is pruned.
+        This is what the budgets leave after weights, statistics and working memory. On the CPU the device's share is
+        0. With several runs in one pass a dense copy of the block's layers is kept beside the pruned block.
 
         Raises:
-            PruneForgeError: A budget does not even hold those.
+            PruneForgeError: A given budget is too small for the rest.
         """
         blocks, kinds = runs[0].blocks, required_statistics(runs)
         weights, working = fixed_bytes(blocks, kinds, model.module)
@@ -91,7 +91,7 @@ class Budgets:
         resident = resident_bytes()
         here = _sharing()
         host = resident + SHARE_OF_FREE * free_bytes() / here if self.host is None else self.host / here
-        # A finished block is held in host memory until it is written; pinned, it takes up to twice as much.
+        # A finished block stays in host memory until it is written; pinned, it takes up to twice as much.
         pinned = device.type == "cuda"
         written = max(
             sum(bytes_in_host_memory(size, pinned) for size in written_bytes(block, model)) for block in blocks
@@ -106,44 +106,46 @@ class Budgets:
 
 
 def written_bytes(block: Block, model: LoadedModel) -> list[int]:
-    """Return how many bytes each layer of a block has where it is computed or stored, whichever is more."""
+    """Return the bytes of each layer of a block, in its own or in the checkpoint's widest dtype, if that is wider."""
     stored = model.checkpoint.tensors.values() if model.checkpoint is not None else []
     widest = max((tensor.dtype.itemsize for tensor in stored), default=0)
     return [la.parameter.numel() * max(la.parameter.element_size(), widest) for la in block.layers]
 
 
 def gradient_bytes(model: LoadedModel, batches: Sequence[Batch], device: torch.device) -> tuple[int, int]:
-    """Return what gradients take besides sums: for the head's logits, and for attention where it is not fused."""
+    """Return the working memory of gradients in bytes: for the head's logits, and for attention that is not fused."""
     logits, heads = model.adapter.logits_a_token(model.module), model.adapter.attention_heads(model.module)
+    # Only CUDA runs attention as plain products, which hold a score for each pair of tokens; see
+    # `numerics.repeatable_gradients`.
     head = max((_head_logits(batch, logits) for batch in batches), default=0)
     pairs = max((batch.size * batch.tokens**2 for batch in batches), default=0) if device.type != "cpu" else 0
     return head * BYTES_A_VALUE, heads * pairs * BYTES_A_VALUE
 
 
 def _head_logits(batch: Batch, logits_a_token: int) -> int:
-    """Return the most logits that the head makes of a batch at a time."""
+    """Return the most logits that the head computes for a batch at a time."""
     sample = batch.tokens * logits_a_token
     return sample * min(batch.size, samples_through_head(sample))
 
 
 def samples_through_head(logits: int) -> int:
-    """Return how many samples of so many logits each pass the head together."""
+    """Return how many samples of `logits` logits each pass the head together."""
     return max(1, HEAD_LOGITS // max(1, logits))
 
 
 def fixed_bytes(blocks: Sequence[Block], kinds: Sequence[type[Statistic]], module: nn.Module) -> tuple[int, int]:
-    """Return about how many bytes weights take at a time, and statistics and working memory of a block.
+    """Estimate the bytes of weights in memory at a time, and of a block's statistics and working memory.
 
-    Weights are two blocks (one is read while one computes), or a block, stem and head. Each layer is counted as if
-    it had an input of its own, and the work on the largest as four matrices of its size and of its statistics.
+    Weights are two blocks (one is read while the other computes), or one block, stem and head. Each layer is counted
+    as if it had its own input, and the work on the largest one as four matrices of its size or its statistics' size.
     """
     inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
     outside = sum(p.nbytes for p in module.parameters() if id(p) not in inside)
-    block = max(sum(p.nbytes for p in block.module.parameters()) for block in blocks)
+    block_bytes = max(sum(p.nbytes for p in block.module.parameters()) for block in blocks)
     statistics, largest = 0, 0
-    for found in blocks:
+    for block in blocks:
         sizes = []
-        for layer in found.layers:
+        for layer in block.layers:
             made = [
                 statistic.total.nbytes for statistic in empty_statistics(layer, kinds, torch.device("meta")).values()
             ]
@@ -151,22 +153,22 @@ def fixed_bytes(blocks: Sequence[Block], kinds: Sequence[type[Statistic]], modul
             matrix = layer.parameter.numel() * accumulation_dtype(layer.parameter.dtype).itemsize
             largest = max(largest, 4 * max([matrix, *made]))
         statistics = max(statistics, sum(sizes))
-    return block + max(block, outside), statistics + largest
+    return block_bytes + max(block_bytes, outside), statistics + largest
 
 
 def bytes_a_token(blocks: Sequence[Block]) -> int:
-    """Return about how many bytes a token takes while it passes a block: what goes into its layers and comes out."""
+    """Estimate the bytes of a token while it passes a block: the inputs and outputs of all its layers."""
     return max(sum(sum(layer.shape) * layer.parameter.element_size() for layer in block.layers) for block in blocks)
 
 
 def free_bytes() -> int:
-    """Return how much host memory is free for this process: the machine's, or what its control group leaves."""
+    """Return the bytes of host memory free for this process: on the machine, or within its control group if less."""
     pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 1 << 18
     free = pages * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
-        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
-        free = int(found[1]) * 1024 if found else free
+        match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        free = int(match[1]) * 1024 if match else free
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
         free = min(free, int(limit.read_text()) - int(used.read_text()))
@@ -174,26 +176,28 @@ def free_bytes() -> int:
 
 
 def free_on_device(device: torch.device) -> int:
-    """Return how much memory of a CUDA device is free, with what torch holds there and does not use."""
+    """Return the bytes free on a CUDA device, including memory that torch has reserved and does not use."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _sharing() -> int:
-    """Return how many processes of the run share this machine's memory."""
+    """Return how many processes of the run share this machine's memory, as torchrun says."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _left(budget: float, needed: int, what: str, given: int | None) -> int:
+    """Return what a budget leaves, 0 at least; raise if the user gave one that is too small."""
     if budget < needed and given is not None:
         raise PruneForgeError(f"the {what} of {given:,} bytes is too small; this run needs about {needed:,}")
     return max(0, int(budget - needed))
 
 
 def _parse(value: str | int | None, what: str) -> int | None:
+    """Parse a number of bytes with an optional unit."""
     if value is None:
         return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", str(value).lower())
-    if not found or not float(found[1]):
-        raise PruneForgeError(f"{what} {value!r} is no number of bytes; write it like 3GB or 512MiB")
-    return int(float(found[1]) * UNITS[found[2] or ""])
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", str(value).lower())
+    if not match or not float(match[1]):
+        raise PruneForgeError(f"{what} {value!r} is not a number of bytes; write it like 3GB or 512MiB")
+    return int(float(match[1]) * UNITS[match[2] or ""])

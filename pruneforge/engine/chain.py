@@ -1,71 +1,30 @@
-"""A model as stem, chain of blocks and head, taken apart without knowing it.
+"""Run a model's stem, blocks or head separately, for any architecture.
 
-The model's own forward pass does the work. Within it the blocks are replaced by stand-ins that note
-what they are called with and hand the hidden states on unchanged, so embeddings, masks and positions
-come from the model itself, for each block and batch, whatever the library's version calls them.
+The model's own forward pass is run with the blocks' `forward` replaced by stand-ins, which record their arguments and
+return the hidden states unchanged. So embeddings, masks and positions come from the model itself, for each block and
+batch, whatever the library's version calls them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pruneforge.engine.hidden_states import Kept, Store
+from pruneforge.engine.hidden_states import BatchInFlight, Call, HiddenStates
 from pruneforge.engine.residency import Residency
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Adapter, Block
 from pruneforge.interfaces.batch import Batch
 
-
-@dataclass(frozen=True)
-class Call:
-    """What a block is called with besides its hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-@dataclass
-class Activations:
-    """One batch on its way through the blocks.
-
-    Attributes:
-        batch: The batch, on the device.
-        kept: Where the input of the next block is kept.
-        calls: For each block, what it is called with besides.
-    """
-
-    batch: Batch
-    kept: Kept
-    calls: list[Call]
-
-    @property
-    def hidden(self) -> Tensor:
-        """Input of the next block [samples, ..., hidden], on the device."""
-        return self.kept.get()
-
-    @hidden.setter
-    def hidden(self, value: Tensor) -> None:
-        self.kept = self.kept.store.keep(value)
-
-
-def with_hidden_states(batches: Sequence[Activations]) -> Iterator[tuple[Activations, Tensor]]:
-    """Yield each batch and its input of the next block on the device, the next one fetched meanwhile."""
-    if batches:
-        store = batches[0].kept.store
-        yield from zip(batches, store.each(batch.kept for batch in batches), strict=True)
-
-
 StandIn = Callable[[int, Tensor, Call], Any]
 
 
-class _StopForward(Exception):  # noqa: N818 - no error: it ends a forward pass whose rest nobody needs
-    pass
+class _StopForward(Exception):  # noqa: N818 - not an error
+    """Stops a forward pass once the wanted inputs are captured."""
 
 
 class Chain:
@@ -75,8 +34,8 @@ class Chain:
         module: The model.
         adapter: Its adapter.
         blocks: Its blocks, in the order they run.
-        residency: Brings parts of the model to the device.
-        store: Keeps hidden states while they wait.
+        residency: Loads parts of the model onto the device.
+        hidden_states: Stores them between blocks.
     """
 
     def __init__(
@@ -85,42 +44,43 @@ class Chain:
         adapter: Adapter,
         blocks: Sequence[Block],
         residency: Residency,
-        store: Store | None = None,
+        hidden_states: HiddenStates | None = None,
     ) -> None:
         self.module = module
         self.adapter = adapter
         self.blocks = blocks
         self.residency = residency
-        self.store = store or Store(residency.device)
+        self.hidden_states = hidden_states or HiddenStates(residency.device)
         self._transitions: set[int] = set()  # blocks after which the model has code of its own
         self._real_forward: Callable[..., Any]
         self._extras: tuple[Any, ...] | None = None  # what a block returns after its hidden states
 
-    def capture(self, batches: Iterable[Batch]) -> list[Activations]:
-        """Run the stem on every batch and return the first block's inputs and every block's calls.
+    def capture(self, batches: Iterable[Batch]) -> list[BatchInFlight]:
+        """Run the stem on every batch; return the first block's inputs and every block's other arguments.
 
         Raises:
             PruneForgeError: The model does not run its blocks one after another, each once.
         """
-        activations: list[Activations] = []
+        captured: list[BatchInFlight] = []
         with torch.no_grad(), self.residency.stem_and_head():
             for batch in batches:
-                captured = self._capture(batch.to(self.residency.device), learn=not activations)
-                if activations:
-                    captured.calls = _reuse(captured.calls, activations[-1].calls)
-                activations.append(captured)
-        return activations
+                in_flight = self._capture(batch.to(self.residency.device), learn=not captured)
+                if captured:
+                    # Masks and positions are often equal in all batches; without this each batch holds its own.
+                    in_flight.calls = _reuse(in_flight.calls, captured[-1].calls)
+                captured.append(in_flight)
+        return captured
 
-    def _capture(self, batch: Batch, learn: bool) -> Activations:
+    def _capture(self, batch: Batch, learn: bool) -> BatchInFlight:
+        """Capture one batch; with `learn`, also run the first block once to see what it returns."""
         first: list[Tensor] = []
         calls: list[Call] = []
-
         passed: list[Tensor] = []
 
         def stand_in(index: int, hidden: Tensor, call: Call) -> Any:
             if index != len(calls):
                 raise PruneForgeError(
-                    f"block {self.blocks[index].name!r} ran out of turn; an adapter's blocks must form a chain"
+                    f"block {self.blocks[index].name!r} ran out of order; an adapter's blocks must form a chain"
                 )
             if not calls:
                 first.append(hidden)
@@ -132,11 +92,14 @@ class Chain:
                     "states; blocks must form a chain"
                 )
             extras = [extra for extra in self._extras or () if isinstance(extra, Tensor)]
+            # A stand-in cannot compute further outputs; it returns those of `_learn_extras` as placeholders. A block
+            # that uses one needs more than hidden states from the block before.
             if any(value is extra for value in (*call.args, *call.kwargs.values()) for extra in extras):
                 raise PruneForgeError(
                     f"block {self.blocks[index].name!r} takes more from the block before than hidden states; "
                     "blocks must form a chain"
                 )
+            # Stand-ins return their input itself, so another tensor means that the model changed it in between.
             if calls and hidden is not passed[-1]:
                 self._transitions.add(index - 1)
             calls.append(call)
@@ -149,21 +112,24 @@ class Chain:
             try:
                 self.adapter.forward(self.module, batch)
             except _StopForward:
-                return Activations(batch, self.store.keep(first[0]), calls)
+                return BatchInFlight(batch, self.hidden_states.keep(first[0]), calls)
         raise PruneForgeError(f"the model never ran its last block {self.blocks[-1].name!r}")
 
     def _learn_extras(self, hidden: Tensor, call: Call) -> None:
-        # Some libraries' blocks return a tensor, some a tuple; one real call of one block tells.
+        """Run the first block once, to see whether blocks return a tensor or a tuple, which differs by library."""
         block = self.blocks[0]
         with self.residency.visit(block):
             output = self._real_forward(hidden, *call.args, **call.kwargs)
         self._extras = None if isinstance(output, Tensor) else tuple(output[1:])
 
     def _as_output(self, hidden: Tensor) -> Any:
+        """Return hidden states in the form in which a block returns them."""
         return hidden if self._extras is None else (hidden, *self._extras)
 
     @contextmanager
     def _stand_ins(self, stand_in: StandIn) -> Iterator[None]:
+        """Replace every block's `forward` by `stand_in(index, hidden states, other arguments)` within the context."""
+
         def forward(index: int) -> Callable[..., Any]:
             def replaced(*args: Any, **kwargs: Any) -> Any:
                 if args:
@@ -173,7 +139,7 @@ class Chain:
 
             return replaced
 
-        # Other libraries patch `forward` on the instance too; theirs comes back afterwards.
+        # Other libraries patch `forward` on the instance too; theirs is restored afterwards.
         patched = [block.module.__dict__.get("forward") for block in self.blocks]
         self._real_forward = self.blocks[0].module.forward
         try:
@@ -186,45 +152,45 @@ class Chain:
                 if before is not None:
                     block.module.__dict__["forward"] = before
 
-    def run_block(self, index: int, hidden: Tensor, activations: Activations) -> Tensor:
-        """Return what block `index` makes of `hidden`; the block must be on the device."""
-        call = activations.calls[index]
+    def run_block(self, index: int, hidden: Tensor, in_flight: BatchInFlight) -> Tensor:
+        """Return the output of block `index` for `hidden` [samples, ..., hidden]; the block must be on the device."""
+        call = in_flight.calls[index]
         output = self.blocks[index].module(hidden, *call.args, **call.kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
     def continues(self, index: int) -> bool:
-        """Return whether the model has code of its own between block `index` and the next."""
+        """Return whether the model has code of its own, such as downsampling, between block `index` and the next."""
         return index in self._transitions
 
     @contextmanager
     def between(self, index: int) -> Iterator[bool]:
-        """Hold what the model has between block `index` and the next, and yield whether it has anything there."""
+        """Load stem and head if the model has code between block `index` and the next; yield whether it has."""
         if self.continues(index):
             with self.residency.stem_and_head():
                 yield True
         else:
             yield False
 
-    def transition(self, index: int, hidden: Tensor, activations: Activations) -> Tensor:
+    def transition(self, index: int, hidden: Tensor, in_flight: BatchInFlight) -> Tensor:
         """Return the next block's input for the output `hidden` of block `index`, differentiable.
 
-        They are the same unless the model has code between its blocks (a stage's downsampling, say). That code
-        is run in place: by the model's forward pass, with `hidden` standing in for what the block returns. Call it,
-        and the backward pass through it, within `between(index)`.
+        The two are the same unless the model has code between the blocks. That code is run by the model's forward
+        pass, in which block `index` is replaced by one that returns `hidden`. Call this, and the backward pass
+        through it, within `between(index)`.
         """
         if not self.continues(index):
             return hidden
-        found: list[Tensor] = []
+        following: list[Tensor] = []
 
         def stand_in(position: int, passed: Tensor, call: Call) -> Any:
             if position == index + 1:
-                found.append(passed)
+                following.append(passed)
                 raise _StopForward
             return self._as_output(hidden if position == index else passed)
 
         with self._stand_ins(stand_in), suppress(_StopForward):
-            self.adapter.forward(self.module, activations.batch)
-        return found[0]
+            self.adapter.forward(self.module, in_flight.batch)
+        return following[0]
 
     def losses(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Return each sample's mean loss [samples] for the last block's output `hidden`, differentiable.
@@ -241,8 +207,8 @@ class Chain:
 
 
 def _reuse(calls: list[Call], earlier: list[Call]) -> list[Call]:
-    """Return `calls` with tensors that equal those of an earlier batch replaced by them, to save memory."""
-    known: dict[int, Any] = {}
+    """Return `calls`, with each tensor that equals an earlier batch's replaced by that one, to save memory."""
+    known: dict[int, Any] = {}  # by id: blocks are often given the same tensors, which are compared once
 
     def same(value: Any, before: Any) -> Any:
         if isinstance(value, Tensor) and isinstance(before, Tensor):

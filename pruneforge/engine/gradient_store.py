@@ -1,4 +1,4 @@
-"""Where gradient statistics wait for their block: in memory, or in files that later runs find again."""
+"""Keep gradient statistics until their block is pruned: in memory, or in files that later runs reuse."""
 
 from __future__ import annotations
 
@@ -22,106 +22,116 @@ from pruneforge.interfaces.statistics import GradientStatistic
 from pruneforge.numerics import accumulation_dtype
 
 Kind = type[GradientStatistic]
-Gradients = dict[str, dict[Kind, GradientStatistic]]
-"""Statistics of a block's layers, by layer name and class."""
+BlockGradients = dict[str, dict[Kind, GradientStatistic]]
+"""Gradient statistics of a block's layers, by layer name and class."""
 
 FOLDER = "folder of gradient statistics"
+"""What error messages call the folder."""
 
 HOST = torch.device("cpu")
 
 
 class GradientStore(Protocol):
-    """Keeps the statistics of each block from the sweep that makes them to the block's own turn.
+    """Keeps the statistics of each block from the gradient sweep until the block is pruned.
 
     Attributes:
-        shared: Whether all processes of a run look into the same one.
+        shared: Whether all processes of a run use the same store, so that only the first one writes.
     """
 
     shared: bool
 
     def missing(self, block: Block, kinds: Sequence[Kind]) -> list[Kind]:
-        """Return the kinds that are not there for every layer of the block."""
+        """Return the kinds that the store lacks for some layer of the block."""
 
-    def put(self, block: Block, found: Gradients) -> None:
-        """Keep the statistics of a block."""
+    def put(self, block: Block, statistics: BlockGradients) -> None:
+        """Store the statistics of a block."""
 
-    def get(self, block: Block, kinds: Sequence[Kind], device: torch.device) -> Gradients:
+    def get(self, block: Block, kinds: Sequence[Kind], device: torch.device) -> BlockGradients:
         """Return the statistics of a block with their sums on `device`."""
 
 
-class InMemoryGradients:
-    """Holds statistics in host memory."""
+class InMemoryGradientStore:
+    """Keeps statistics in host memory."""
 
     shared = False
 
     def __init__(self) -> None:
-        self._found: Gradients = {}
+        self._statistics: BlockGradients = {}
 
     def missing(self, block: Block, kinds: Sequence[Kind]) -> list[Kind]:
-        """Return the kinds that are not there for every layer of the block."""
-        known = [self._found.get(layer.name, {}) for layer in block.layers]
-        return [kind for kind in kinds if not all(kind in found for found in known)]
+        """Return the kinds that the store lacks for some layer of the block."""
+        known = [self._statistics.get(layer.name, {}) for layer in block.layers]
+        return [kind for kind in kinds if not all(kind in of_layer for of_layer in known)]
 
-    def put(self, block: Block, found: Gradients) -> None:
-        """Keep the statistics of a block."""
-        for statistics in found.values():
-            for statistic in statistics.values():
+    def put(self, block: Block, statistics: BlockGradients) -> None:
+        """Store the statistics of a block, whose sums are moved to the CPU."""
+        for of_layer in statistics.values():
+            for statistic in of_layer.values():
                 statistic.to(HOST)
-        self._found.update(found)
+        self._statistics.update(statistics)
 
-    def get(self, block: Block, kinds: Sequence[Kind], device: torch.device) -> Gradients:
+    def get(self, block: Block, kinds: Sequence[Kind], device: torch.device) -> BlockGradients:
         """Return the statistics of a block with their sums on `device`."""
         return {
-            layer.name: {kind: _on(self._found[layer.name][kind], layer.shape, device) for kind in kinds}
+            layer.name: {kind: _on(self._statistics[layer.name][kind], layer.shape, device) for kind in kinds}
             for layer in block.layers
         }
 
 
-class GradientFiles:
-    """Keeps statistics in a folder of their own for each model, data and loss: one file a layer and kind.
+class FileGradientStore:
+    """Keeps statistics on disk: one folder for each model, data and loss, one file for each layer and kind.
 
     Attributes:
         folder: The folder.
-        reused: How many statistics an earlier run had left there.
-        written: How many bytes this run has added.
+        reused: Number of statistics that an earlier run had written.
+        written: Number of bytes that this run has written.
     """
 
     shared = True
 
-    def __init__(self, root: Path, identity: Mapping[str, Any]) -> None:
-        """Find or name the folder.
+    def __init__(self, gradient_folder: Path, identity: Mapping[str, Any]) -> None:
+        """Choose the folder; it is created by the first `put`.
 
         Args:
-            root: Holds a folder for each identity.
-            identity: What the gradients depend on, of types that JSON holds.
+            gradient_folder: Holds a folder for each identity.
+            identity: Everything the gradients depend on; JSON-serialisable.
         """
         text = json.dumps(identity, sort_keys=True)
-        self.folder = root / hashlib.sha256(text.encode()).hexdigest()[:32]
+        self.folder = gradient_folder / hashlib.sha256(text.encode()).hexdigest()[:32]
         self._identity = text
         self.reused = 0
         self.written = 0
 
     def missing(self, block: Block, kinds: Sequence[Kind]) -> list[Kind]:
-        """Return the kinds that are not there for every layer of the block."""
-        found = [kind for kind in kinds if not all(self._path(la.name, kind).is_file() for la in block.layers)]
-        self.reused += (len(kinds) - len(found)) * len(block.layers)
-        return found
+        """Return the kinds that the store lacks for some layer of the block; the others count as reused."""
+        missing = [kind for kind in kinds if not all(self._path(la.name, kind).is_file() for la in block.layers)]
+        self.reused += (len(kinds) - len(missing)) * len(block.layers)
+        return missing
 
-    def put(self, block: Block, found: Gradients) -> None:
-        """Write the statistics of a block, each file whole or not at all."""
+    def put(self, block: Block, statistics: BlockGradients) -> None:
+        """Write the statistics of a block, each file completely or not at all.
+
+        Raises:
+            UnfinishedError: The folder cannot be written.
+        """
         with writing(self.folder, FOLDER):
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "identity.json").write_text(self._identity + "\n", encoding="utf-8")
-        for name, statistics in found.items():
-            for kind, statistic in statistics.items():
+        for name, of_layer in statistics.items():
+            for kind, statistic in of_layer.items():
                 state = statistic.state_dict()
                 tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
                 others = {key: value for key, value in state.items() if key not in tensors}
                 write_tensors(self._path(name, kind), tensors, {"state": json.dumps(others)}, FOLDER)
                 self.written += sum(tensor.nbytes for tensor in tensors.values())
 
-    def get(self, block: Block, kinds: Sequence[Kind], device: torch.device) -> Gradients:
-        """Read the statistics of a block."""
+    def get(self, block: Block, kinds: Sequence[Kind], device: torch.device) -> BlockGradients:
+        """Read the statistics of a block, with their sums on `device`.
+
+        Raises:
+            UnfinishedError: A file cannot be read.
+            PruneForgeError: A file belongs to another model.
+        """
         return {
             layer.name: {kind: self._read(layer.name, layer.shape, kind, device) for kind in kinds}
             for layer in block.layers
@@ -137,11 +147,11 @@ class GradientFiles:
             raise UnfinishedError(
                 f"gradient statistics {str(path)!r} cannot be read; delete that folder, and go on with `resume`"
             ) from error
-        tensors = {stored.name: read_tensor(path, stored) for stored in read_header(path)}
-        statistic = kind((0, 0), torch.float32, HOST)
+        tensors = {location.name: read_tensor(path, location) for location in read_header(path)}
+        statistic = kind((0, 0), torch.float32, HOST)  # empty: `load_state_dict` replaces the sums
         statistic.load_state_dict({**state, **tensors})
         if tuple(statistic.total.shape) != shape:
-            raise PruneForgeError(f"gradient statistics {str(path)!r} are of another model; delete that folder")
+            raise PruneForgeError(f"gradient statistics {str(path)!r} belong to another model; delete that folder")
         statistic.to(device)
         return statistic
 
@@ -151,22 +161,24 @@ class GradientFiles:
 
 @cache
 def _source(kind: Kind) -> str:
-    """Return a hash of the file that defines a statistic, so that another or changed one is not taken for it."""
+    """Return a hash of the file that defines a statistic, so that files of a changed definition are not reused."""
     file = inspect.getsourcefile(kind)
     text = Path(file).read_bytes() if file else b""
     return hashlib.sha256(kind.__module__.encode() + text).hexdigest()[:12]
 
 
 def cache_folder() -> Path:
-    """Return where gradient statistics are kept by default: `$PRUNEFORGE_CACHE`, or the user's cache."""
+    """Return the default gradient folder: `$PRUNEFORGE_CACHE`, or one in the user's cache."""
     root = os.environ.get("PRUNEFORGE_CACHE")
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(root).expanduser() if root else Path(home).expanduser() / "pruneforge" / "gradients"
 
 
 def _on(statistic: GradientStatistic, shape: tuple[int, int], device: torch.device) -> GradientStatistic:
+    """Return a statistic with its sums on `device`."""
     if statistic.total.device == device:
         return statistic
+    # A copy, so that the store's own stays in host memory.
     copy = type(statistic)(shape, accumulation_dtype(statistic.total.dtype), device)
     copy.load_state_dict({**statistic.state_dict(), "total": statistic.total.to(device)})
     return copy

@@ -1,10 +1,9 @@
 """Per-sample gradients of the dense model, one block at a time from the last to the first.
 
-A forward sweep keeps every block's input. The head gives the gradient of each sample's loss with
-respect to the last hidden states; then each block is run again with autograd on, which gives its
-layers' output gradients and hands the gradient on to the block before. Batches go through whole: a
-sample's weight gradient is the product of that sample's own output gradients and inputs, so nothing
-is averaged over the batch.
+A forward sweep stores every block's input. The head gives the gradient of each sample's loss with respect to the last
+hidden states. Then each block is run again with autograd, which gives the output gradients of its layers and the
+gradient for the block before. Whole batches go through at once: a sample's weight gradient is the product of that
+sample's own output gradients and inputs, so nothing is averaged over the batch.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor
 
 from pruneforge.engine.budget import samples_through_head
-from pruneforge.engine.chain import Activations, Chain
-from pruneforge.engine.gradient_store import Gradients, GradientStore, Kind
-from pruneforge.engine.hidden_states import Kept
+from pruneforge.engine.chain import Chain
+from pruneforge.engine.gradient_store import BlockGradients, GradientStore, Kind
+from pruneforge.engine.hidden_states import BatchInFlight, Handle
 from pruneforge.engine.processes import Group
 from pruneforge.engine.recorder import InputRecorder, WeightUses, check_weights, mend_non_finite
 from pruneforge.errors import PruneForgeError
@@ -34,81 +33,85 @@ from pruneforge.numerics import (
 from pruneforge.progress import Progress
 
 LOSS_SCALE = {torch.float16: 2.0**12}
-"""Keeps small gradients of half-precision models from vanishing; a power of two, taken out again exactly."""
+"""Factor on the loss that keeps small float16 gradients from underflowing; a power of two, so dividing is exact."""
 
 CACHED_ON_CPU, CACHED_ON_DEVICE = 1 << 19, 1 << 26
-"""Values of a sample's gradient that are made at a time."""
+"""Values of a sample's gradient that are computed at a time, so that they fit in the processor's cache."""
 
 
 def gradient_statistics(
     chain: Chain,
-    activations: Sequence[Activations],
+    batches: Sequence[BatchInFlight],
     kinds: Sequence[Kind],
-    store: GradientStore,
+    gradient_store: GradientStore,
     group: Group,
     progress: Progress,
 ) -> None:
-    """Put the gradient statistics of every layer into `store`; `activations` are left as they are.
-
-    What the store already has is not computed again.
+    """Put the gradient statistics of every layer into `gradient_store`, except those it has already.
 
     Args:
         chain: The dense model.
-        activations: Its captured batches, at the first block's input.
+        batches: Its captured batches, at the first block's input; they stay there.
         kinds: The statistics to collect.
-        store: Where they go.
+        gradient_store: Receives the statistics.
         group: The processes that share the batches.
-        progress: Where to show how far along the sweeps are.
+        progress: Shows progress.
 
     Raises:
         PruneForgeError: A loss or gradient is not finite, naming the layer.
     """
-    missing = group.gather([store.missing(block, kinds) for block in chain.blocks])[0]
+    # The first process decides for all, so that all do the same work whatever each of them sees in the folder.
+    missing = group.gather([gradient_store.missing(block, kinds) for block in chain.blocks])[0]
     if not any(missing):
         return
-    scale = LOSS_SCALE.get(activations[0].hidden.dtype, 1.0)
-    inputs, outputs = _forward_sweep(chain, activations, progress)
-    upstream = _head_gradients(chain, activations, outputs, scale)
+    scale = LOSS_SCALE.get(batches[0].hidden.dtype, 1.0)
+    inputs, outputs = _forward_sweep(chain, batches, progress)
+    upstream = _head_gradients(chain, batches, outputs, scale)
     del outputs
     first = next(index for index, wanted in enumerate(missing) if wanted)
     for index in progress.track(range(len(chain.blocks) - 1, first - 1, -1), "gradients", len(chain.blocks) - first):
         block = chain.blocks[index]
         with chain.residency.visit(block):
-            found: Gradients = {layer.name: empty_statistics(layer, missing[index]) for layer in block.layers}
-            passing = zip(activations, chain.store.each(inputs[index]), chain.store.each(upstream), strict=True)
-            for number, (batch, hidden, arriving) in enumerate(passing):
-                down, gradients = block_gradients(chain, index, hidden, batch, arriving)
-                upstream[number] = chain.store.keep(down)
+            statistics: BlockGradients = {layer.name: empty_statistics(layer, missing[index]) for layer in block.layers}
+            passing = zip(
+                batches, chain.hidden_states.each(inputs[index]), chain.hidden_states.each(upstream), strict=True
+            )
+            for number, (in_flight, hidden, arriving) in enumerate(passing):
+                down, gradients = block_gradients(chain, index, hidden, in_flight, arriving)
+                upstream[number] = chain.hidden_states.keep(down)
                 if missing[index]:
-                    update(block.layers, found, gradients, batch.batch.size, scale)
-                del hidden, arriving, down, gradients  # not held through the next batch's passes
-        inputs[index] = []
+                    add_batch(block.layers, statistics, gradients, in_flight.batch.size, scale)
+                del hidden, arriving, down, gradients  # free them before the next batch's passes
+        inputs[index] = []  # free the stored inputs: no earlier block needs them
         if missing[index]:
-            _merge(found, group, chain.residency.device)
-            if group.first or not store.shared:
-                store.put(block, found)
-            del found
-    group.gather(None)  # nobody looks for what the first process still writes
+            _merge(statistics, group, chain.residency.device)
+            if group.first or not gradient_store.shared:
+                gradient_store.put(block, statistics)
+            del statistics
+    group.gather(None)  # barrier: wait for the first process's files
 
 
-def update(
+def add_batch(
     layers: Sequence[Layer],
-    found: Gradients,
+    statistics: BlockGradients,
     gradients: dict[str, list[tuple[Tensor, Tensor]]],
     samples: int,
     scale: float,
 ) -> None:
-    """Add one batch to statistics.
+    """Add the gradients of one batch to statistics.
 
-    A sample's gradient is made a few rows at a time where the statistics allow it, and added up while it is still in
-    the processor's cache: whole, it would go to memory and back for every sample.
+    Where the statistics allow it, a sample's gradient is computed a few rows at a time and added up while it is in the
+    processor's cache; whole, it would go to memory and back for every sample.
 
     Args:
         layers: The layers.
-        found: Their statistics, by name.
-        gradients: What `block_gradients` returned.
-        samples: How many samples the batch has.
-        scale: What the loss was multiplied by.
+        statistics: Their statistics, by layer name; updated in place.
+        gradients: As returned by `block_gradients`.
+        samples: Number of samples in the batch.
+        scale: Factor on the loss.
+
+    Raises:
+        PruneForgeError: The batch did not reach a layer.
     """
     for layer in layers:
         passes = gradients[layer.name]
@@ -118,29 +121,32 @@ def update(
         pairs = [(layer.outputs(dy, samples).to(dtype), layer.inputs(x, samples).to(dtype)) for x, dy in passes]
         if scale != 1:
             pairs = [(dy / scale, x) for dy, x in pairs]
-        statistics = list(found[layer.name].values())
+        of_layer = list(statistics[layer.name].values())
         out_features, in_features = layer.shape
         cached = CACHED_ON_CPU if layer.parameter.device.type == "cpu" else CACHED_ON_DEVICE
         together = cached // in_features
-        step = max(1, min(out_features, together)) if all(s.by_rows for s in statistics) else out_features
+        step = max(1, min(out_features, together)) if all(s.by_rows for s in of_layer) else out_features
         buffer = torch.empty(step, in_features, dtype=dtype, device=layer.parameter.device)
         for start in range(0, out_features, step):
             rows = slice(start, min(start + step, out_features))
-            parts = [statistic.part(rows) for statistic in statistics]
+            parts = [statistic.part(rows) for statistic in of_layer]
             gradient = buffer[: rows.stop - rows.start]
             for sample in range(samples):
                 with products_of(layer.parameter.dtype, layer.parameter.device):
+                    # A weight that is used several times sums up its uses; with beta 0 the first one overwrites the
+                    # buffer, whatever it holds.
                     for number, (dy, x) in enumerate(pairs):
                         torch.addmm(gradient, dy[sample, :, rows].T, x[sample], beta=min(number, 1), out=gradient)
                 for part in parts:
                     part.add(gradient)
-        for statistic in statistics:
+        for statistic in of_layer:
             statistic.samples += samples
 
 
-def _merge(found: Gradients, group: Group, device: torch.device) -> None:
-    for name, statistics in found.items():
-        for statistic in statistics.values():
+def _merge(statistics: BlockGradients, group: Group, device: torch.device) -> None:
+    """Merge the statistics of all processes, and check that they are finite."""
+    for name, of_layer in statistics.items():
+        for statistic in of_layer.values():
             group.merge(statistic, device)
             if not all_finite(statistic.total):
                 raise PruneForgeError(f"non-finite gradients reach layer {name!r}; run with `dtype` float32")
@@ -148,68 +154,69 @@ def _merge(found: Gradients, group: Group, device: torch.device) -> None:
 
 @torch.no_grad()
 def _forward_sweep(
-    chain: Chain, activations: Sequence[Activations], progress: Progress
-) -> tuple[list[list[Kept]], list[Kept]]:
-    """Return every block's inputs, and the last block's outputs, a tensor a batch."""
-    inputs = [[batch.kept for batch in activations]]
+    chain: Chain, batches: Sequence[BatchInFlight], progress: Progress
+) -> tuple[list[list[Handle]], list[Handle]]:
+    """Return every block's inputs and the last block's outputs, one handle per batch."""
+    inputs = [[in_flight.handle for in_flight in batches]]
     for index in progress.track(range(len(chain.blocks)), "forward for gradients"):
         block = chain.blocks[index]
-        outputs: list[Kept] = []
+        outputs: list[Handle] = []
         finite: list[Tensor] = []
         with chain.residency.visit(block):
             check_weights(block)
-            for before, batch in zip(chain.store.each(inputs[-1]), activations, strict=True):
-                after = chain.run_block(index, before, batch)
+            # Flags stay on the device until the block is done, so that the host waits once for all batches.
+            for before, in_flight in zip(chain.hidden_states.each(inputs[-1]), batches, strict=True):
+                after = chain.run_block(index, before, in_flight)
                 finite.append(finite_flag(after))
-                outputs.append(chain.store.keep(after))
+                outputs.append(chain.hidden_states.keep(after))
             first = first_false(finite)
             if first is not None:
-                _name_the_layer(chain, index, inputs[-1][first].get(), activations[first])
+                _name_the_layer(chain, index, inputs[-1][first].get(), batches[first])
         with chain.between(index) as continues:
             if continues:
                 outputs = [
-                    chain.store.keep(chain.transition(index, output, batch))
-                    for output, batch in zip(chain.store.each(outputs), activations, strict=True)
+                    chain.hidden_states.keep(chain.transition(index, output, in_flight))
+                    for output, in_flight in zip(chain.hidden_states.each(outputs), batches, strict=True)
                 ]
         inputs.append(outputs)
     return inputs[:-1], inputs[-1]
 
 
-def _name_the_layer(chain: Chain, index: int, hidden: Tensor, batch: Activations) -> None:
-    """Run a block once more to find which layer non-finite activations reach first, and raise."""
+def _name_the_layer(chain: Chain, index: int, hidden: Tensor, in_flight: BatchInFlight) -> None:
+    """Run a block once more to find the first layer that receives non-finite activations, and raise."""
     recorder = InputRecorder(chain.blocks[index], [ColumnSquares])
-    with recorder.recording(batch.batch):
-        chain.run_block(index, hidden, batch)
+    with recorder.recording(in_flight.batch):
+        chain.run_block(index, hidden, in_flight)
     for layer in chain.blocks[index].layers:
         recorder.statistics(layer)
     raise PruneForgeError(
-        f"non-finite activations leave block {chain.blocks[index].name!r}; {mend_non_finite(batch.batch)}"
+        f"non-finite activations leave block {chain.blocks[index].name!r}; {mend_non_finite(in_flight.batch)}"
     )
 
 
 def _head_gradients(
-    chain: Chain, activations: Sequence[Activations], outputs: Sequence[Kept], scale: float
-) -> list[Kept]:
+    chain: Chain, batches: Sequence[BatchInFlight], outputs: Sequence[Handle], scale: float
+) -> list[Handle]:
     """Return the gradient of each batch's summed losses with respect to the last hidden states.
 
-    Logits take far more memory than anything else of a token where the vocabulary is large, so a batch may pass the
-    head a few samples at a time.
+    With a large vocabulary the logits take far more memory than anything else, so a batch may pass the head a few
+    samples at a time.
     """
-    gradients: list[Kept] = []
+    gradients: list[Handle] = []
     finite: list[Tensor] = []
     with chain.residency.stem_and_head(), torch.enable_grad(), repeatable_gradients(chain.residency.device):
-        for batch, output in zip(activations, chain.store.each(outputs), strict=True):
-            together = samples_through_head(batch.batch.tokens * chain.adapter.logits_a_token(chain.module))
+        for in_flight, output in zip(batches, chain.hidden_states.each(outputs), strict=True):
+            together = samples_through_head(in_flight.batch.tokens * chain.adapter.logits_a_token(chain.module))
             parts: list[Tensor] = []
             losses: list[Tensor] = []
-            for start in range(0, batch.batch.size, together):
+            for start in range(0, in_flight.batch.size, together):
                 some = slice(start, start + together)
                 hidden = output[some].detach().requires_grad_()
-                loss = chain.losses(hidden, batch.batch.part(some))
+                loss = chain.losses(hidden, in_flight.batch.part(some))
                 parts += torch.autograd.grad(loss.sum() * scale, hidden)
                 losses.append(loss.detach())
             finite.append(finite_flag(torch.cat(losses)))
-            gradients.append(chain.store.keep(torch.cat(parts) if len(parts) > 1 else parts[0]))
+            gradients.append(chain.hidden_states.keep(torch.cat(parts) if len(parts) > 1 else parts[0]))
     first = first_false(finite)
     if first is not None:
         raise PruneForgeError(f"the loss of calibration batch {first} is not finite")
@@ -217,18 +224,30 @@ def _head_gradients(
 
 
 def block_gradients(
-    chain: Chain, index: int, hidden: Tensor, batch: Activations, upstream: Tensor
+    chain: Chain, index: int, hidden: Tensor, in_flight: BatchInFlight, upstream: Tensor
 ) -> tuple[Tensor, dict[str, list[tuple[Tensor, Tensor]]]]:
-    """Return the gradient for the block before, and each layer's (input, output gradient) of every pass."""
+    """Run one block forward and backward.
+
+    Args:
+        chain: The dense model, with the block on the device.
+        index: The block.
+        hidden: Its input [samples, ..., hidden].
+        in_flight: The batch.
+        upstream: Gradient of the next block's input.
+
+    Returns:
+        The gradient of `hidden`, and for each layer, by name, an (input, output gradient) pair for each use.
+    """
     layers = chain.blocks[index].layers
     hidden = hidden.detach().requires_grad_()
     passes: list[tuple[str, Tensor, Tensor]] = []
     uses = WeightUses(layers, after=lambda layer, x, y: passes.append((layer.name, x.detach(), y)))
+    # The backward pass through the transition needs its weights too, so it is within `between`.
     with chain.between(index), repeatable_gradients(chain.residency.device):
         with torch.enable_grad():
             with uses:
-                output = chain.run_block(index, hidden, batch)
-            output = chain.transition(index, output, batch)
+                output = chain.run_block(index, hidden, in_flight)
+            output = chain.transition(index, output, in_flight)
         downstream, *gradients = torch.autograd.grad(output, [hidden, *(y for _, _, y in passes)], upstream)
     by_layer: dict[str, list[tuple[Tensor, Tensor]]] = {layer.name: [] for layer in layers}
     for (name, x, _), gradient in zip(passes, gradients, strict=True):

@@ -1,7 +1,7 @@
 """The loop: for each block, calibrate, score, select, apply, propagate.
 
-There is one loop for all metrics and architectures. What differs comes in through three interfaces: the
-adapter's blocks, the statistics a metric requires, and the residency that brings blocks in.
+One loop serves all metrics and architectures. They differ in the adapter's blocks, the statistics that a metric
+requires, and the residency that loads blocks.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pruneforge.engine.chain import Activations, Chain, with_hidden_states
-from pruneforge.engine.gradient_store import GradientStore, InMemoryGradients
+from pruneforge.engine.chain import Chain
+from pruneforge.engine.gradient_store import GradientStore, InMemoryGradientStore
 from pruneforge.engine.gradients import gradient_statistics
+from pruneforge.engine.hidden_states import BatchInFlight, with_hidden_states
 from pruneforge.engine.masking import Applier, BlockStatistics
 from pruneforge.engine.processes import Group
 from pruneforge.engine.recorder import InputRecorder, check_weights
@@ -33,29 +34,30 @@ def prune_blocks(
     batches: Sequence[Batch],
     progress: Progress,
     block_pruned: Callable[[Run, BlockResult], object],
-    gradients: GradientStore | None = None,
+    gradient_store: GradientStore | None = None,
     group: Group | None = None,
 ) -> None:
-    """Prune every block of a model in place, but for those that a run says are finished.
+    """Prune every block of a model in place, except blocks that a run has finished already.
 
     Args:
-        runs: What to do; counts and warnings are filled in, and each run's output is given its finished blocks.
-            Several runs may differ in pattern and metric, need `propagate="dense"`, and share forward passes,
-            statistics and what is derived from these; the model is left as the last one prunes it.
+        runs: The runs; their counts and warnings are filled in, and each run's output is given its finished blocks.
+            Several runs must have `propagate="dense"` and may differ in pattern and metric. They share forward passes,
+            statistics and values derived from statistics; the model ends up as the last run prunes it.
         chain: The model.
         batches: Calibration data; unused if the metric requires no statistic.
-        progress: Where to show how far along the work is.
-        block_pruned: Called with each run and block's masks after its output, while the block is still visited.
-        gradients: Where gradient statistics wait; by default in memory.
-        group: The processes that share the work; by default there is this one alone. Each is given all batches.
+        progress: Shows progress.
+        block_pruned: Called with each run and block result, after the run's output and while the block is loaded.
+        gradient_store: Keeps gradient statistics; in memory by default.
+        group: The processes that share the work; only this one by default. Each is given all batches.
 
     Raises:
-        PruneForgeError: A layer does not fit the pattern, weights or activations are not finite, or the
-            metric cannot work in the scope asked for. Layers before the one named are already pruned.
+        PruneForgeError: A layer does not fit the pattern, weights or activations are not finite, or the metric
+            cannot work in the requested scope. Layers before the named one are already pruned.
     """
     for run in runs:
         _check(run, chain)
-    loop = _Loop(runs, chain, batches, progress, block_pruned, gradients or InMemoryGradients(), group or Group())
+    gradient_store = gradient_store or InMemoryGradientStore()
+    loop = _Loop(runs, chain, batches, progress, block_pruned, gradient_store, group or Group())
     model_wide = any(run.scope == "model" for run in runs)
     with closing(loop.with_model_scope() if model_wide else loop.block_by_block()) as finished:
         for _ in progress.track(finished, "pruning blocks", len(chain.blocks)):
@@ -63,7 +65,7 @@ def prune_blocks(
 
 
 def _check(run: Run, chain: Chain) -> None:
-    """Raise what can be raised before anything is changed."""
+    """Raise if a layer does not fit the pattern or shares its weight, before anything is changed."""
     names: dict[int, list[str]] = {}
     for name, parameter in chain.module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -79,6 +81,8 @@ def _check(run: Run, chain: Chain) -> None:
 
 
 class _Loop:
+    """The state of one pass over the blocks: runs, batches in flight, and the parts that work on them."""
+
     def __init__(
         self,
         runs: Sequence[Run],
@@ -86,12 +90,12 @@ class _Loop:
         batches: Sequence[Batch],
         progress: Progress,
         block_pruned: Callable[[Run, BlockResult], object],
-        gradients: GradientStore,
+        gradient_store: GradientStore,
         group: Group,
     ) -> None:
         self.runs = runs
         self.chain = chain
-        self.gradients = gradients
+        self.gradient_store = gradient_store
         self.group = group
         self.apply = Applier(chain, group, block_pruned)
         self.profile = runs[0].profile
@@ -99,53 +103,58 @@ class _Loop:
         requires = required_statistics(runs)
         self.input_kinds = [kind for kind in requires if issubclass(kind, InputStatistic)]
         self.gradient_kinds = [kind for kind in requires if issubclass(kind, GradientStatistic)]
-        self.activations: list[Activations] = []
+        self.batches_in_flight: list[BatchInFlight] = []
         if not requires:
             return
         with self.profile.stage("capture"):
-            self.activations = chain.capture(group.part(batches))
+            self.batches_in_flight = chain.capture(group.part(batches))
         if self.gradient_kinds:
             with self.profile.stage("gradients"):
-                gradient_statistics(chain, self.activations, self.gradient_kinds, gradients, group, progress)
+                gradient_statistics(chain, self.batches_in_flight, self.gradient_kinds, gradient_store, group, progress)
         if not self.input_kinds:
-            self.activations = []
+            self.batches_in_flight = []
 
     def block_by_block(self) -> Generator[None, None, None]:
-        """Calibrate a block, prune it, and hand the hidden states on to the next one.
+        """Calibrate and prune each block, and compute the next one's inputs; yield after each block.
 
-        With `propagate="dense"` calibration itself hands them on: they are what the block gave before it was pruned.
-        With "pruned" they have to pass the pruned block as well. That pass is made together with the next block's
-        calibration, batch by batch, so that each hidden state is fetched and kept once instead of twice; the pruned
-        block is held for as long. Never more than these two blocks are held.
+        With `propagate="dense"` the outputs of calibration are the next block's inputs. With "pruned" each batch must
+        also pass the pruned block. That pass is fused with the next block's calibration, batch by batch, so that each
+        hidden state is fetched and stored once instead of twice. The pruned block stays loaded until then; at most
+        these two blocks are loaded at a time.
         """
         last = len(self.chain.blocks) - 1
-        with ExitStack() as held:  # the pruned block that batches still have to pass
+        with ExitStack() as held:  # keeps the pruned block loaded until all batches have passed it
             waiting: int | None = None  # its index
             for index, block in enumerate(self.chain.blocks):
-                # A resumed run has finished some blocks; another pattern of the same pass may not have.
+                # Resumed runs of one pass may have stopped at different blocks.
                 runs = [run for run in self.runs if index >= run.finished]
-                onward = bool(self.activations) and index < last
+                onward = bool(self.batches_in_flight) and index < last
                 if runs or onward:
                     with ExitStack() as here:
-                        # A block that all runs have finished is read as they left it, unless batches pass it dense.
+                        # A block that all runs have finished is read from the output, unless batches pass it dense.
                         here.enter_context(self.chain.residency.visit(block, pruned=not (runs or self.dense)))
                         if runs:
                             stats = self.with_gradients(block, self.calibrate(index, through=waiting))
-                            held.close()  # all batches have passed it
+                            held.close()  # all batches have passed the block before
                             self.prune(runs, index, stats)
-                            del stats  # before the next block's are made
+                            del stats  # free this block's statistics before the next block allocates its own
                         waiting = None
-                        # Code of the model's own between two blocks needs the outputs of all batches first.
+                        # Not fused where the model has code between the two blocks: running it takes stem and head,
+                        # and budgets allow for a block with these or for a second block, not for all three.
                         if onward and runs and not self.dense and not self.chain.continues(index):
                             waiting = index
-                            held.push(here.pop_all())  # the visit ends with the next block's calibration
+                            held.push(here.pop_all())  # extend the visit until the next block's calibration
                         elif onward and not (runs and self.dense):
                             self.propagate(index)
                 self.advance(index)
                 yield
 
     def with_model_scope(self) -> Generator[None, None, None]:
-        """Calibrate every block, find thresholds over the scores of all, then prune every block."""
+        """Calibrate every block, find a threshold over all scores, then prune every block; yield after each.
+
+        Scores are computed again for each pass of the threshold search and for the masks: all of them together would
+        take as much memory as the weights.
+        """
         collected: list[tuple[Block, BlockStatistics]] = []
         for index, block in enumerate(self.chain.blocks):
             with self.chain.residency.visit(block):
@@ -166,34 +175,34 @@ class _Loop:
 
         Args:
             index: The block.
-            through: The pruned block before, if batches still wait at its entry.
+            through: The pruned block before, if batches still have to pass it.
         """
         block = self.chain.blocks[index]
         check_weights(block)
         recorder = InputRecorder(block, self.input_kinds, stop=not self.dense)
-        for batch, hidden in with_hidden_states(self.activations):
+        for in_flight, hidden in with_hidden_states(self.batches_in_flight):
             if through is not None:
                 with self.profile.stage("propagate", through):
-                    hidden = batch.hidden = self.chain.run_block(through, hidden, batch)
+                    hidden = in_flight.hidden = self.chain.run_block(through, hidden, in_flight)
             if not block.layers and not self.dense:
-                continue  # all of them are excluded, and nobody needs what comes out
-            with self.profile.stage("calibrate", index), recorder.recording(batch.batch):
-                output = self.chain.run_block(index, hidden, batch)
+                continue  # all layers are excluded, and the outputs will come from the pruned block
+            with self.profile.stage("calibrate", index), recorder.recording(in_flight.batch):
+                output = self.chain.run_block(index, hidden, in_flight)
                 if self.dense:
-                    batch.hidden = output
+                    in_flight.hidden = output
         self.profile.settle("calibrate", index)
         recorder.merge(self.group)
         return {layer.name: LayerStatistics(*recorder.statistics(layer)) for layer in block.layers}
 
     def with_gradients(self, block: Block, inputs: BlockStatistics) -> BlockStatistics:
-        """Return the statistics of a block with those of its gradients, read for as long as they are used."""
+        """Return a block's input statistics joined with its gradient statistics, which are read from the store."""
         if not self.gradient_kinds:
             return inputs
-        found = self.gradients.get(block, self.gradient_kinds, self.chain.residency.device)
-        return {name: stats.joined(found[name]) for name, stats in inputs.items()}
+        by_layer = self.gradient_store.get(block, self.gradient_kinds, self.chain.residency.device)
+        return {name: stats.joined(by_layer[name]) for name, stats in inputs.items()}
 
     def prune(self, runs: Sequence[Run], index: int, stats: BlockStatistics) -> None:
-        """Make and apply each run's masks of a visited block, every one on the dense weights."""
+        """Prune a visited block for each run, each time from the dense weights."""
         layers = self.chain.blocks[index].layers
         dense = [layer.parameter.detach().clone() for layer in layers] if len(runs) > 1 else []
         previous: Run | None = None
@@ -208,21 +217,21 @@ class _Loop:
     @torch.no_grad()
     def propagate(self, index: int) -> None:
         """Run every batch through a pruned block, for the next block's inputs."""
-        for batch, hidden in with_hidden_states(self.activations):
+        for in_flight, hidden in with_hidden_states(self.batches_in_flight):
             with self.profile.stage("propagate", index):
-                batch.hidden = self.chain.run_block(index, hidden, batch)
+                in_flight.hidden = self.chain.run_block(index, hidden, in_flight)
         self.profile.settle("propagate", index)
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
-        """Make the next block's inputs of a block's outputs, for every batch, where the model has code between."""
-        if self.activations and self.chain.continues(index):
+        """Turn a block's outputs into the next block's inputs where the model has code between the two."""
+        if self.batches_in_flight and self.chain.continues(index):
             with self.profile.stage("propagate", index), self.chain.between(index):
-                for batch, hidden in with_hidden_states(self.activations):
-                    batch.hidden = self.chain.transition(index, hidden, batch)
+                for in_flight, hidden in with_hidden_states(self.batches_in_flight):
+                    in_flight.hidden = self.chain.transition(index, hidden, in_flight)
 
     def visited_scores(self, run: Run, collected: Sequence[tuple[Block, BlockStatistics]]) -> Iterator[Tensor]:
-        """Yield the scores of every layer, in the order of the model, made anew and held one at a time."""
+        """Yield the scores of every layer in model order, computing one layer at a time."""
         for block, inputs in collected:
             with self.chain.residency.visit(block):
                 stats = self.with_gradients(block, inputs)

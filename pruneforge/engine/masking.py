@@ -1,4 +1,4 @@
-"""Making and applying the masks of a block, once its statistics are there."""
+"""Make and apply the masks of a block from its statistics."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from pruneforge.interfaces.statistics import LayerStatistics
 from pruneforge.numerics import all_finite, seed_random_numbers
 
 BlockStatistics = dict[str, LayerStatistics]
-"""What was collected for the layers of one block, by layer name."""
+"""The statistics of the layers of one block, by layer name."""
 
 
-class _Noted(NamedTuple):
-    """What a process tells the others of a layer that it pruned."""
+class _Outcome(NamedTuple):
+    """Result of one layer, sent to the other processes."""
 
     notes: Sequence[str]
     updated: bool
 
 
 class Applier:
-    """Prunes visited blocks for one or several runs."""
+    """Prunes visited blocks for one or more runs."""
 
     def __init__(self, chain: Chain, group: Group, block_pruned: Callable[[Run, BlockResult], object]) -> None:
         self.chain = chain
@@ -42,18 +42,24 @@ class Applier:
 
     @torch.no_grad()
     def prune(self, run: Run, index: int, stats: BlockStatistics) -> None:
-        """Make and apply the masks of a block's layers, each in the process that it falls to."""
+        """Prune the layers of a block, each in the process that owns it.
+
+        Raises:
+            PruneForgeError: A metric's mask does not fit the pattern, or its scores or weights are not finite.
+        """
         block = self.chain.blocks[index]
         with run.profile.stage("prune", index):
             threshold = self._threshold(run, block, stats)
             if index < run.finished:
-                if threshold is not None:  # it counts ties as it goes
+                # A finished block is not pruned again, but a threshold over the whole model counts the ties that it
+                # prunes, block by block.
+                if threshold is not None:
                     for layer in block.layers:
                         threshold.select(self.score(run, layer, stats[layer.name]))
                 return
-            masks, noted = self._masks(run, block, stats, threshold)
-        notes = [f"{layer.name}: {note}" for layer in block.layers for note in noted[layer.name].notes]
-        updated = frozenset(name for name, found in noted.items() if found.updated)
+            masks, outcomes = self._masks(run, block, stats, threshold)
+        notes = [f"{layer.name}: {note}" for layer in block.layers for note in outcomes[layer.name].notes]
+        updated = frozenset(name for name, outcome in outcomes.items() if outcome.updated)
         pruned = {name: mask.numel() - int(mask.count_nonzero()) for name, mask in masks.items()}
         run.warnings += notes
         run.pruned.update(pruned)
@@ -63,17 +69,17 @@ class Applier:
 
     @torch.no_grad()
     def find_threshold(self, run: Run, layers: Sequence[Layer], scores: Callable[[], Iterable[Tensor]]) -> None:
-        """Find a run's threshold over the scores of a whole model; `scores` yields them, in several passes."""
+        """Find a run's threshold over the scores of a whole model; `scores` is called once for each pass over them."""
         with run.profile.stage("prune"):
             run.threshold = _exact_threshold(run, layers, scores)
 
     def score(self, run: Run, layer: Layer, stats: LayerStatistics) -> Tensor:
-        """Return a layer's scores [out, in], the same each time."""
+        """Return a layer's scores [out, in]; equal at each call, since random numbers are seeded by layer."""
         _reseed(run, layer)
         return run.metric.checked_score(layer, stats)
 
     def _threshold(self, run: Run, block: Block, stats: BlockStatistics) -> Threshold | None:
-        """Return the threshold over several layers that a run's scope asks for."""
+        """Return the threshold over several layers, or `None` for runs whose scope is within a layer."""
         if run.scope != "block":
             return run.threshold
         scores = [self.score(run, layer, stats[layer.name]) for layer in block.layers]
@@ -81,11 +87,11 @@ class Applier:
 
     def _masks(
         self, run: Run, block: Block, stats: BlockStatistics, threshold: Threshold | None
-    ) -> tuple[dict[str, Tensor], dict[str, _Noted]]:
-        """Prune a block's layers in place and return their masks on the CPU, and what is to be said of them."""
+    ) -> tuple[dict[str, Tensor], dict[str, _Outcome]]:
+        """Prune a block's layers in place; return their masks on the CPU and the layers' outcomes, by name."""
         masks: dict[str, Tensor] = {}
-        noted: dict[str, _Noted] = {}
-        # A threshold over several layers is applied in their order, and cheaply: by every process for itself.
+        outcomes: dict[str, _Outcome] = {}
+        # A threshold counts ties from layer to layer, so each process applies it to all layers; it is cheap.
         owners = self._owners(block, stats) if threshold is None else dict.fromkeys(stats, self.group.rank)
         error: Exception | None = None
         try:
@@ -95,27 +101,32 @@ class Applier:
                     _check(run, layer, pruned)
                     layer.write(pruned.mask, pruned.weight)
                     masks[layer.name] = pruned.mask.cpu()
-                    noted[layer.name] = _Noted(pruned.notes, pruned.weight is not None)
-        except Exception as raised:  # whatever a metric raises, or a device that is full
+                    outcomes[layer.name] = _Outcome(pruned.notes, pruned.weight is not None)
+        except Exception as raised:  # of any kind, since metrics are plugins; `agree` raises it in all processes
             error = raised
-        noted = self.group.agree(error, noted)
+        outcomes = self.group.agree(error, outcomes)
         if threshold is None:
             masks = {layer.name: self._shared(layer, masks.get(layer.name), owners) for layer in block.layers}
-        return masks, noted
+        return masks, outcomes
 
     def _owners(self, block: Block, stats: BlockStatistics) -> dict[str, int]:
-        """Return which process prunes each layer; those that share an input stay together, to share what is derived."""
+        """Return which process prunes each layer, by name.
+
+        Layers of the same input go to one process, so that values derived from the input are computed once.
+        """
         together: dict[int, list[Layer]] = {}
         for layer in block.layers:
             together.setdefault(stats[layer.name].input_key, []).append(layer)
         parts = list(together.values())
+        # A layer costs its weights times its inputs, as in a solver that compensates column by column.
         owners = self.group.spread([sum(la.parameter.numel() * la.shape[1] for la in part) for part in parts])
         return {layer.name: owner for part, owner in zip(parts, owners, strict=True) for layer in part}
 
     def _shared(self, layer: Layer, mask: Tensor | None, owners: dict[str, int]) -> Tensor:
-        """Bring a layer that one process has pruned to all of them, and return its mask."""
+        """Send a layer that one process has pruned to all of them, and return its mask on the CPU."""
         if self.group.size > 1:
             device, owner = layer.parameter.device, owners[layer.name]
+            # Contiguous, since a broadcast sends memory as it is, and a metric may return a transposed mask.
             empty = torch.empty(layer.shape, dtype=torch.uint8, device=device)
             sent = empty if mask is None else mask.to(device).contiguous().byte()
             self.group.send(sent, owner)
@@ -125,7 +136,7 @@ class Applier:
         return mask
 
     def _prune_layer(self, run: Run, layer: Layer, stats: LayerStatistics, threshold: Threshold | None) -> Pruned:
-        """Ask the metric for a layer's mask, or select it by a threshold over several layers."""
+        """Return the metric's result for a layer, or the mask of a threshold over several layers."""
         if threshold is not None:
             return Pruned(threshold.select(self.score(run, layer, stats)))
         _reseed(run, layer)
@@ -133,14 +144,15 @@ class Applier:
 
 
 def _check(run: Run, layer: Layer, pruned: Pruned) -> None:
-    """Raise unless a metric's mask fits the pattern, and its weights are finite."""
+    """Raise unless a metric's mask fits the pattern and its weights are finite."""
     mask = pruned.mask
     if mask.dtype != torch.bool or mask.shape != layer.shape:
         raise PruneForgeError(
             f"metric {run.metric.name!r} made a mask of {mask.dtype} {tuple(mask.shape)} for layer {layer.name!r}; "
             f"it must be boolean {layer.shape}"
         )
-    # A method with its own comparison groups rounds in each of them; N:M binds it all the same.
+    # With comparison groups of its own, a method rounds the count in each of them, and the total may differ from the
+    # layer's. N:M patterns leave no such freedom.
     own_groups = isinstance(run.pattern, Unstructured) and (run.metric.scope is None or run.scope in ("block", "model"))
     if not own_groups and not run.pattern.fits(mask):
         raise PruneForgeError(
@@ -151,12 +163,12 @@ def _check(run: Run, layer: Layer, pruned: Pruned) -> None:
 
 
 def _exact_threshold(run: Run, layers: Sequence[Layer], scores: Callable[[], Iterable[Tensor]]) -> Threshold:
-    """Return the threshold that prunes exactly as many weights of several layers as a run's pattern says."""
+    """Return the threshold that prunes exactly the pattern's share of the weights of several layers."""
     assert isinstance(run.pattern, Unstructured)
     count = pruned_count(sum(layer.parameter.numel() for layer in layers), run.pattern.sparsity)
     return smallest(scores, count) if count else Threshold(-torch.inf, 0)
 
 
 def _reseed(run: Run, layer: Layer) -> None:
-    """Give each layer random numbers of its own, whichever layers came before it in this process."""
+    """Seed random numbers by layer, so that they do not depend on the layers before it in this process."""
     seed_random_numbers(run.seed * 0x9E3779B1 + zlib.crc32(layer.name.encode()), layer.parameter.device)

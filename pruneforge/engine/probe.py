@@ -1,4 +1,4 @@
-"""A short probe of one block: what its stages take."""
+"""Time the stages of a run on one block, for estimates."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from pruneforge.engine.chain import Activations, Chain
-from pruneforge.engine.gradients import block_gradients, update
+from pruneforge.engine.chain import Chain
+from pruneforge.engine.gradients import add_batch, block_gradients
+from pruneforge.engine.hidden_states import BatchInFlight
 from pruneforge.engine.recorder import InputRecorder
 from pruneforge.engine.residency import InMemory, Residency, Streamed
 from pruneforge.interfaces.adapter import LoadedModel
@@ -25,7 +26,10 @@ T = TypeVar("T")
 def probe(
     loaded: LoadedModel, batches: Sequence[Batch], run: Run, device: torch.device
 ) -> tuple[dict[str, float], int]:
-    """Return seconds of each stage of the whole run, and how many bytes of hidden states will wait at a time."""
+    """Run one block with one batch; estimate the run's seconds by stage and its bytes of hidden states at a time.
+
+    Nothing is written, and the block's pruned weights are not applied.
+    """
     residency: Residency
     if loaded.checkpoint is not None:
         residency = Streamed(loaded.module, run.blocks, device, loaded.checkpoint)
@@ -35,7 +39,7 @@ def probe(
     chain = Chain(loaded.module, loaded.adapter, run.blocks, residency)
     block, blocks, count = run.blocks[0], len(run.blocks), len(batches)
     seconds: dict[str, float] = {}
-    captured: list[Activations] = []
+    captured: list[BatchInFlight] = []
     if batches:
         captured, taken = timed(lambda: chain.capture(batches[:1]))
         seconds["capture"] = taken * count
@@ -60,7 +64,8 @@ def probe(
                 seconds["gradients"] = (plain + taken) * count * blocks + 2 * reading * blocks
 
         def prune() -> None:
-            shared: dict[int, dict[Any, Any]] = {}  # by input; made anew each time, since this is timed
+            # By input. Empty at each call: on a device the second call is timed, and it must compute these values.
+            shared: dict[int, dict[Any, Any]] = {}
             for layer in block.layers:
                 statistics, of_input = recorder.statistics(layer)
                 stats = LayerStatistics(statistics, shared.setdefault(id(of_input), {})).joined(gradients[layer.name])
@@ -71,29 +76,34 @@ def probe(
     seconds["read"] = reading * blocks
     if isinstance(residency, Streamed):
         residency.close()
+    # Gradients store the inputs of every block, the last outputs and their gradients.
     held = captured[0].hidden.nbytes * count if captured else 0
     return seconds, held * (blocks + 2 if kinds else 2)
 
 
 def _probe_gradients(
-    chain: Chain, activations: Activations, output: torch.Tensor, kinds: list[Any], found: dict[str, dict[Any, Any]]
+    chain: Chain,
+    in_flight: BatchInFlight,
+    output: torch.Tensor,
+    kinds: list[Any],
+    statistics: dict[str, dict[Any, Any]],
 ) -> float:
-    """Fill `found` from one batch with a made-up gradient of the block's output, and return the seconds it took."""
+    """Fill `statistics` from one batch with a constant gradient of the block's output; return the seconds taken."""
     layers = chain.blocks[0].layers
     for layer in layers:
-        found[layer.name] = empty_statistics(layer, kinds)
+        statistics[layer.name] = empty_statistics(layer, kinds)
 
     def run() -> None:
-        _, passes = block_gradients(chain, 0, activations.hidden, activations, torch.full_like(output, 1e-3))
-        update(layers, found, passes, activations.batch.size, 1.0)
+        _, gradients = block_gradients(chain, 0, in_flight.hidden, in_flight, torch.full_like(output, 1e-3))
+        add_batch(layers, statistics, gradients, in_flight.batch.size, 1.0)
 
     return _timed(run, chain.residency.device)[1]
 
 
 def _timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
-    """Return what some work gives and the seconds it takes; on a device, when done for the second time.
+    """Return the result of `work` and the seconds it took, on a device the second time.
 
-    The first time there also makes contexts, loads libraries and compiles kernels, which a run does once.
+    There the first time also creates contexts, loads libraries and compiles kernels, which a run does once.
     """
     if device.type != "cpu":
         work()

@@ -1,4 +1,4 @@
-"""Several processes that work on one run, as `torchrun` starts them."""
+"""Share one run among the processes that `torchrun` starts."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from pruneforge.interfaces.statistics import Statistic
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=2)
-"""How long processes wait for one another: the first one reads a whole checkpoint while the others wait. NCCL's own
-ten minutes would end them by a signal, with no error that says why."""
+"""How long processes wait for one another. The first one reads a whole checkpoint while the others wait; NCCL's default
+of ten minutes would kill them by a signal, without an error that says why."""
 
 
 class Group:
-    """The processes of a run; one that works alone is a group of one, in which nothing is exchanged.
+    """The processes of a run. A single process is a group of one, in which nothing is exchanged.
 
     Attributes:
-        rank: Number of this process, from 0. The first one writes and speaks for all.
-        size: How many there are.
+        rank: Number of this process, from 0. The first one writes files and shows progress.
+        size: Number of processes.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
@@ -37,14 +37,14 @@ class Group:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes and speaks for all."""
+        """Whether this is the process that writes files and shows progress."""
         return self.rank == 0
 
     def part(self, items: Sequence[T]) -> list[T]:
         """Return this process's share of `items`.
 
         Raises:
-            PruneForgeError: There are too few for every process to have one.
+            PruneForgeError: There are fewer items than processes.
         """
         if len(items) < self.size:
             raise PruneForgeError(
@@ -54,42 +54,51 @@ class Group:
         return list(items[self.rank :: self.size])
 
     def merge(self, statistic: Statistic, device: torch.device) -> None:
-        """Make a statistic that each process fed from its own batches that of all batches, everywhere."""
+        """Merge the statistics of all processes, in place and in every process.
+
+        Args:
+            statistic: The statistic of this process's own batches.
+            device: Device of the processes' tensors.
+        """
         if self.size == 1:
             return
         with _others():
-            if type(statistic).merge is Statistic.merge:  # sums: the processes exchange them in place
+            # The inherited `merge` adds sums, which all-reduce does in place. A subclass that overrides it merges in
+            # its own way, which takes every process's state.
+            if type(statistic).merge is Statistic.merge:
                 dist.all_reduce(statistic.total)
                 counts = torch.tensor([statistic.samples, statistic.tokens], dtype=torch.int64, device=device)
                 dist.all_reduce(counts)
                 statistic.samples, statistic.tokens = counts.tolist()
                 return
             states: list[Any] = [None] * self.size
-            # Through host memory: a tensor on a device would come back on the sender's.
+            # Through host memory: a device tensor would be unpickled on the sender's device.
             dist.all_gather_object(states, tree_map(_on_host, statistic.state_dict()))
         statistic.load_state_dict(states[0])
         for state in states[1:]:
+            # Without `__init__`, which asks for a shape and would allocate sums that the state replaces anyway.
             other = type(statistic).__new__(type(statistic))
             other.load_state_dict(state)
             statistic.merge(other)
         statistic.to(device)
 
-    def agree(self, error: Exception | None, found: dict[str, T]) -> dict[str, T]:
-        """Return what all processes found, or raise in all of them if one had an error.
+    def agree(self, error: Exception | None, results: dict[str, T]) -> dict[str, T]:
+        """Return the results of all processes, or raise in all of them if one had an error.
 
-        Without it the others would wait for the one that failed until they are killed.
+        Otherwise the others would wait for the failed process until they are killed.
 
         Raises:
             Exception: This process's own error.
-            PruneForgeError: That of the first other process that had one.
-            UnfinishedError: Another process had an error of another kind; it is named.
+            PruneForgeError: The error of the first other process that had one.
+            UnfinishedError: Another process had an error of another kind; the message names it.
         """
         told = error
-        if error is not None and not isinstance(error, PruneForgeError):  # others may not be able to unpickle it
+        # Other processes may not be able to unpickle an error of any other kind.
+        if error is not None and not isinstance(error, PruneForgeError):
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             told = UnfinishedError(f"process {self.rank} of the run failed: {reason}")
         joint: dict[str, T] = {}
-        outcomes = self.gather((told, found))
+        outcomes = self.gather((told, results))
         if error is not None:
             raise error
         for other, theirs in outcomes:
@@ -99,7 +108,7 @@ class Group:
         return joint
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all processes, in their order."""
+        """Return the values of all processes, in order of rank. Also serves as a barrier."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -108,13 +117,13 @@ class Group:
         return values
 
     def send(self, tensor: Tensor, owner: int) -> None:
-        """Fill `tensor` in every process with that of process `owner`."""
+        """Copy `tensor` of process `owner` into `tensor` of every process, in memory order; strides must agree."""
         if self.size > 1:
             with _others():
                 dist.broadcast(tensor, owner)
 
     def spread(self, costs: Sequence[float]) -> list[int]:
-        """Return which process takes each task, so that the costs are even."""
+        """Return which process takes each task: the dearest tasks first, each to the least loaded process."""
         loads = [0.0] * self.size
         owners = [0] * len(costs)
         for task in sorted(range(len(costs)), key=lambda task: -costs[task]):
@@ -128,7 +137,10 @@ def joined(device: torch.device) -> Iterator[Group]:
     """Yield the group that `torchrun` started this process in, or a group of one.
 
     Args:
-        device: Where this process computes; decides between gloo and nccl.
+        device: Where this process computes: gloo serves the CPU, nccl CUDA.
+
+    Raises:
+        UnfinishedError: The processes cannot be joined.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -146,7 +158,7 @@ def joined(device: torch.device) -> Iterator[Group]:
     try:
         yield Group(dist.get_rank(), dist.get_world_size())
     except BaseException:
-        # To leave a group of NCCL in order takes all of it, and the others wait for this process elsewhere.
+        # Destroying an NCCL group takes all its processes, and the others are waiting for this one elsewhere.
         abort = getattr(dist.distributed_c10d, "_abort_process_group", None) if device.type == "cuda" else None
         if started:
             (abort or dist.destroy_process_group)()
@@ -161,10 +173,10 @@ def _on_host(value: Any) -> Any:
 
 @contextmanager
 def _others() -> Iterator[None]:
-    """Turn what torch says of a lost process into one line."""
+    """Convert torch.distributed failures into `UnfinishedError`."""
     try:
         yield
-    except torch.OutOfMemoryError:  # a RuntimeError too, and nobody else's
+    except torch.OutOfMemoryError:  # also a RuntimeError, but this process's own
         raise
     except (RuntimeError, dist.DistBackendError) as error:
         reason = " ".join(str(error).split())[-160:]

@@ -1,4 +1,4 @@
-"""Feeding input statistics from a block's forward passes."""
+"""Collect input statistics during a block's forward passes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ from pruneforge.numerics import all_finite, finite_flag, first_false
 
 
 class _Input:
-    """One input of a block's layers: its statistics, and what metrics derived from them."""
+    """One input of a block's layers: its statistics, and the values that metrics derived from them.
+
+    Attributes:
+        leader: The layer that updates the statistics, the first one that received this input.
+    """
 
     def __init__(self, leader: Layer, kinds: Sequence[type[InputStatistic]]) -> None:
         self.leader = leader
@@ -29,15 +33,15 @@ class _Input:
         self.shared: dict[Any, Any] = {}
 
 
-class _Enough(Exception):  # noqa: N818 - no error: it ends a pass whose rest nobody needs
-    pass
+class _Enough(Exception):  # noqa: N818 - not an error
+    """Stops a forward pass once every layer has received its input."""
 
 
 class InputRecorder:
-    """Updates one set of statistics for each *input* of a block while it runs.
+    """Updates one set of statistics for each *input* of a block while the block runs.
 
-    Layers that are handed the very same tensor (q, k, v; gate and up) share an input. The first batch
-    tells which; from then on the first layer of each input records for all of them.
+    Layers that receive the very same tensor (q, k, v; gate and up) share an input. The first batch shows which do;
+    from then on the first layer of each input records for all of them.
     """
 
     def __init__(self, block: Block, kinds: Sequence[type[InputStatistic]], stop: bool = False) -> None:
@@ -46,8 +50,8 @@ class InputRecorder:
         Args:
             block: The block.
             kinds: The statistics to update.
-            stop: Whether nobody needs the block's output. A pass then ends when it has reached every layer, before
-                the last product. The first one tells whether each layer is reached once; if not, none ends early.
+            stop: Stop each pass at the last layer's input, before its product; the block's output is not needed.
+                Passes stop early only if the first one calls every layer exactly once.
         """
         self._block = block
         self._kinds = kinds
@@ -56,28 +60,31 @@ class InputRecorder:
         self._seen: dict[int, tuple[Tensor, int, _Input]] = {}
         self._uses: list[str] = []
         self._stop = stop
-        self._each_once: bool | None = None
+        self._each_once: bool | None = None  # whether every layer is called exactly once; unknown until the first pass
 
     @contextmanager
     def recording(self, batch: Batch) -> Iterator[None]:
-        """Record the products of one batch's pass through the block within the context."""
+        """Record the layers' inputs while one batch passes the block within the context."""
         if not self._kinds:
             yield
             return
         self._batch, self._seen, self._uses = batch, {}, []
         with suppress(_Enough), WeightUses(self._block.layers, before=self._record):
             yield
+        # A layer that is called twice in a pass would miss its second input if the pass stopped early.
         if self._each_once is None:
             names = [layer.name for layer in self._block.layers]
             self._each_once = self._stop and sorted(self._uses) == sorted(names)
 
     def _record(self, layer: Layer, value: Tensor) -> None:
+        """Note that `layer` received `value`, and update statistics if it is the input's leader."""
         known = self._inputs.get(layer.name)
         if known is None:
             same = self._seen.get(id(value))
+            # `_version` counts changes in place: a tensor changed between two layers is two inputs.
             known = same[2] if same and same[1] == value._version else _Input(layer, self._kinds)
             self._inputs[layer.name] = known
-        # Holding the tensor keeps its id from being given to another within this batch.
+        # Holding the tensor keeps its id from being reused by another one within this batch.
         self._seen.setdefault(id(value), (value, value._version, known))
         if known.leader is layer:
             self._update(known, value)
@@ -93,7 +100,7 @@ class InputRecorder:
             statistic.update(tokens, batch.size)
 
     def merge(self, group: Group) -> None:
-        """Make the statistics those of the batches of all processes."""
+        """Merge the statistics of all processes into those of all batches."""
         done: set[int] = set()
         for layer in self._block.layers:
             known = self._inputs.get(layer.name)
@@ -103,7 +110,7 @@ class InputRecorder:
                     group.merge(statistic, known.leader.parameter.device)
 
     def statistics(self, layer: Layer) -> tuple[dict[type[Statistic], Statistic], dict[Any, Any]]:
-        """Return what was recorded for `layer`, and the values shared with layers of the same input.
+        """Return the statistics of `layer`, and the values shared with layers of the same input.
 
         Raises:
             PruneForgeError: No batch reached the layer, or a non-finite value did.
@@ -122,7 +129,7 @@ class InputRecorder:
 
 
 def mend_non_finite(batch: Batch | None) -> str:
-    """Return what a user can do about non-finite activations, the last of which came from `batch`."""
+    """Return what a user can do about non-finite activations in `batch`."""
     if batch is not None and batch.valid is not None:
         return (
             "batches are padded, and eager attention gives NaN in float64 where a row is masked whole, at padding on "
@@ -132,7 +139,11 @@ def mend_non_finite(batch: Batch | None) -> str:
 
 
 def check_weights(block: Block) -> None:
-    """Raise if a weight of a visited block is not finite, naming the layer."""
+    """Raise if a layer of a visited block has non-finite weights.
+
+    Raises:
+        PruneForgeError: Naming the first such layer.
+    """
     if not block.layers:
         return
     first = first_false([finite_flag(layer.parameter) for layer in block.layers])
@@ -141,10 +152,10 @@ def check_weights(block: Block) -> None:
 
 
 def valid_tokens(inputs: Tensor, batch: Batch, layer: Layer) -> Tensor:
-    """Return the tokens that count [tokens, in] of `inputs` [samples, tokens, in].
+    """Return the tokens of `inputs` [samples, tokens, in] that are not padding, as [tokens, in].
 
     Raises:
-        PruneForgeError: The batch holds padding, and the layer sees other tokens than the batch has.
+        PruneForgeError: The batch is padded, and the layer receives other tokens than the batch has.
     """
     if batch.valid is None:
         return inputs.reshape(-1, inputs.shape[-1])
@@ -157,10 +168,10 @@ def valid_tokens(inputs: Tensor, batch: Batch, layer: Layer) -> Tensor:
 
 
 class WeightUses(TorchFunctionMode):
-    """Reports, within its context, every product of an input with one of some layers' weights.
+    """Calls back, within its context, at every product of an input with the weight of one of some layers.
 
-    Weights are recognised by identity where the product happens. Hooks on modules would miss code that
-    takes a module's weight and calls the function itself.
+    Weights are recognised by identity where the product happens. Module hooks would miss code that takes a module's
+    weight and calls the function itself, as BEiT and EVA do.
     """
 
     _PRODUCTS = frozenset({F.linear, F.conv2d, torch.conv2d})
@@ -171,7 +182,7 @@ class WeightUses(TorchFunctionMode):
         before: Callable[[Layer, Tensor], None] | None = None,
         after: Callable[[Layer, Tensor, Tensor], None] | None = None,
     ) -> None:
-        """Report to `before(layer, input)` and `after(layer, input, output)`."""
+        """Call `before(layer, input)` and `after(layer, input, output)` around each product."""
         super().__init__()
         self._layers = {id(layer.parameter): layer for layer in layers}
         self._before = before

@@ -1,4 +1,4 @@
-"""Copies between host memory and the device, beside the computation where the device can do both at once."""
+"""Copy between host memory and the device, overlapping with computation on CUDA."""
 
 from __future__ import annotations
 
@@ -12,37 +12,38 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Transfer:
-    """A copy that has begun, or a tensor that is where it is wanted already.
+    """A copy in progress, or a tensor that needed none.
 
     Attributes:
-        tensor: What is copied to; not to be touched before one of the methods has returned it.
-        event: Happens on the device when the copy is complete; `None` if it is complete already.
+        tensor: The target; valid only once one of the methods has returned it.
+        event: Marks the end of the copy on the device; `None` if it is complete already.
     """
 
     tensor: Tensor
     event: torch.cuda.Event | None = None
 
     def on_host(self) -> Tensor:
-        """Wait for a copy to host memory, and return it."""
+        """Wait for a copy to host memory and return it."""
         if self.event is not None:
             self.event.synchronize()
         return self.tensor
 
     def on_device(self) -> Tensor:
-        """Have the current stream wait for a copy to the device, and return it; the host does not wait."""
+        """Make the current stream wait for a copy to the device and return it; the host does not wait."""
         if self.event is not None:
             stream = torch.cuda.current_stream(self.tensor.device)
             stream.wait_event(self.event)
-            self.tensor.record_stream(stream)  # its memory is not given away before what this stream does with it
+            # It was allocated in the copying stream; without this its memory could be reused while this stream uses it.
+            self.tensor.record_stream(stream)
         return self.tensor
 
 
 class Transfers:
-    """Copies to and from one device; on CUDA in a stream of their own, in the order they were asked for.
+    """Copies to and from one device; on CUDA in a separate stream, in the order of the calls.
 
     Attributes:
-        device: The other end.
-        pinned: Whether host memory has to be pinned for copies to go on beside the computation.
+        device: The device.
+        pinned: Whether host memory must be pinned for copies to overlap with computation.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -51,13 +52,14 @@ class Transfers:
         self._stream = torch.cuda.Stream(device) if self.pinned else None
 
     def to_host(self, tensor: Tensor) -> Transfer:
-        """Begin to copy a tensor from the device; the current stream must have been given what makes it.
+        """Start copying a tensor from the device; the work that computes it must be in the current stream.
 
-        A tensor that is in host memory is not copied: what comes back is the tensor itself.
+        A tensor in host memory is not copied but returned itself.
         """
         if self._stream is None or not tensor.is_cuda:
             return Transfer(tensor.to("cpu"))
-        target = torch.empty_like(tensor, device="cpu", pin_memory=True)  # as it lies in memory: kernels look at that
+        # `empty_like` keeps the strides: kernels choose by them how they add up, and so how they round.
+        target = torch.empty_like(tensor, device="cpu", pin_memory=True)
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             target.copy_(tensor, non_blocking=True)
@@ -65,13 +67,13 @@ class Transfers:
             return Transfer(target, self._stream.record_event())
 
     def to_device(self, source: Transfer | Tensor, dtype: torch.dtype | None = None) -> Transfer:
-        """Begin to copy a tensor from host memory, as `dtype` or its own.
+        """Start copying a tensor from host memory.
 
         Args:
-            source: A tensor in host memory, pinned if the copy is to go on by itself, or a copy that `to_host` of the
-                same object began; that need not be complete, since both are in one stream. Pinned memory is not used
-                again before the copy is complete, even if it is freed.
-            dtype: Dtype on the device.
+            source: A tensor in host memory, pinned if the copy is to overlap with computation, or a copy started by
+                `to_host` of the same object. That one need not be complete, since both are in one stream. Pinned
+                memory may be freed at once: torch reuses it only after the copy.
+            dtype: Dtype on the device; the tensor's own by default.
         """
         tensor = source.tensor if isinstance(source, Transfer) else source
         if self._stream is None:
@@ -81,19 +83,19 @@ class Transfers:
             return Transfer(value, self._stream.record_event())
 
     def finish(self) -> None:
-        """Wait for everything that was begun."""
+        """Wait for all copies started so far."""
         if self._stream is not None:
             self._stream.synchronize()
 
 
 def thread_initializer(device: torch.device) -> Callable[[], None] | None:
-    """Return what a new thread has to call first, if anything.
+    """Return the function that a new thread must call first, or `None`.
 
-    A thread begins on CUDA device 0, and what it does may make a context there even if the run uses another device.
+    Threads start on CUDA device 0, where their work may create a context even if the run uses another device.
     """
     return partial(torch.cuda.set_device, device) if device.type == "cuda" else None
 
 
 def bytes_in_host_memory(size: int, pinned: bool) -> int:
-    """Return what so many bytes take in host memory; torch hands out pinned memory in powers of two."""
+    """Return how much host memory a tensor of `size` bytes takes; torch rounds pinned memory up to powers of two."""
     return 1 << (size - 1).bit_length() if pinned and size else size

@@ -1,4 +1,4 @@
-"""The interface of an adapter: how an architecture is loaded, split, run and saved."""
+"""The interface of adapters: how an architecture is loaded, split, run and saved."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Block:
 
     Attributes:
         name: Full name in the model.
-        module: Maps hidden states to hidden states of the next block.
-        layers: Its prunable weight matrices, in the order their masks are made.
+        module: Maps hidden states to the hidden states of the next block.
+        layers: Its prunable weight matrices, in the order in which they are pruned.
     """
 
     name: str
@@ -41,9 +41,9 @@ class Skeleton:
     """A model without its weights.
 
     Attributes:
-        module: The model; its parameters are on the meta device, its buffers are not.
+        module: The model, with its parameters on the meta device and its buffers on the CPU.
         processor: Its tokenizer or image transform.
-        folder: Holds its weights as safetensors files whose tensors are called as the model's.
+        folder: Folder of safetensors files; tensor names match the model's parameters.
     """
 
     module: nn.Module = field(repr=False)
@@ -54,9 +54,8 @@ class Skeleton:
 class Adapter(Configurable, ABC):
     """Says how an architecture splits into stem, blocks and head, and how to run it.
 
-    The blocks must form a chain: each receives the hidden states that the one before returned, as its
-    first argument. Everything else a block is called with (masks, positions) is recorded by the engine,
-    for each block and batch.
+    The blocks must form a chain: the first argument of each is the hidden states returned by the one before. The engine
+    records the other arguments (masks, positions) for each block and batch.
     """
 
     @abstractmethod
@@ -80,23 +79,23 @@ class Adapter(Configurable, ABC):
         """
 
     def skeleton(self, reference: str, dtype: torch.dtype | None) -> Skeleton | None:
-        """Return the model without its weights, or `None` if it cannot be had so or has no safetensors files.
+        """Return the model without its weights, or `None` if the checkpoint cannot be streamed.
 
-        With it a checkpoint is pruned block by block and never held whole.
+        With a skeleton, a checkpoint is pruned block by block without loading it whole.
 
         Args:
             reference: A folder or hub id that `declines` did not decline.
-            dtype: Dtype to compute in; `None` for that which `load` chooses.
+            dtype: Dtype to compute in; `None` for the one that `load` would choose.
         """
         return None
 
     def processor(self, module: nn.Module) -> Any:
-        """Return the processor of a model given from Python, where the model itself says how its data are made."""
+        """Return the processor of a model given from Python, or `None` if the model does not describe it."""
         return None
 
     @abstractmethod
     def save(self, module: nn.Module, processor: Any, folder: Path) -> None:
-        """Write the model and its processor to `folder` in the layout that its own library loads."""
+        """Write the model and its processor to `folder`, in the layout of its own library."""
 
     @abstractmethod
     def blocks(self, module: nn.Module) -> list[Block]:
@@ -104,10 +103,10 @@ class Adapter(Configurable, ABC):
 
     @abstractmethod
     def batch(self, data: Tensor | Mapping[str, Tensor], module: nn.Module) -> Batch:
-        """Return a batch for what a source or a user gave.
+        """Return a batch of data from a source or a user.
 
         Raises:
-            PruneForgeError: `data` has none of the forms this architecture takes, or does not fit `module`.
+            PruneForgeError: `data` is in a form that this architecture does not take, or does not fit `module`.
         """
 
     @abstractmethod
@@ -116,38 +115,38 @@ class Adapter(Configurable, ABC):
 
     @abstractmethod
     def losses(self, output: Any, batch: Batch) -> Tensor:
-        """Return each sample's own mean loss [samples], differentiable, for what `forward` returned."""
+        """Return each sample's own mean loss [samples], differentiable, for the result of `forward`."""
 
     def logits_a_token(self, module: nn.Module) -> int:
-        """Return how many logits the head makes of each token; 0 where they are few, as those of whole images.
+        """Return the number of logits of each token; 0 where they are few, such as those of a whole image.
 
-        The engine leaves room for them where a gradient of the loss is wanted, and runs the head on fewer samples.
+        For gradients of the loss the engine reserves memory for them, and runs the head on fewer samples at a time.
         """
         return 0
 
     def attention_heads(self, module: nn.Module) -> int:
-        """Return how many attention heads a block has; 0 where samples have few tokens, as images do.
+        """Return the number of attention heads of a block; 0 where samples have few tokens, such as images.
 
-        Where a gradient is wanted on a device, the engine leaves room for a number for each head and pair of tokens.
+        For gradients on a device the engine reserves memory for a score of each head and pair of tokens.
         """
         return 0
 
     @abstractmethod
     def context_length(self, module: nn.Module) -> int | None:
-        """Return the longest sequence the model takes, or `None` where that has no meaning."""
+        """Return the longest sequence that the model takes, or `None` if it has no such limit."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory.
+    """A model ready to be pruned or evaluated.
 
     Attributes:
         module: The model.
-        adapter: Knows how to split, run and save it.
+        adapter: Its adapter.
         processor: Its tokenizer or image transform, or `None`.
         reference: The folder or hub id it came from, or the class name of a model given from Python.
-        checkpoint: Holds its weights, if the module's own parameters are vacant.
-        note: Why the weights were loaded though they were to stay on disk, if so.
+        checkpoint: Holds its weights if the module is a skeleton; otherwise `None`.
+        note: Why streaming was not possible, or `None`.
     """
 
     module: nn.Module

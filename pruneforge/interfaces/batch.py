@@ -1,4 +1,4 @@
-"""One batch of data, as an architecture's adapter prepared it."""
+"""One batch of data, as an adapter prepares it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class Batch:
     """Samples that go through the model together.
 
     Attributes:
-        inputs: What the model is called with, by keyword; the first dimension counts samples.
+        inputs: Arguments of the model, by name; the first dimension of each is samples.
         size: Number of samples (sequences or images).
-        valid: Boolean [samples, tokens], `False` at tokens that count nowhere (padding); `None` if all count.
-        targets: What the loss compares with, in the adapter's own form.
-        loss: What the loss of a sample is, for the report.
-        tokens: How many tokens a sample has, padding included; 0 where they are few.
+        valid: Boolean [samples, tokens], `False` for padding, which statistics ignore; `None` if there is none.
+        targets: Targets of the loss, in the adapter's own form.
+        loss: Description of a sample's loss, for the report.
+        tokens: Number of tokens in a sample, including padding; 0 where they are few.
     """
 
     inputs: dict[str, Tensor]
@@ -31,15 +31,15 @@ class Batch:
 
     @cached_property
     def places(self) -> Tensor:
-        """Where the tokens that count stand among all of the batch, int64 [tokens that count].
+        """Indices of the valid tokens among all tokens of the batch, int64 [valid tokens].
 
-        Found once for a batch: on a device the host has to wait for it.
+        Cached, since on a device the host has to wait for the result.
         """
         assert self.valid is not None
         return self.valid.flatten().nonzero().flatten()
 
     def part(self, samples: slice) -> Batch:
-        """Return some of the samples as a batch."""
+        """Return a batch of some of the samples."""
         inputs = {key: value[samples] for key, value in self.inputs.items()}
         size = len(range(*samples.indices(self.size)))
         valid = None if self.valid is None else self.valid[samples]

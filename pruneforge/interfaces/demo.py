@@ -1,4 +1,4 @@
-"""The interface of a demo: a checkpoint and data that need no network."""
+"""The interface of demos: a checkpoint and data that need no network."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pruneforge.interfaces.options import Configurable
 
 
 class Demo(Configurable, ABC):
-    """What `pruneforge demo` prunes and evaluates, with every metric there is.
+    """A model and data that `pruneforge demo` prunes and evaluates with every metric.
 
     Attributes:
-        title: One line on the model and the data.
+        title: One line that describes the model and the data.
         calibration: Source of the calibration data.
-        samples: Calibration samples.
-        seqlen: Tokens a sample, or `None`.
-        task: The evaluator, by name.
-        task_options: Its options.
-        result: The entry of its results to show.
+        samples: Number of calibration samples.
+        seqlen: Tokens in a sample, or `None`.
+        task: Name of the evaluator.
+        task_options: Options of the evaluator.
+        result: The entry of the evaluator's results to show.
     """
 
     title: ClassVar[str]

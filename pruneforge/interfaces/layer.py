@@ -1,4 +1,4 @@
-"""A prunable weight matrix, whatever module holds it."""
+"""Prunable weight matrices, independent of the module that holds them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pruneforge.numerics import accumulation_dtype, zeroed
 
 @dataclass
 class Layer:
-    """One prunable weight matrix of a block, used as `torch.nn.functional.linear` uses it.
+    """One prunable weight matrix of a block, multiplied as in `torch.nn.functional.linear`.
 
-    A subclass that overrides `matrix`, `inputs` and `outputs` gives metrics the same view of a weight that
-    another product uses.
+    For the weight of another product, a subclass overrides `matrix`, `inputs` and `outputs`; metrics then see the same
+    shapes.
 
     Attributes:
         name: Full name in the model, without `.weight`.
@@ -43,30 +43,40 @@ class Layer:
         return out_features, in_features
 
     def write(self, mask: Tensor, weight: Tensor | None = None) -> None:
-        """Set to zero what `mask` [out, in] prunes, of the weight as it is or of an updated `weight` [out, in]."""
+        """Take over an updated `weight` [out, in], if given, and zero what `mask` prunes, boolean [out, in]."""
         matrix = self.matrix()
         if weight is not None:
             matrix.copy_(weight)
         zeroed(matrix, mask)
 
     def inputs(self, value: Tensor, samples: int) -> Tensor:
-        """View what the weight was multiplied with [..., in] as [samples, tokens, in]."""
+        """View the input of the product [..., in] as [samples, tokens, in].
+
+        Raises:
+            PruneForgeError: The tokens cannot be divided evenly among the samples.
+        """
         return self._tokens(value, samples)
 
     def outputs(self, value: Tensor, samples: int) -> Tensor:
-        """View what the product gave [..., out] as [samples, tokens, out]."""
+        """View the output of the product [..., out] as [samples, tokens, out].
+
+        Raises:
+            PruneForgeError: The tokens cannot be divided evenly among the samples.
+        """
         return self._tokens(value, samples)
 
     def _tokens(self, value: Tensor, samples: int) -> Tensor:
-        # Windows and flattened tokens still stand sample by sample, so this is a view of the same order.
+        # Windows and flattened tokens are still ordered by sample, so a reshape separates the samples.
         tokens = value.shape[:-1].numel()
         if tokens % samples:
-            raise PruneForgeError(f"layer {self.name!r} sees {tokens} tokens, no whole number for {samples} samples")
+            raise PruneForgeError(
+                f"layer {self.name!r} receives {tokens} tokens, which is not a multiple of {samples} samples"
+            )
         return value.reshape(samples, -1, value.shape[-1])
 
 
 class PointwiseConvLayer(Layer):
-    """The weight [out, in, 1, 1] of a 1x1 convolution, whose tokens are the positions of the image."""
+    """The weight [out, in, 1, 1] of a 1x1 convolution; its tokens are the positions of the image."""
 
     def matrix(self) -> Tensor:
         """Return a view of the parameter's data as a matrix [out, in]."""
@@ -82,11 +92,11 @@ class PointwiseConvLayer(Layer):
 
 
 def find_layers(module: nn.Module, prefix: str) -> list[Layer]:
-    """Return the layers of a block: every linear module and every 1x1 convolution of one group.
+    """Return the layers of a block: its linear modules and its 1x1 convolutions with one group.
 
     Args:
         module: The block.
-        prefix: Its full name in the model.
+        prefix: The block's full name in the model.
     """
     layers: list[Layer] = []
     for name, part in module.named_modules():

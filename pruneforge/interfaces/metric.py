@@ -1,4 +1,4 @@
-"""The interface of a pruning metric."""
+"""The interface of pruning metrics."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from pruneforge.numerics import accumulation_dtype
 
 @dataclass(frozen=True)
 class Pruned:
-    """What a metric decided for one layer.
+    """The result of a metric for one layer.
 
     Attributes:
         mask: Boolean [out, in], `True` keeps.
-        weight: The weight [out, in] of a method that updates it; `None` leaves it as it was.
-        notes: What a user has to know, such as a damping that had to be raised; goes to the report.
+        weight: The updated weight [out, in], or `None` to leave it unchanged.
+        notes: Messages for the report, such as about a damping that had to be raised.
     """
 
     mask: Tensor
@@ -40,8 +40,8 @@ class Metric(options.Configurable):
     `prune_layer` instead, and sets `scope = None` if it chooses its own comparison groups.
 
     Attributes:
-        requires: The statistics it needs; a property where that depends on the options.
-        scope: The comparison group its paper uses.
+        requires: The statistics it needs; a property if they depend on the options.
+        scope: The comparison group that its paper uses.
     """
 
     requires: Sequence[type[Statistic]] = ()
@@ -53,10 +53,10 @@ class Metric(options.Configurable):
         scope: Scope | None = Field(None, description="comparison group; by default the one of the metric's paper")
 
     def score(self, layer: Layer, stats: LayerStatistics) -> Tensor:
-        """Return one number a weight [out, in], higher is more important.
+        """Return one number for each weight [out, in]; higher is more important.
 
-        May be called several times for a layer, and must return the same each time; random numbers from
-        torch are seeded for each layer, so drawing them is no exception.
+        May be called several times for a layer, and must return the same each time. Random numbers from torch may be
+        used: they are seeded before each call.
 
         Args:
             layer: The layer; `layer.weight` is [out, in], float32 or float64, read only.
@@ -65,26 +65,26 @@ class Metric(options.Configurable):
         raise NotImplementedError(f"metric {self.name!r} implements neither score nor prune_layer")
 
     def prune_layer(self, layer: Layer, stats: LayerStatistics, pattern: Pattern) -> Pruned:
-        """Return the layer's mask: score, then select.
+        """Prune one layer; by default, score its weights and select a mask.
 
         Args:
             layer: The layer, dense.
-            stats: The statistics that `requires` names; read only, other patterns of the same run use them too.
+            stats: The statistics that `requires` names; read only, since other patterns of the same run use them too.
             pattern: Selects a mask from scores with `pattern.select`.
         """
         return Pruned(pattern.select(self.checked_score(layer, stats)))
 
     def checked_score(self, layer: Layer, stats: LayerStatistics) -> Tensor:
-        """Return `score` on the layer's device, in float32 or float64 and contiguous, checked.
+        """Return `score` checked and contiguous, in float32 or float64, on the layer's device.
 
         Raises:
-            PruneForgeError: The score has another shape than the weight, or NaN, which compares with nothing.
+            PruneForgeError: The score differs from the weight in shape, or contains NaN, which cannot be compared.
         """
         score = self.score(layer, stats)
         if score.shape != layer.shape:
             raise PruneForgeError(
                 f"metric {self.name!r} scored layer {layer.name!r} with shape {tuple(score.shape)}, "
-                f"its weight has {layer.shape}"
+                f"but its weight has {layer.shape}"
             )
         if score.numel() and torch.aminmax(score).min.isnan():
             raise PruneForgeError(f"metric {self.name!r} scored layer {layer.name!r} with NaN")
@@ -92,5 +92,5 @@ class Metric(options.Configurable):
         return score.to(layer.parameter.device, dtype).contiguous()
 
     def comparison_group(self) -> Scope | None:
-        """Return the scope asked for, or the metric's own."""
+        """Return the scope option, or else the metric's own scope."""
         return getattr(self.options, "scope", None) or self.scope

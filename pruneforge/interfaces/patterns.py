@@ -1,4 +1,4 @@
-"""Patterns of sparsity: which weights compete with which, and how many stay.
+"""Sparsity patterns: which weights are compared with each other, and how many of them are kept.
 
 A mask is boolean, `True` keeps. Exactly as many weights are pruned as the pattern says.
 """
@@ -25,6 +25,7 @@ def pruned_count(total: int, sparsity: float) -> int:
     >>> pruned_count(100, 0.29)
     29
     """
+    # Binary floating point gives 100 * 0.29 = 28.999...; the fraction of the decimal text is exact.
     return int(total * Fraction(repr(float(sparsity))))
 
 
@@ -44,17 +45,17 @@ class Unstructured:
         """Do nothing: any layer can be pruned to any sparsity."""
 
     def within(self, scope: Scope) -> Unstructured:
-        """Return the same sparsity with another comparison group."""
+        """Return a pattern of the same sparsity with another comparison group."""
         return replace(self, scope=scope)
 
     def select(self, scores: Tensor) -> Tensor:
-        """Return the mask of one matrix of scores [out, in], row by row or all of it as one group."""
+        """Return the mask, boolean [out, in], of scores [out, in]: row by row, or the whole matrix as one group."""
         if self.scope == "row":
             return prune_smallest(scores, pruned_count(scores.shape[1], self.sparsity))
         return prune_smallest_of_all(scores, pruned_count(scores.numel(), self.sparsity))
 
     def fits(self, mask: Tensor) -> bool:
-        """Return whether a mask [out, in] prunes exactly as many of each row or layer as it should."""
+        """Return whether a mask [out, in] prunes exactly the right number of weights of each row or of the layer."""
         rows = mask if self.scope == "row" else mask.reshape(1, -1)
         return bool((count_kept(rows) == rows.shape[1] - pruned_count(rows.shape[1], self.sparsity)).all())
 
@@ -64,10 +65,10 @@ class Unstructured:
 
 @dataclass(frozen=True)
 class NM:
-    """At most `n` of every `m` consecutive weights of an output row stay.
+    """Keeps `n` of every `m` consecutive weights of an output row.
 
     Attributes:
-        n: How many stay.
+        n: Number of weights kept in a group.
         m: Size of a group along the inputs.
     """
 
@@ -92,11 +93,12 @@ class NM:
             )
 
     def select(self, scores: Tensor) -> Tensor:
-        """Return the mask of a matrix of scores [out, in], in a multiple of m."""
+        """Return the mask, boolean [out, in], of scores [out, in]; `in` must be a multiple of m."""
         groups = scores.reshape(-1, self.m)
-        # A weight's rank is how many of its group are pruned before it. Pairs cost m^2 cheap passes.
         if self.m > 8:
             return prune_smallest(groups, self.m - self.n).view_as(scores)
+        # A weight's rank is the number of weights of its group that are pruned before it. Comparing all pairs takes
+        # m^2 / 2 cheap passes over the scores.
         columns = groups.T.contiguous()
         rank = torch.zeros_like(columns, dtype=torch.uint8)
         for later in range(1, self.m):
@@ -125,21 +127,21 @@ def parse_pattern(sparsity: float | None, pattern: str | None, scope: Scope) -> 
     """Return the pattern that a user asked for.
 
     Args:
-        sparsity: Share to prune; by default a half, or what the pattern says.
-        pattern: `None` or "unstructured", or "N:M" for N kept of every M.
+        sparsity: Share to prune; by default 0.5, or the pattern's own.
+        pattern: `None`, "unstructured", or "N:M" to keep N of every M weights.
         scope: Comparison group of an unstructured pattern.
 
     Raises:
-        PruneForgeError: The sparsity is outside [0, 1), N is greater than M, or the two disagree.
+        PruneForgeError: The sparsity is outside [0, 1), the pattern is invalid, or the two disagree.
     """
     if sparsity is not None and not 0 <= sparsity < 1:
         raise PruneForgeError(f"sparsity {sparsity} is outside [0, 1); it is the share of weights to prune")
     if pattern is None or pattern == "unstructured":
         return Unstructured(0.5 if sparsity is None else sparsity, scope)
-    found = re.fullmatch(r"(\d+):(\d+)", pattern)
-    if not found:
+    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+    if not match:
         raise PruneForgeError(f"pattern {pattern!r} is neither 'unstructured' nor N:M, such as 2:4")
-    n, m = int(found[1]), int(found[2])
+    n, m = int(match[1]), int(match[2])
     if not 0 < n <= m:
         raise PruneForgeError(f"pattern {pattern!r} keeps {n} of every {m}; N must lie between 1 and M")
     parsed = NM(n, m)

@@ -1,7 +1,7 @@
-"""Streaming summaries of what a layer saw.
+"""Statistics: streaming summaries of the inputs and gradients of layers.
 
-A statistic holds raw sums and counts; each metric does its own normalisation. Sums are float32, or
-float64 in a float64 model, and merge by addition, so that batches, processes and runs can be joined.
+A statistic holds raw sums and counts; each metric does its own normalisation. Sums are float32, or float64 in a float64
+model, and merge by addition across batches and processes.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from pruneforge.numerics import accumulation_dtype, products_of
 S = TypeVar("S", bound="Statistic")
 T = TypeVar("T")
 
-CACHED = 1 << 18
-"""Values of an input that a processor's cache holds beside what is made of them."""
+VALUES_IN_CACHE = 1 << 18
+"""Number of input values that fit in the processor's cache together with the intermediate results."""
 
 
 class Statistic(ABC):
-    """A sum over what the calibration data showed to a layer.
+    """A sum over the calibration data, for one layer.
 
     Attributes:
         total: The raw sum.
-        samples: How many samples (sequences or images) went into it.
-        tokens: How many tokens went into it.
+        samples: Number of samples (sequences or images) in it.
+        tokens: Number of tokens in it.
     """
 
     total: Tensor
@@ -42,7 +42,7 @@ class Statistic(ABC):
         """Start at zero for a layer of `shape` (out, in), with sums of `dtype` on `device`."""
 
     def merge(self, other: Statistic) -> None:
-        """Add what `other`, of the same class, saw elsewhere."""
+        """Add another statistic of the same class, collected on other data."""
         self.total += other.total.to(self.total.device)
         self.samples += other.samples
         self.tokens += other.tokens
@@ -52,20 +52,20 @@ class Statistic(ABC):
         self.total = self.total.to(device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything `load_state_dict` needs to restore the statistic."""
+        """Return everything that `load_state_dict` needs to restore the statistic."""
         return {"total": self.total, "samples": self.samples, "tokens": self.tokens}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the statistic from the result of `state_dict`."""
         self.total, self.samples, self.tokens = state["total"], state["samples"], state["tokens"]
 
 
 class InputStatistic(Statistic):
-    """A sum over the tokens that a layer received; layers that share an input share it.
+    """A sum over the tokens that a layer received. Layers that share an input share the statistic.
 
     Attributes:
-        in_cache: Whether tokens are to be given to `add` a few at a time, while they are in the processor's cache:
-            faster for a pass over them, slower for a product of them.
+        in_cache: Whether `add` receives a few tokens at a time on the CPU, so that they stay in the processor's cache.
+            That is faster for elementwise sums and slower for matrix products.
     """
 
     in_cache: ClassVar[bool] = False
@@ -74,10 +74,10 @@ class InputStatistic(Statistic):
         """Add one batch.
 
         Args:
-            inputs: [tokens, in], padding left out, in the model's dtype.
-            samples: How many samples the tokens come from.
+            inputs: [tokens, in], without padding, in the model's dtype.
+            samples: Number of samples that the tokens come from.
         """
-        together = CACHED // max(1, inputs.shape[-1]) if self.in_cache and inputs.device.type == "cpu" else 0
+        together = VALUES_IN_CACHE // max(1, inputs.shape[-1]) if self.in_cache and inputs.device.type == "cpu" else 0
         for part in inputs.split(together) if together else [inputs]:
             self.add(part.to(self.total.dtype))
         self.samples += samples
@@ -85,14 +85,14 @@ class InputStatistic(Statistic):
 
     @abstractmethod
     def add(self, inputs: Tensor) -> None:
-        """Add `inputs` [tokens, in], in the dtype of the sums, to `total`."""
+        """Add `inputs` [tokens, in], in the dtype of the sums, to `total`; may be called several times for a batch."""
 
 
 class GradientStatistic(Statistic):
-    """A sum over samples of each sample's own weight gradient, in the dense model.
+    """A sum over samples of a function of each sample's own weight gradient, in the dense model.
 
     Attributes:
-        by_rows: Whether `add` treats each row of the gradient by itself, and may be given a few of them at a time.
+        by_rows: Whether `add` treats each row of the gradient separately, so that it can receive a few rows at a time.
     """
 
     by_rows: ClassVar[bool] = False
@@ -101,7 +101,7 @@ class GradientStatistic(Statistic):
         self.total = torch.zeros(shape, dtype=dtype, device=device)
 
     def part(self, rows: slice) -> GradientStatistic:
-        """Return the statistic of some rows, which adds to these sums; all rows are the statistic itself."""
+        """Return a view of some rows, which adds to the same sums; for all rows, the statistic itself."""
         if rows.stop - rows.start == len(self.total):
             return self
         part = copy(self)
@@ -112,12 +112,12 @@ class GradientStatistic(Statistic):
     def add(self, gradient: Tensor) -> None:
         """Add the gradient [out, in] of one sample's mean loss, in the dtype of the sums, to `total`.
 
-        The tensor is used again for the next sample, and must not be changed or kept.
+        The tensor is reused for the next sample and must not be changed or kept.
         """
 
 
 class ColumnSquares(InputStatistic):
-    """Sum over tokens of each input column's square, `total` [in]."""
+    """Sum over tokens of the squares of each input column, `total` [in]."""
 
     in_cache = True
 
@@ -136,20 +136,20 @@ class ColumnSquares(InputStatistic):
 class Gram(InputStatistic):
     """Gram matrix of the inputs, X^T X over all tokens, `total` [in, in].
 
-    Of the symmetric matrix only a little more than the lower half is summed up; the rest is filled in when `total` is
-    asked for.
+    The matrix is symmetric, so only its lower half and a little more are summed. Reading `total` mirrors that half;
+    this happens once, after all batches.
     """
 
     _sum: Tensor
-    _half: bool
-    _source: torch.dtype | None = None
+    _half: bool  # whether the upper half of `_sum` is out of date
+    _source: torch.dtype | None = None  # dtype of the inputs before `update` converted them; narrow products are exact
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
         self.total = torch.zeros(shape[1], shape[1], dtype=dtype, device=device)
 
     @property
     def total(self) -> Tensor:
-        """The matrix [in, in]."""
+        """The whole matrix [in, in]."""
         if self._half:
             for part in self._columns():
                 self._sum[part, part.stop :] = self._sum[part.stop :, part].T
@@ -174,7 +174,7 @@ class Gram(InputStatistic):
         self._half = True
 
     def _columns(self) -> list[slice]:
-        """Return parts of the columns, few and wide enough for fast products."""
+        """Split the columns into at most four parts, each wide enough for fast products."""
         size = len(self._sum)
         step = max(256, -(-size // 4))
         return [slice(start, min(start + step, size)) for start in range(0, size, step)]
@@ -185,7 +185,7 @@ class Gram(InputStatistic):
 
 
 class GradientMagnitude(GradientStatistic):
-    """Sum over samples of the gradient's absolute value, `total` [out, in]."""
+    """Sum over samples of the absolute value of the gradient, `total` [out, in]."""
 
     by_rows = True
 
@@ -195,7 +195,7 @@ class GradientMagnitude(GradientStatistic):
 
 
 class GradientSquares(GradientStatistic):
-    """Sum over samples of the gradient's square, `total` [out, in]."""
+    """Sum over samples of the square of the gradient, `total` [out, in]."""
 
     by_rows = True
 
@@ -205,7 +205,7 @@ class GradientSquares(GradientStatistic):
 
 
 class GradientSum(GradientStatistic):
-    """Sum over samples of the gradient with its sign, `total` [out, in]."""
+    """Sum over samples of the signed gradient, `total` [out, in]."""
 
     by_rows = True
 
@@ -218,13 +218,13 @@ K = TypeVar("K", bound=Statistic)
 
 
 def empty_statistics(layer: Layer, kinds: Iterable[type[K]], device: torch.device | None = None) -> dict[type[K], K]:
-    """Return empty statistics of a layer, by class, with their sums on its device or on `device`."""
+    """Return empty statistics of a layer, by class, with their sums on `device`, by default the layer's."""
     weight = layer.parameter
     return {kind: kind(layer.shape, accumulation_dtype(weight.dtype), device or weight.device) for kind in kinds}
 
 
 class LayerStatistics:
-    """The statistics that one layer's metric asked for, by class: `stats[ColumnSquares].total`."""
+    """The statistics of one layer that the metric requires, by class: `stats[ColumnSquares].total`."""
 
     def __init__(self, statistics: Mapping[type[Statistic], Statistic], shared: dict[Any, Any]) -> None:
         self._statistics = dict(statistics)
@@ -234,7 +234,7 @@ class LayerStatistics:
         """Return the statistic of class `kind`.
 
         Raises:
-            KeyError: The metric does not name `kind` in its `requires`.
+            KeyError: `kind` is not in the metric's `requires`.
         """
         try:
             return self._statistics[kind]  # type: ignore[return-value]
@@ -243,19 +243,19 @@ class LayerStatistics:
 
     @property
     def input_key(self) -> int:
-        """A number that layers with the same input have in common."""
+        """A number that is equal for layers with the same input."""
         return id(self._shared)
 
     def joined(self, others: Mapping[Any, Statistic]) -> LayerStatistics:
-        """Return these statistics with others of the same layer."""
+        """Return these statistics together with others of the same layer."""
         return LayerStatistics({**self._statistics, **others}, self._shared)
 
     def shared(self, key: Any, compute: Callable[[], T]) -> T:
-        """Return `compute()`, computed once for all the layers that share this layer's input.
+        """Return `compute()`, called once for all layers that share this layer's input.
 
         Args:
-            key: Names the value among those of this input.
-            compute: Derives the value from input statistics alone: no random numbers, nothing of the pattern.
+            key: Identifies the value among those of this input.
+            compute: Derives the value from input statistics only, without random numbers and whatever the pattern.
         """
         if key not in self._shared:
             self._shared[key] = compute()

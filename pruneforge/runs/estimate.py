@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pruneforge.checkpoint.rewrite import Rewrite
-from pruneforge.checkpoint.skeleton import stored_layers
+from pruneforge.checkpoint.skeleton import layer_locations
 from pruneforge.data.calibration import Data
 from pruneforge.engine.probe import probe
 from pruneforge.engine.processes import Group
@@ -91,7 +91,7 @@ def estimate(
     statistics = sum(made.total.nbytes for la in layers for made in empty_statistics(la, gradients, META).values())
     disk = waiting - waits_on_device - waits_on_host
     if loaded.checkpoint is not None:
-        stored = stored_layers(loaded.module, run.blocks, loaded.checkpoint)
+        stored = layer_locations(loaded.module, run.blocks, loaded.checkpoint)
         disk += statistics + Rewrite(loaded.checkpoint, Path(), stored).bytes_needed()
     return Estimate(
         blocks=len(run.blocks),

@@ -9,7 +9,7 @@ from torch import Tensor
 from pruneforge.checkpoint.folder import check_output, new_folder
 from pruneforge.checkpoint.masks import save_masks
 from pruneforge.engine.chain import Chain
-from pruneforge.engine.hidden_states import Store
+from pruneforge.engine.hidden_states import HiddenStates
 from pruneforge.engine.loop import prune_blocks
 from pruneforge.engine.residency import InMemory
 from pruneforge.interfaces.run import BlockResult, Output, Run
@@ -48,10 +48,10 @@ def prune_in_memory(session: Session, run: Run) -> PruneResult:
         residency = InMemory(loaded.module, run.blocks, session.device)
         budgets = session.resources.budgets
         host, on_device = budgets.for_activations([run], loaded, batches, session.device)
-        with closing(Store(session.device, on_device, host)) as store:
-            chain = Chain(loaded.module, loaded.adapter, run.blocks, residency, store)
+        with closing(HiddenStates(session.device, on_device, host)) as hidden_states:
+            chain = Chain(loaded.module, loaded.adapter, run.blocks, residency, hidden_states)
             prune_blocks([run], chain, batches, session.progress, session.block_pruned, group=session.group)
-        run.activations = {name: home.peak for name, home in store.homes.items()}
+        run.activations = {name: tier.peak for name, tier in hidden_states.tiers.items()}
     report = session.finish(run, identity={}, together=1)
     if run.folder is not None and session.group.first:
         with new_folder(run.folder) as folder:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pruneforge.checkpoint.shards import Checkpoint
-from pruneforge.checkpoint.skeleton import lacking, vacate
+from pruneforge.checkpoint.skeleton import make_skeleton, missing_parameters
 from pruneforge.errors import PruneForgeError, unknown_name
 from pruneforge.interfaces.adapter import Adapter, LoadedModel
 from pruneforge.interfaces.registry import Registry
@@ -84,9 +84,9 @@ def _load(adapter: Adapter, reference: str, dtype: torch.dtype | None, processor
         note = f"adapter {adapter.name!r} cannot stream it, so the model was loaded whole"
         if skeleton is not None:
             checkpoint = Checkpoint(skeleton.folder)
-            missing = lacking(skeleton.module, checkpoint)
+            missing = missing_parameters(skeleton.module, checkpoint)
             if not missing:
-                vacate(skeleton.module)
+                make_skeleton(skeleton.module)
                 return LoadedModel(skeleton.module, adapter, processor or skeleton.processor, reference, checkpoint)
             note = f"the checkpoint has no tensor {missing[0]!r}, so the model was loaded whole"
     module, own_processor = adapter.load(reference, dtype)

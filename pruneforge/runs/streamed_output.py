@@ -17,7 +17,7 @@ from pruneforge.checkpoint.durable import PARTIAL
 from pruneforge.checkpoint.folder import check_output
 from pruneforge.checkpoint.journal import JOURNAL_FILE, Journal, difference
 from pruneforge.checkpoint.rewrite import Rewrite
-from pruneforge.checkpoint.skeleton import stored_layers
+from pruneforge.checkpoint.skeleton import layer_locations
 from pruneforge.engine.transfers import Transfer, Transfers
 from pruneforge.errors import PruneForgeError, UnfinishedError
 from pruneforge.interfaces.run import BlockResult, Output, Run
@@ -55,8 +55,8 @@ class StreamedOutput(Output):
         self.identity = identity
         self._session = session
         self._checkpoint = checkpoint
-        self._stored = stored_layers(session.loaded.module, run.blocks, checkpoint)
-        self.rewrite = Rewrite(checkpoint, self.folder, self._stored)
+        self._locations = layer_locations(session.loaded.module, run.blocks, checkpoint)
+        self.rewrite = Rewrite(checkpoint, self.folder, self._locations)
         self._journal: Journal | None = None
         self._writer: Behind | None = None
         self._transfers: Transfers | None = None
@@ -169,16 +169,16 @@ class StreamedOutput(Output):
         tensors: dict[str, Tensor] = {}
         for layer in result.block.layers:
             name, value = layer.name, layer.parameter.data
-            stored, _ = self._stored[name]
-            if stored.dtype == value.dtype:
-                tensors[stored.name] = value
+            location, _ = self._locations[name]
+            if location.dtype == value.dtype:
+                tensors[location.name] = value
             elif name in result.updated:
-                tensors[stored.name] = value.to(stored.dtype)
-                if not all_finite(tensors[stored.name]):
-                    raise PruneForgeError(f"an updated weight of layer {name!r} is too large for {stored.dtype}")
-                value.copy_(tensors[stored.name])
+                tensors[location.name] = value.to(location.dtype)
+                if not all_finite(tensors[location.name]):
+                    raise PruneForgeError(f"an updated weight of layer {name!r} is too large for {location.dtype}")
+                value.copy_(tensors[location.name])
             else:
-                tensors[stored.name] = zeroed(self._checkpoint.read(stored), result.masks[name])
+                tensors[location.name] = zeroed(self._checkpoint.read(location), result.masks[name])
         return tensors
 
     def _write(self, result: BlockResult, copies: dict[str, Transfer]) -> None:

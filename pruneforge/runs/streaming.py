@@ -8,8 +8,8 @@ from contextlib import ExitStack, closing
 from pruneforge.checkpoint.behind import Behind
 from pruneforge.checkpoint.durable import sync, writing
 from pruneforge.engine.chain import Chain
-from pruneforge.engine.gradient_store import GradientFiles, cache_folder
-from pruneforge.engine.hidden_states import Store
+from pruneforge.engine.gradient_store import FileGradientStore, cache_folder
+from pruneforge.engine.hidden_states import HiddenStates
 from pruneforge.engine.loop import prune_blocks
 from pruneforge.engine.residency import Streamed
 from pruneforge.engine.transfers import Transfers, thread_initializer
@@ -77,17 +77,17 @@ def _prune_blocks(session: Session, outputs: Sequence[StreamedOutput]) -> None:
     blocks, first = runs[0].blocks, outputs[0]
     assert loaded.checkpoint is not None
     host, on_device = session.resources.budgets.for_activations(runs, loaded, batches, device)
-    store = Store(device, on_device, host, first.folder / f"{WAITING}{session.group.rank}")
-    gradients = GradientFiles(session.resources.gradient_cache or cache_folder(), gradient_identity(session))
+    hidden_states = HiddenStates(device, on_device, host, first.folder / f"{WAITING}{session.group.rank}")
+    gradient_store = FileGradientStore(session.resources.gradient_cache or cache_folder(), gradient_identity(session))
     residency = Streamed(loaded.module, blocks, device, loaded.checkpoint, first.rewrite, session.profile)
     transfers, writer = Transfers(device), Behind("pruneforge-writer", thread_initializer(device))
-    with closing(store), closing(residency), closing(writer):
+    with closing(hidden_states), closing(residency), closing(writer):
         for output in outputs:
             output.write_behind(writer, transfers)
         if any(run.finished < len(blocks) for run in runs):
-            chain = Chain(loaded.module, loaded.adapter, blocks, residency, store)
-            prune_blocks(runs, chain, batches, session.progress, session.block_pruned, gradients, session.group)
+            chain = Chain(loaded.module, loaded.adapter, blocks, residency, hidden_states)
+            prune_blocks(runs, chain, batches, session.progress, session.block_pruned, gradient_store, session.group)
         writer.wait()
     for run in runs:
-        run.gradient_cache = {"reused": gradients.reused, "added_bytes": gradients.written}
-        run.activations = {name: home.peak for name, home in store.homes.items()}
+        run.gradient_cache = {"reused": gradient_store.reused, "added_bytes": gradient_store.written}
+        run.activations = {name: tier.peak for name, tier in hidden_states.tiers.items()}

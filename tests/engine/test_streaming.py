@@ -17,9 +17,9 @@ from timm.models import save_for_hf
 import pruneforge
 from pruneforge import PruneForgeError
 from pruneforge.checkpoint.shards import Checkpoint
-from pruneforge.checkpoint.skeleton import vacate
+from pruneforge.checkpoint.skeleton import make_skeleton
 from pruneforge.engine.chain import Chain
-from pruneforge.engine.hidden_states import Store
+from pruneforge.engine.hidden_states import HiddenStates
 from pruneforge.engine.loop import prune_blocks
 from pruneforge.engine.residency import Streamed
 from pruneforge.interfaces.adapter import Adapter
@@ -151,7 +151,7 @@ def test_weights_are_there_only_while_their_block_is_visited(metric, scope, prop
     registry = loaded_plugins().registry
     adapter: Adapter = registry.create("adapter", "llama")
     module = adapter.skeleton(str(folder), None).module
-    vacate(module)
+    make_skeleton(module)
     assert all(parameter.untyped_storage().nbytes() == 8 for parameter in module.parameters())
     blocks = adapter.blocks(module)
     chosen = registry.create("metric", metric, options)
@@ -166,14 +166,14 @@ def test_weights_are_there_only_while_their_block_is_visited(metric, scope, prop
         found.update(result.masks)
 
     # Everything waits on disk: no room is given in memory.
-    store = Store(torch.device("cpu"), 0, 0, tmp_path / "waiting")
+    store = HiddenStates(torch.device("cpu"), 0, 0, tmp_path / "waiting")
     chain = Chain(module, adapter, blocks, residency, store)
     prune_blocks([run], chain, [adapter.batch(ids, module) for ids in tokens().split(3)], Progress(), look)
     residency.close()
     assert all(torch.isnan(parameter).all() for parameter in module.parameters())
     assert all(torch.equal(found[name], mask) for name, mask in expected.masks.items())
-    assert store.homes["host"].peak == 0
-    assert (store.homes["disk"].peak > 0) == bool(chosen.requires)
+    assert store.tiers["host"].peak == 0
+    assert (store.tiers["disk"].peak > 0) == bool(chosen.requires)
 
 
 class Noting(Checkpoint):
@@ -192,7 +192,7 @@ def test_a_third_block_is_read_only_when_one_of_two_was_let_go(tmp_path):
     folder = saved(tmp_path / "model")
     adapter: Adapter = loaded_plugins().registry.create("adapter", "llama")
     module = adapter.skeleton(str(folder), None).module
-    vacate(module)
+    make_skeleton(module)
     blocks = adapter.blocks(module)
     checkpoint = Noting(folder)
     residency = Streamed(module, blocks, torch.device("cpu"), checkpoint)
@@ -212,22 +212,22 @@ def test_a_third_block_is_read_only_when_one_of_two_was_let_go(tmp_path):
 
 
 def test_hidden_states_go_to_the_first_place_that_has_room(tmp_path):
-    store = Store(torch.device("cpu"), 0, 100, tmp_path / "waiting")
+    store = HiddenStates(torch.device("cpu"), 0, 100, tmp_path / "waiting")
     values = [torch.randn(10), torch.randn(5, 2).bfloat16(), torch.randn(20, dtype=torch.float64), torch.randn(4)]
     kept = [store.keep(value) for value in values]
     assert [k.path is not None for k in kept] == [False, False, True, False]
     assert all(torch.equal(k.get(), value) for k, value in zip(kept, values, strict=True))
-    assert store.homes["host"].used == 40 + 20 + 16
-    assert store.homes["disk"].used == 160
+    assert store.tiers["host"].used == 40 + 20 + 16
+    assert store.tiers["disk"].used == 160
     file = kept[2].path
     assert file.exists()
     del kept
     assert not file.exists()
-    assert store.homes["host"].used == store.homes["disk"].used == 0
+    assert store.tiers["host"].used == store.tiers["disk"].used == 0
 
 
 def test_hidden_states_on_disk_come_back_as_they_lay_in_memory(tmp_path):
-    store = Store(torch.device("cpu"), 0, 0, tmp_path / "waiting")
+    store = HiddenStates(torch.device("cpu"), 0, 0, tmp_path / "waiting")
     image = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)  # kernels look at that, and round by it
     for value in (image, torch.randn(6, 4).T, torch.randn(2, 3, 4), torch.tensor(3.0)):
         kept = store.keep(value)
@@ -359,7 +359,7 @@ def test_budgets_are_kept_or_refused(tmp_path):
     with pytest.raises(PruneForgeError, match="the memory budget of 1,000,000 bytes is too small; this run needs"):
         pruneforge.prune(folder, "wanda", 0.5, None, batches, output=tmp_path / "small", memory_budget="1MB")
     assert not (tmp_path / "small").exists()
-    with pytest.raises(PruneForgeError, match="memory budget 'much' is no number of bytes"):
+    with pytest.raises(PruneForgeError, match="memory budget 'much' is not a number of bytes"):
         pruneforge.prune(folder, "wanda", 0.5, None, batches, output=tmp_path / "small", memory_budget="much")
     result = pruneforge.prune(folder, "wanda", 0.5, None, batches, output=tmp_path / "out", memory_budget="1TiB")
     assert all(torch.equal(result.masks[name], mask) for name, mask in expected.masks.items())

@@ -218,7 +218,7 @@ def test_bad_images_are_named(folder, checkpoint, tmp_path):
     (tmp_path / "broken.zip").write_bytes(b"PK nothing")
     fails(tmp_path / "broken.zip", "cannot be read")
     fails("imagenet:nobody/nothing", "cannot be loaded")
-    with pytest.raises(PruneForgeError, match="the model takes no images"):
+    with pytest.raises(PruneForgeError, match="the model does not take images"):
         list(source(folder).calibration(Request(None, 1, None, 1, 0)))
     one = tmp_path / "one"
     (one / "cat").mkdir(parents=True)

@@ -115,7 +115,7 @@ def test_other_architectures_are_declined_with_a_reason(config, said):
 
 
 def test_a_module_that_is_no_transformers_model_is_declined():
-    with pytest.raises(PruneForgeError, match="Linear is no transformers model"):
+    with pytest.raises(PruneForgeError, match="Linear is not a transformers model"):
         pruneforge.prune(torch.nn.Linear(4, 4), "magnitude", 0.5)
 
 
@@ -156,7 +156,7 @@ IDS = torch.ones(2, 4, dtype=torch.int64)
             "attention_mask (2, 3) does not fit input_ids (2, 4)",
         ),
         ({"input_ids": IDS, "attention_mask": [1, 1]}, "attention_mask of a batch must be a tensor"),
-        ({"input_ids": IDS, "attention_mask": IDS * torch.tensor([[1], [0]])}, "padding from end to end"),
+        ({"input_ids": IDS, "attention_mask": IDS * torch.tensor([[1], [0]])}, "all padding"),
     ],
 )
 def test_batches_that_do_not_fit_are_refused(data, said):

@@ -201,7 +201,7 @@ def test_a_wrong_column_and_a_wrong_slice_are_named(rows, tmp_path, tokenizer):
         draw(rows["parquet"], tokenizer, column="body")
     with pytest.raises(PruneForgeError, match=r"there is no file or folder '.*\[a:b\]'"):
         draw(f"{rows['jsonl']}[a:b]", tokenizer)
-    with pytest.raises(PruneForgeError, match=r"slice \[90:\] leaves nothing of 12 rows"):
+    with pytest.raises(PruneForgeError, match=r"slice \[90:\] selects none of 12 rows"):
         draw(f"{rows['jsonl']}[90:]", tokenizer)
 
 

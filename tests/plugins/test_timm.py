@@ -248,7 +248,7 @@ def test_models_whose_blocks_are_no_chain_are_refused():
 @pytest.mark.parametrize(
     ("reference_", "said"),
     [
-        ("timm:vit_tinny_patch16_224", "timm knows no model"),
+        ("timm:vit_tinny_patch16_224", "timm has no model"),
         ("timm:resnet18", "timm: ResNet has no blocks"),
         ("hf-hub:nobody/nothing", "no adapter takes 'hf-hub:nobody/nothing'"),
         ("timm:efficientnet_b0", "has batch normalisation"),

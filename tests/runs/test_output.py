@@ -148,7 +148,7 @@ def test_an_output_that_is_taken_is_refused_before_any_work(checkpoint, tmp_path
     assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
     with pytest.raises(PruneForgeError, match="is a file"):
         run(checkpoint, tmp_path / "full" / "thesis.txt")
-    with pytest.raises(PruneForgeError, match="is no folder to write in"):
+    with pytest.raises(PruneForgeError, match="is not a folder that can be written to"):
         run(checkpoint, tmp_path / "full" / "thesis.txt" / "out")
     (tmp_path / "empty").mkdir()
     run(checkpoint, tmp_path / "empty")
