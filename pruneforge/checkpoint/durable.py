@@ -54,10 +54,9 @@ def write_all(target: int, data: memoryview, offset: int) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Flush the small files of a folder, and its list of names, to the disk."""
+    """Flush the files of a folder, and its list of names, to the disk; those flushed before cost next to nothing."""
     for path in folder.iterdir():
-        # Weight files are larger, and flushed where they are written.
-        if path.is_file() and path.stat().st_size < 1 << 24:
+        if path.is_file():
             _sync(path)
     _sync(folder)
 

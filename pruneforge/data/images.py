@@ -235,8 +235,9 @@ def class_indices(images: ImageSet, processor: ImageProcessor) -> list[int | Non
     """
     labels = [images.label(index) for index in range(len(images))]
     if images.class_names is not None:
-        heads = _heads_classes(images.class_names, processor)
-        return [heads[label] if isinstance(label, int) else None for label in labels]
+        heads = dict(enumerate(_heads_classes(images.class_names, processor)))
+        # Unlabelled parts of hub data sets have -1 for every label.
+        return [heads.get(label) if isinstance(label, int) else None for label in labels]
     class_names = sorted({label for label in labels if isinstance(label, str)})
     if class_names:
         position = dict(zip(class_names, _heads_classes(class_names, processor), strict=True))

@@ -20,7 +20,8 @@ from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Adapter, Block
 from pruneforge.interfaces.batch import Batch
 
-StandIn = Callable[[int, Tensor, Call], Any]
+StandIn = Callable[[int, Any, Call], Any]
+"""Takes a block's index, its hidden states as the model gives them, and its other arguments."""
 
 
 class _StopForward(Exception):  # noqa: N818 - not an error
@@ -77,20 +78,20 @@ class Chain:
         calls: list[Call] = []
         passed: list[Tensor] = []
 
-        def stand_in(index: int, hidden: Tensor, call: Call) -> Any:
+        def stand_in(index: int, hidden: Any, call: Call) -> Any:
             if index != len(calls):
                 raise PruneForgeError(
                     f"block {self.blocks[index].name!r} ran out of order; an adapter's blocks must form a chain"
                 )
-            if not calls:
-                first.append(hidden)
-                if learn:
-                    self._learn_extras(hidden, call)
             if not isinstance(hidden, Tensor):
                 raise PruneForgeError(
                     f"block {self.blocks[index].name!r} is called with {type(hidden).__name__} first, not with hidden "
                     "states; blocks must form a chain"
                 )
+            if not calls:
+                first.append(hidden)
+                if learn:
+                    self._learn_extras(hidden, call)
             extras = [extra for extra in self._extras or () if isinstance(extra, Tensor)]
             # A stand-in cannot compute further outputs; it returns those of `_learn_extras` as placeholders. A block
             # that uses one needs more than hidden states from the block before.
@@ -134,8 +135,7 @@ class Chain:
             def replaced(*args: Any, **kwargs: Any) -> Any:
                 if args:
                     return stand_in(index, args[0], Call(args[1:], kwargs))
-                hidden = kwargs.pop("hidden_states")
-                return stand_in(index, hidden, Call((), kwargs))
+                return stand_in(index, kwargs.pop("hidden_states", None), Call((), kwargs))
 
             return replaced
 

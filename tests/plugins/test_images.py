@@ -245,6 +245,20 @@ def test_dataset_rows_without_labels_have_none(tmp_path):
     assert set(drawn) == {"pixel_values"}
 
 
+def test_rows_of_an_unlabelled_part_have_no_class(tmp_path):
+    """Hub data sets give every image of such a part the label -1."""
+    label = datasets.ClassLabel(names=["cat", "dog", "owl"])
+    rows = datasets.Dataset.from_dict(
+        {"image": [picture(i) for i in range(3)], "label": [-1, 0, 2]},
+        features=datasets.Features({"image": datasets.Image(), "label": label}),
+    )
+    (tmp_path / "rows").mkdir()
+    rows.to_parquet(tmp_path / "rows" / "train.parquet")
+    images = source(f"imagenet:{tmp_path / 'rows'}").images("calibration")
+    classes = class_indices(images, processor(model(3)))
+    assert {images.label(index): of_image for index, of_image in enumerate(classes)} == {-1: None, 0: 0, 2: 2}
+
+
 def test_class_names_of_a_data_set_must_be_the_heads(folder, tmp_path):
     path = f"imagenet:{folder}"
     with pytest.raises(PruneForgeError, match="the images have 3 classes, such as 'cat', and the head has 5"):

@@ -245,6 +245,27 @@ def test_models_whose_blocks_are_no_chain_are_refused():
             pruneforge.prune(model, "wanda", 0.5, None, [torch.rand(1, 3, size, size)])
 
 
+def test_a_block_that_is_not_given_hidden_states_is_named():
+    class Wrong(torch.nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x=None):
+            return self.block(x)
+
+    class Blocks(torch.nn.Sequential):
+        def forward(self, x):
+            for block in self:
+                x = block(x=x)  # a name that no library uses
+            return x
+
+    model = tiny("ViT")
+    model.blocks = Blocks(*(Wrong(block) for block in model.blocks))
+    with pytest.raises(PruneForgeError, match="is called with NoneType first, not with hidden states"):
+        pruneforge.prune(model, "wanda", 0.5, None, [torch.rand(1, 3, 32, 32)])
+
+
 @pytest.mark.parametrize(
     ("reference_", "said"),
     [
