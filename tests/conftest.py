@@ -34,10 +34,18 @@ def shared_data() -> Path:
     return DATA
 
 
+@pytest.fixture(scope="session")
+def demo_text(request, tmp_path_factory) -> Path:
+    """Where the demo keeps its text, which takes seconds to parse, for all tests and those of the next time."""
+    kept = getattr(request.config, "cache", None)  # missing with `-p no:cacheprovider`
+    return kept.mkdir("python-docs") if kept else tmp_path_factory.mktemp("python-docs")
+
+
 @pytest.fixture(autouse=True)
-def gradient_cache(tmp_path_factory, monkeypatch) -> Path:
+def gradient_cache(tmp_path_factory, monkeypatch, demo_text) -> Path:
     """A place of its own for the gradient statistics of each test."""
-    folder = tmp_path_factory.mktemp("gradients")
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "python-docs").symlink_to(demo_text)
     monkeypatch.setenv("PRUNEFORGE_CACHE", str(folder))
     return folder
 

@@ -134,6 +134,99 @@ def test_the_demos_three_parts_share_no_paragraph():
     assert not parts["calibration"] & parts["evaluation"]
 
 
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """A small library in place of Python's own, and a way to read it as a new process would."""
+    from pruneforge_demo import corpus
+
+    folder = tmp_path / "library"
+    for name in ("a", "b/c", "pydoc_data/topics", "site-packages/other"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.py").write_text(f'"""{name}\n\n{" ".join(documents(seed=len(name)))}"""\n')
+    monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(folder))
+    monkeypatch.setenv("PRUNEFORGE_CACHE", str(tmp_path / "cache"))
+
+    def read():
+        for cached in (corpus.documents, corpus._parts):
+            cached.cache_clear()
+        return [corpus.documents(part) for part in ("training", "calibration", "evaluation")]
+
+    yield folder, read
+    for cached in (corpus.documents, corpus._parts):
+        cached.cache_clear()
+
+
+def test_the_demos_text_is_parsed_once_for_all_processes(library, monkeypatch):
+    from pruneforge_demo import corpus
+
+    folder, read = library
+    parsed = read()
+    assert sum(text.startswith(("a\n", "b/c\n")) for part in parsed for text in part) == 2
+    assert not any("site-packages" in text for part in parsed for text in part)
+    written = corpus.cache_file().read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(corpus, "_parse", None)
+        assert read() == parsed
+    # Another library, or another Python, is another matter.
+    (folder / "a.py").write_text((folder / "a.py").read_text().replace("quick", "speedy"))
+    changed = read()
+    assert changed != parsed
+    assert corpus.cache_file().read_bytes() != written
+    monkeypatch.setattr(corpus.sys, "version", "4.0")
+    written = corpus.cache_file().read_bytes()
+    assert read() == changed
+    assert corpus.cache_file().read_bytes() != written
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:-100],
+        lambda content: content.replace(b"lazy", b"busy"),
+        lambda content: content.partition(b"\n")[0],
+        lambda content: b"[]\n{}",
+        lambda content: b"\xff\xfe" + content,
+    ],
+)
+def test_a_damaged_cache_of_the_demos_text_is_seen_and_mended(damage, library):
+    from pruneforge_demo import corpus
+
+    _, read = library
+    parsed, file = read(), corpus.cache_file()
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    assert read() == parsed
+    assert file.read_bytes() == whole
+
+
+def test_the_demos_text_needs_no_cache(library, tmp_path, monkeypatch):
+    from pruneforge_demo import corpus
+
+    _, read = library
+    parsed = read()
+    monkeypatch.setenv("PRUNEFORGE_CACHE", str(tmp_path / "library" / "a.py"))  # no folder, and cannot become one
+    assert read() == parsed
+    monkeypatch.setenv("PRUNEFORGE_CACHE", str(tmp_path / "full"))
+    with monkeypatch.context() as patched:
+        patched.setattr(corpus.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert read() == parsed
+    assert list((tmp_path / "full" / "python-docs").iterdir()) == []
+    monkeypatch.setattr(corpus.Path, "expanduser", lambda self: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert read() == parsed
+
+
+def test_the_demos_text_is_kept_in_the_users_cache(monkeypatch, tmp_path):
+    from pruneforge_demo import corpus
+
+    monkeypatch.delenv("PRUNEFORGE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert corpus.cache_file().parent == tmp_path / "pruneforge" / "python-docs"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    assert corpus.cache_file().parent == tmp_path / "me" / ".cache" / "pruneforge" / "python-docs"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
