@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-cuda lint types format docs bench bench-cuda clean
+.PHONY: demo test test-cuda lint types format docs api bench bench-cuda clean
 
 demo: .venv/ready
 	$(BIN)/pruneforge demo
@@ -29,6 +29,10 @@ format: .venv/ready
 # A warning fails the build: a broken link, or a public name that is not documented.
 docs: .venv/docs
 	$(BIN)/python -m sphinx -W --keep-going -n -E -q docs docs/_build/html
+
+# What breaks users of the public names since the last tag, or REVISION; fails if UPGRADING.md does not tell them.
+api: .venv/ready
+	$(BIN)/python docs/_ext/breakages.py $(REVISION)
 
 # Against llm-compressor, in an environment of its own, in which PruneForge runs too; an hour or so.
 bench: .venv/ready .venv-peers/ready
