@@ -18,7 +18,7 @@ GUIDES = [ROOT / "README.md", *DOCS]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / ".github").rglob("*.md")), *DOCS]
 
 
-def run_block(language: str, code: str, folder: Path) -> None:
+def check_block(language: str, code: str, folder: Path) -> None:
     """Run what a reader would type, a command after the other; those of ours in processes that are forked."""
     binaries = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
@@ -45,7 +45,7 @@ def test_every_bash_and_python_block_runs(guide, tmp_path):
         if file:
             (tmp_path / file).write_text(code)
         elif language != "yaml":
-            run_block(language, code, tmp_path)
+            check_block(language, code, tmp_path)
 
 
 def test_links_between_the_pages_lead_somewhere():
