@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries below are imported
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tiny models gain nothing from threads, which wait for one another as soon as something else runs on the machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Processes that tests start find the modules beside this one too.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
@@ -48,6 +51,15 @@ def gradient_cache(tmp_path_factory, monkeypatch, demo_text) -> Path:
     (folder / "python-docs").symlink_to(demo_text)
     monkeypatch.setenv("PRUNEFORGE_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Two threads in place of one, in this process, for what may depend on them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ def test_a_batch_that_passes_the_head_a_few_samples_at_a_time_gives_the_same_gra
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_the_same_seed_gives_the_same_bytes(metric, checkpoint):
+def test_the_same_seed_gives_the_same_bytes(metric, checkpoint, two_threads):
     def run(seed):
         return pruneforge.prune(checkpoint, metric, 0.5, None, "python-docs", samples=4, seqlen=64, seed=seed)
 
