@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries below are imported
@@ -42,6 +44,21 @@ def demo_text(request, tmp_path_factory) -> Path:
     """Where the demo keeps its text, which takes seconds to parse, for all tests and those of the next time."""
     kept = getattr(request.config, "cache", None)  # missing with `-p no:cacheprovider`
     return kept.mkdir("python-docs") if kept else tmp_path_factory.mktemp("python-docs")
+
+
+@pytest.fixture(scope="session")
+def little_text(tmp_path_factory) -> Path:
+    """The same with 40 KB of text for evaluation in place of 160."""
+    from pruneforge_demo import corpus
+
+    library = Path(sysconfig.get_path("stdlib"))
+    sources = list(corpus._sources(library))
+    parts = dict(corpus._parts())
+    sizes = accumulate(map(len, parts["evaluation"]))
+    parts["evaluation"] = tuple(text for text, size in zip(parts["evaluation"], sizes, strict=True) if size < 40_000)
+    folder = tmp_path_factory.mktemp("little")
+    corpus._write(folder / corpus.cache_file().name, corpus._key(library, sources), parts)
+    return folder
 
 
 @pytest.fixture(autouse=True)

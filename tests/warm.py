@@ -18,4 +18,4 @@ for point in metadata.entry_points(group="pruneforge"):
         for part in ("metric", "adapter", "text", "image", "files", "hub", "evaluator"):
             if importlib.util.find_spec(f"{module.__name__}.{part}") is not None:
                 importlib.import_module(f"{module.__name__}.{part}")
-importlib.import_module("pruneforge_demo.corpus").documents("calibration")
+importlib.import_module("pruneforge_demo.corpus")
