@@ -2,12 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-cuda lint types format docs api bench bench-cuda clean
+.PHONY: demo test test-all test-cuda lint types format docs api bench bench-cuda clean
 
 demo: .venv/ready
 	$(BIN)/pruneforge demo
 
 test: .venv/ready
+	$(BIN)/python -m pytest -m "not slow"
+
+# With the slow ones.
+test-all: .venv/ready
 	$(BIN)/python -m pytest
 
 # On a machine with a GPU; fails where there is none instead of skipping everything.

@@ -169,6 +169,17 @@ def test_doctor_says_what_works():
     assert "works here" in shell("doctor").stdout
 
 
+def test_demo_prunes_both_models_with_a_metric_at_both_patterns():
+    few = "demo,llama,timm,perplexity,imagenet,magnitude"
+    done = shell("demo", "--json", PRUNEFORGE_PLUGINS=few)
+    assert done.returncode == 0, done.stderr
+    for half, result in (("image", "top1"), ("text", "perplexity")):
+        dense, *rows = json.loads(done.stdout)[half]["rows"]
+        assert [(row["metric"], row["pattern"]) for row in rows] == [("magnitude", "0.5"), ("magnitude", "2:4")]
+        assert all((row[result] < dense[result]) == (half == "image") for row in rows)
+
+
+@pytest.mark.slow
 def test_demo_prunes_with_every_metric_at_both_patterns():
     done = shell("demo", "--json")
     assert done.returncode == 0, done.stderr

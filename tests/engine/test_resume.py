@@ -230,7 +230,12 @@ def test_what_cannot_be_done_leaves_no_trace(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("processes", "dtype", "agreement"), [(2, "float64", 1), (4, "float64", 1), (2, "float32", 0.9999)]
+    ("processes", "dtype", "agreement"),
+    [
+        (2, "float64", 1),
+        pytest.param(4, "float64", 1, marks=pytest.mark.slow),
+        pytest.param(2, "float32", 0.9999, marks=pytest.mark.slow),
+    ],
 )
 def test_processes_share_a_run_and_make_its_masks(processes, dtype, agreement, tmp_path):
     model = tmp_path / "model"  # rounding updated weights to a coarser dtype would make much of little
@@ -251,12 +256,19 @@ def test_processes_share_a_run_and_make_its_masks(processes, dtype, agreement, t
         assert same / sum(mask.numel() for mask in masks[0].values()) >= agreement
 
 
-def test_a_process_that_dies_ends_the_run_which_can_go_on(tmp_path):
-    whole = tmp_path / "whole"  # by torchrun itself; the others have processes with the variables that it sets
+@pytest.mark.slow
+def test_torchrun_gives_what_processes_with_its_variables_give(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "pruneforge", *map(str, arguments(whole, "wanda"))]
+    command = [*torchrun, "-m", "pruneforge", *map(str, arguments(tmp_path / "torchrun", "wanda"))]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert succeeded(prune_together(2, tmp_path / "out", "wanda"))
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "torchrun")
+
+
+def test_a_process_that_dies_ends_the_run_which_can_go_on(tmp_path):
+    whole = tmp_path / "whole"
+    assert succeeded(prune_together(2, whole, "wanda"))
     output = tmp_path / "out"
     for rank, at in ((0, 14), (1, -2)):  # the second process writes nothing, and dies in a block instead
         ranks = prune_together(2, output, "wanda", "--resume", kill_at=at, KILL_RANK=str(rank))

@@ -113,9 +113,10 @@ def test_options_of_the_source_reach_it(checkpoint, tmp_path):
     assert found["windows"] > 2
 
 
-@pytest.fixture
-def local_task(tmp_path):
-    """A multiple-choice task over local data, in lm-eval's own format."""
+@pytest.fixture(scope="module")
+def local_task(tmp_path_factory):
+    """A multiple-choice task over local data, in lm-eval's own format; for each folder all tasks are read again."""
+    tmp_path = tmp_path_factory.mktemp("local")
     questions = [
         {"question": f"{i} plus {i} is", "choices": [str(2 * i), "many", "none"], "answer": 0} for i in range(6)
     ]
@@ -175,14 +176,13 @@ def test_lm_eval_limit_is_applied_and_said(checkpoint, local_task):
 
 
 def test_the_seven_zero_shot_tasks_are_the_published_ones_and_known_to_lm_eval():
-    from lm_eval.tasks import TaskManager
-
     from pruneforge.plugins import loaded_plugins
+    from pruneforge_lm_eval.evaluator import _task_manager
 
     tasks = ["boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
     for spec in ("zero-shot-7", "lm-eval:zero-shot-7"):
         assert loaded_plugins().registry.create("evaluator", spec)._names() == tasks
-    manager = TaskManager()
+    manager = _task_manager(None)
     assert all(manager.match_tasks([task]) == [task] for task in tasks)
 
 
