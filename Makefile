@@ -10,9 +10,10 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest -m "not slow"
 
-# With the slow ones.
+# With the slow ones, and the coverage.
 test-all: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --cov --cov-report=
+	$(BIN)/python tests/rooms.py
 
 # On a machine with a GPU; fails where there is none instead of skipping everything.
 test-cuda: .venv/ready
