@@ -39,15 +39,19 @@ def shared_data() -> Path:
     return DATA
 
 
-@pytest.fixture(scope="session")
-def demo_text(request, tmp_path_factory) -> Path:
+@pytest.fixture(scope="session", autouse=True)
+def demo_text(request, tmp_path_factory) -> Iterator[Path]:
     """Where the demo keeps its text, which takes seconds to parse, for all tests and those of the next time."""
     kept = getattr(request.config, "cache", None)  # missing with `-p no:cacheprovider`
-    return kept.mkdir("python-docs") if kept else tmp_path_factory.mktemp("python-docs")
+    folder = kept.mkdir("python-docs") if kept else tmp_path_factory.mktemp("demo") / "python-docs"
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PRUNEFORGE_CACHE", str(folder.parent))  # for fixtures that several tests share
+        yield folder
 
 
 @pytest.fixture(scope="session")
-def little_text(tmp_path_factory) -> Path:
+def little_text(tmp_path_factory, demo_text) -> Path:
     """The same with 40 KB of text for evaluation in place of 160."""
     from pruneforge_demo import corpus
 
