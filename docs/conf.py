@@ -21,3 +21,5 @@ autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 88
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+
+nitpick_ignore = [("py:class", "types.Annotated")]  # what Sphinx calls typing.Annotated

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pruneforge.checkpoint.shards import Checkpoint as Checkpoint
+    from pruneforge.checkpoint.reader import Checkpoint as Checkpoint
     from pruneforge.data.image_classifier import ImageClassifier as ImageClassifier
     from pruneforge.data.images import ImageProcessor as ImageProcessor
     from pruneforge.data.images import ImageSet as ImageSet
@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     from pruneforge.interfaces.patterns import NM as NM
     from pruneforge.interfaces.patterns import Pattern as Pattern
     from pruneforge.interfaces.patterns import Unstructured as Unstructured
+    from pruneforge.interfaces.recipe import PruneRecipe as PruneRecipe
     from pruneforge.interfaces.registry import Registry as Registry
+    from pruneforge.interfaces.run import BlockResult as BlockResult
+    from pruneforge.interfaces.run import Run as Run
     from pruneforge.interfaces.source import Source as Source
     from pruneforge.interfaces.statistics import ColumnSquares as ColumnSquares
     from pruneforge.interfaces.statistics import GradientMagnitude as GradientMagnitude
@@ -56,7 +59,7 @@ if TYPE_CHECKING:
     from pruneforge.runs.result import PruneResult as PruneResult
 
 _MODULES = {
-    "checkpoint.shards": ("Checkpoint",),
+    "checkpoint.reader": ("Checkpoint",),
     "data.image_classifier": ("ImageClassifier",),
     "data.images": ("ImageProcessor", "ImageSet", "ImageSource"),
     "data.text": ("TextSource",),
@@ -70,7 +73,9 @@ _MODULES = {
     "interfaces.metric": ("Metric", "Pruned"),
     "interfaces.options": ("Options",),
     "interfaces.patterns": ("NM", "Pattern", "Unstructured"),
+    "interfaces.recipe": ("PruneRecipe",),
     "interfaces.registry": ("Registry",),
+    "interfaces.run": ("BlockResult", "Run"),
     "interfaces.source": ("Source",),
     "interfaces.statistics": (
         "ColumnSquares",

@@ -61,6 +61,14 @@ def test_links_between_the_pages_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)}: {target}"
 
 
+def test_the_map_shows_the_files_that_there_are():
+    import filemap
+
+    assert filemap.PAGE.read_text() == filemap.expected(), "run python docs/_ext/filemap.py"
+    for path in filemap.named_paths():
+        assert (ROOT / path).exists(), path
+
+
 def test_the_generated_parts_can_be_made():
     import pages
 

@@ -51,13 +51,13 @@ def convert_backticks(app: Sphinx, what: str, name: str, item: Any, options: Any
         lines[index] = MARKUP.sub(_role, line)
 
 
-def _role(found: re.Match[str]) -> str:
-    if found[1] is None:
-        return r"\*" if found[0] == "*" else found[0]
-    name = found[1].removeprefix("pruneforge.")
+def _role(match: re.Match[str]) -> str:
+    if match[1] is None:
+        return r"\*" if match[0] == "*" else match[0]
+    name = match[1].removeprefix("pruneforge.")
     if name in pruneforge.__all__ and name[0].isupper():
         return f":py:obj:`~pruneforge.{name}`"
-    return f"``{found[1]}``"
+    return f"``{match[1]}``"
 
 
 def shorten_defaults(

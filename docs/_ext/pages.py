@@ -5,7 +5,6 @@ Nothing here imports Sphinx; `generated.py` puts these texts into the pages.
 
 from __future__ import annotations
 
-import ast
 import inspect
 import json
 import re
@@ -38,7 +37,7 @@ def expand(page: str) -> str:
     Raises:
         KeyError: A part has an unknown name.
     """
-    return FENCE.sub(lambda found: PARTS[found[1]](found[2]), page)
+    return FENCE.sub(lambda match: PARTS[match[1]](match[2]), page)
 
 
 def api(body: str) -> str:
@@ -181,29 +180,12 @@ def _from_docs(link: re.Match[str]) -> str:
     return path if (ROOT / "docs" / path).is_file() else f"../{link[1]}"
 
 
-def folders(body: str) -> str:
-    """Return the folders below those that `body` names, with the first line of each one's docstring.
-
-    Raises:
-        ValueError: A folder's `__init__` has no docstring.
-    """
-    rows = []
-    for parent in body.split():
-        for file in sorted((ROOT / parent).glob("*/__init__.py")):
-            docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
-            if not docstring:
-                raise ValueError(f"{file.relative_to(ROOT)} has no docstring")
-            rows.append((_code(f"{file.parent.relative_to(ROOT).as_posix()}/"), docstring.splitlines()[0]))
-    return _table(("folder", "content"), rows) + "\n"
-
-
 PARTS: dict[str, Callable[[str], str]] = {
     "api": api,
     "commands": commands,
     "recipes": recipes,
     "plugins": plugins,
     "root": root,
-    "folders": folders,
 }
 """What pages can ask for, by name. Each function receives the body of the directive."""
 

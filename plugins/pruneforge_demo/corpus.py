@@ -159,5 +159,5 @@ def _docstrings(path: Path) -> str:
     except (SyntaxError, ValueError, OSError):
         return ""  # templates and deliberately broken samples in the library hold no prose
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented))
-    return "\n\n".join(text for text in found if text and len(text) > 60)
+    docstrings = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented))
+    return "\n\n".join(text for text in docstrings if text and len(text) > 60)

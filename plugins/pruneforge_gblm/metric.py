@@ -24,6 +24,7 @@ from pruneforge import (
 class GBLM(Metric):
     """`|W| * ||X||_2 + alpha * |W| * G`, compared within each output row.
 
+    `||X||_2` is the root of the sum over tokens divided by the number of samples, as in Wanda.
     With g_n the gradient of the mean loss of sample n in the dense model, `G` is `sum |g_n|` (l1) or `sqrt(sum g_n^2)`
     (l2) over the samples. It is not divided by their number, so a good alpha depends on the number of samples and on
     their length; the paper uses alpha 100 with 128 samples of 2048 tokens. With alpha 0 this is Wanda.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pruneforge.checkpoint.shards import as_bytes, safetensors_header
+from pruneforge.checkpoint.reader import as_bytes, safetensors_header
 from pruneforge.errors import UnfinishedError
 
 PARTIAL = ".partial"

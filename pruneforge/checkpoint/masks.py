@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from pruneforge.checkpoint import shards
+from pruneforge.checkpoint import reader
 from pruneforge.errors import PruneForgeError
 
 MASKS_FILE = "masks.safetensors"
@@ -21,7 +21,7 @@ MASKS_FILE = "masks.safetensors"
 def masks_header(shapes: Mapping[str, tuple[int, int]]) -> bytes:
     """Return the header of a file of packed masks of `shapes`, by layer name."""
     packed = {name: (torch.uint8, (packed_bytes(shape),)) for name, shape in shapes.items()}
-    return shards.safetensors_header(packed, _metadata({name: list(shape) for name, shape in shapes.items()}))
+    return reader.safetensors_header(packed, _metadata({name: list(shape) for name, shape in shapes.items()}))
 
 
 def packed_bytes(shape: tuple[int, int]) -> int:

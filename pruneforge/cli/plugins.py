@@ -23,7 +23,7 @@ PRUNEFORGE_PLUGINS=-NAME pruneforge plugins
 
 
 def plugins(
-    names: Annotated[list[str] | None, typer.Argument(help="What to show the options of.", metavar="[NAME]...")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="What to show the options of.", metavar="NAME")] = None,
     as_json: common.Json = False,
     plugins: common.PluginFiles = None,
     config: common.Config = None,

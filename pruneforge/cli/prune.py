@@ -1,4 +1,7 @@
-"""`pruneforge prune`."""
+"""`pruneforge prune`.
+
+Its settings are fields of the recipe and the resources; only what concerns the command alone is a parameter here.
+"""
 
 from __future__ import annotations
 
@@ -101,6 +104,7 @@ def prune(
 
     try:
         if several:
+            asked = {"propagate": "pruned", **asked}  # as the help says; several patterns need it said otherwise
             named = pruning.prune_each(model, patterns=[*sparsities, *patterns], output=output, **asked)
             results = list(named.values())
         else:

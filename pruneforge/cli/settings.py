@@ -221,7 +221,7 @@ def _given(ctx: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    from pruneforge.runs.recipe import read_config
+    from pruneforge.runs.recipe_file import read_config
 
     return read_config(path)
 

@@ -1,1 +1,1 @@
-"""The loop: capture, calibrate, score, select, apply, propagate."""
+"""The loop: capture, calibrate, mask, propagate, block by block."""

@@ -1,4 +1,7 @@
-"""Make and apply the masks of a block from its statistics."""
+"""Make and apply the masks of a block from its statistics.
+
+The metric scores and the pattern selects (`interfaces/patterns.py`); over several layers a threshold does.
+"""
 
 from __future__ import annotations
 

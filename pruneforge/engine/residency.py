@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from pruneforge.checkpoint.rewrite import Rewrite
-from pruneforge.checkpoint.shards import Checkpoint
+from pruneforge.checkpoint.reader import Checkpoint
 from pruneforge.checkpoint.skeleton import parameter_locations, placeholder
+from pruneforge.checkpoint.writer import Rewrite
 from pruneforge.engine.transfers import Transfer, Transfers, thread_initializer
 from pruneforge.interfaces.adapter import Block
 from pruneforge.profile import Profile

@@ -1,1 +1,1 @@
-"""What a plugin author subclasses or receives; nothing here runs a model."""
+"""What a plugin author subclasses or receives, and the patterns that select masks; nothing here runs a model."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pruneforge.checkpoint.shards import Checkpoint
+    from pruneforge.checkpoint.reader import Checkpoint
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping

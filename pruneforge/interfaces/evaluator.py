@@ -59,7 +59,7 @@ class Subject:
 
 
 class Evaluator(Configurable, ABC):
-    """A task's own harness."""
+    """A task's own harness; a subclass implements `evaluate`, and `registry.evaluator` registers it."""
 
     @abstractmethod
     def evaluate(self, subject: Subject) -> dict[str, Any]:

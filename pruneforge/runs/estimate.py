@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pruneforge.checkpoint.rewrite import Rewrite
 from pruneforge.checkpoint.skeleton import layer_locations
+from pruneforge.checkpoint.writer import Rewrite
 from pruneforge.data.calibration import Data
 from pruneforge.engine.probe import probe
 from pruneforge.engine.processes import Group

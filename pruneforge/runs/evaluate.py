@@ -18,7 +18,7 @@ from pruneforge.progress import Progress, as_progress
 from pruneforge.runs import report as reports
 from pruneforge.runs.documented import documented
 from pruneforge.runs.loading import in_evaluation_mode, load_model, parse_device, parse_dtype
-from pruneforge.runs.recipe import validated
+from pruneforge.runs.recipe_file import validated
 from pruneforge.runs.result import PruneResult
 
 

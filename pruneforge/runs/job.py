@@ -28,7 +28,7 @@ from pruneforge.progress import Progress, as_progress
 from pruneforge.runs.in_memory import prune_in_memory
 from pruneforge.runs.loading import in_evaluation_mode, load_model, parse_device, parse_dtype
 from pruneforge.runs.plan import make_metric, make_run, make_runs, split_excluded
-from pruneforge.runs.recipe import validated
+from pruneforge.runs.recipe_file import validated
 from pruneforge.runs.resources import Resources
 from pruneforge.runs.result import PruneResult
 from pruneforge.runs.session import Session

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pruneforge.checkpoint.shards import Checkpoint
+from pruneforge.checkpoint.reader import Checkpoint
 from pruneforge.checkpoint.skeleton import make_skeleton, missing_parameters
 from pruneforge.errors import PruneForgeError, unknown_name
 from pruneforge.interfaces.adapter import Adapter, LoadedModel

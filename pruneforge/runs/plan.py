@@ -17,7 +17,7 @@ from pruneforge.interfaces.recipe import PruneRecipe
 from pruneforge.interfaces.registry import Registry
 from pruneforge.interfaces.run import Run
 from pruneforge.interfaces.statistics import GradientStatistic, InputStatistic
-from pruneforge.runs.recipe import validated
+from pruneforge.runs.recipe_file import validated
 
 
 def make_metric(metric: str | Metric, options: Mapping[str, Any] | None, registry: Registry) -> Metric:

@@ -15,7 +15,7 @@ from pruneforge.interfaces.run import BlockResult, Run
 from pruneforge.memory import PeakMemory
 from pruneforge.profile import PROFILE_FILE, Profile
 from pruneforge.progress import Progress
-from pruneforge.runs.recipe import save_recipe
+from pruneforge.runs.recipe_file import save_recipe
 from pruneforge.runs.report import make_report, save_report
 from pruneforge.runs.resources import Resources
 

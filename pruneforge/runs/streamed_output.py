@@ -16,14 +16,14 @@ from pruneforge.checkpoint.behind import Behind
 from pruneforge.checkpoint.durable import PARTIAL
 from pruneforge.checkpoint.folder import check_output
 from pruneforge.checkpoint.journal import JOURNAL_FILE, Journal, difference
-from pruneforge.checkpoint.rewrite import Rewrite
 from pruneforge.checkpoint.skeleton import layer_locations
+from pruneforge.checkpoint.writer import Rewrite
 from pruneforge.engine.transfers import Transfer, Transfers
 from pruneforge.errors import PruneForgeError, UnfinishedError
 from pruneforge.interfaces.run import BlockResult, Output, Run
 from pruneforge.numerics import all_finite, zeroed
 from pruneforge.profile import PROFILE_FILE
-from pruneforge.runs import recipe as recipes
+from pruneforge.runs import recipe_file as recipes
 from pruneforge.runs import report as reports
 from pruneforge.runs.session import Session
 

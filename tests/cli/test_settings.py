@@ -136,19 +136,19 @@ def test_options_of_the_metric_are_options_of_the_command(checkpoint, tmp_path):
 
 
 def test_options_of_the_source_and_of_a_plugin_file_are_options_of_the_command(checkpoint, tmp_path):
-    file = tmp_path / "mine.py"
+    file = tmp_path / "powered.py"
     file.write_text(
         "from pydantic import Field\nfrom pruneforge import Metric\n"
-        "class Mine(Metric):\n"
+        "class Powered(Metric):\n"
         "    class Options(Metric.Options):\n"
         "        power: float = Field(1.0, description='exponent of the weight')\n"
         "        pack: bool = Field(False, description='a name that the source has too')\n"
         "    def score(self, layer, stats):\n"
         "        return layer.weight.abs() ** self.options.power\n"
     )
-    chosen = ("--metric", "mine", "-p", file)
+    chosen = ("--metric", "powered", "-p", file)
     shown = " ".join(run("prune", *chosen, "--calibration", "python-docs", "--help").output.split())
-    assert "Options of metric mine" in shown
+    assert "Options of metric powered" in shown
     assert "Exponent of the weight." in shown
     assert "--pack" not in shown  # whose would it be?
     shown = run("prune", "--metric", "wanda", "--calibration", "python-docs", "--help").output

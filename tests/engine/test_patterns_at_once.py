@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import pruneforge
 from pruneforge import PruneForgeError
-from pruneforge.checkpoint.rewrite import Rewrite
+from pruneforge.checkpoint.writer import Rewrite
 from pruneforge.engine.budget import Budgets
 from pruneforge.engine.chain import Chain
 from pruneforge.engine.loop import prune_blocks

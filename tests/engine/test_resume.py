@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import pruneforge
 from pruneforge import PruneForgeError
 from pruneforge.checkpoint.journal import Journal
-from pruneforge.checkpoint.shards import Checkpoint
+from pruneforge.checkpoint.reader import Checkpoint
 from pruneforge.interfaces.hookspecs import hookimpl
 from pruneforge.plugins import loaded_plugins
 

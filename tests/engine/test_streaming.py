@@ -16,7 +16,7 @@ from timm.models import save_for_hf
 
 import pruneforge
 from pruneforge import PruneForgeError
-from pruneforge.checkpoint.shards import Checkpoint
+from pruneforge.checkpoint.reader import Checkpoint
 from pruneforge.checkpoint.skeleton import make_skeleton
 from pruneforge.engine.chain import Chain
 from pruneforge.engine.hidden_states import HiddenStates

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pruneforge.checkpoint import masks
 from pruneforge.checkpoint.durable import PARTIAL, open_for_writing, sync, write_all, writing
-from pruneforge.checkpoint.shards import Checkpoint, TensorLocation, as_bytes, read_header, read_tensor
+from pruneforge.checkpoint.reader import Checkpoint, TensorLocation, as_bytes, read_header, read_tensor
 
 
 class Rewrite:
