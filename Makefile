@@ -35,7 +35,9 @@ format: .venv/ready
 docs: .venv/docs
 	$(BIN)/python -m sphinx -W --keep-going -n -E -q docs docs/_build/html
 
-# What breaks users of the public names since the last tag, or REVISION; fails if UPGRADING.md does not tell them.
+# What breaks users of the public names since the last release; fails if UPGRADING.md does not tell them.
+# 0.1.0, which has no tag.
+REVISION ?= 6b844e8
 api: .venv/ready
 	$(BIN)/python docs/_ext/breakages.py $(REVISION)
 

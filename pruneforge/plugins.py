@@ -90,8 +90,8 @@ class Plugins:
     def load_file(self, path: str | Path) -> None:
         """Load a single Python file as a plugin; loading the same file again does nothing.
 
-        A file that implements no `pruneforge_register` registers every metric, adapter, source and
-        evaluator class it defines under the class's name in lower case.
+        A file that implements no `pruneforge_register` registers every class of these kinds that it
+        defines under the class's name in lower case.
 
         Raises:
             PruneForgeError: The file does not exist, or fails to load.
@@ -107,9 +107,10 @@ class Plugins:
         if error is not None:
             raise PruneForgeError(f"plugin file {origin!r} failed to load: {error.strip().splitlines()[-1]}")
 
-    def describe(self) -> list[dict[str, Any]]:
-        """Return everything registered, with options or why it cannot be imported, as JSON types."""
-        return [_described(entry) for kind in KINDS for entry in self.registry.entries(kind)]
+    def describe(self, *names: str) -> list[dict[str, Any]]:
+        """Return what is registered, all or by name, with options or why it cannot be imported, as JSON types."""
+        entries = (entry for kind in KINDS for entry in self.registry.entries(kind))
+        return [_described(entry) for entry in entries if not names or entry.name in names]
 
     def register(self, observer: object) -> None:
         """Add an object whose methods implement hooks, for observing runs from Python."""

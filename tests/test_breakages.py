@@ -97,4 +97,6 @@ def test_the_last_tag_is_compared_and_a_breakage_has_to_be_announced(repository,
 
 def test_a_clone_without_a_tag_is_told_so(repository, capsys):
     assert breakages.check(repository) == 0
-    assert capsys.readouterr().out == "no tag to compare the public names with\n"
+    assert "there is no tag; name the REVISION of the last release" in capsys.readouterr().out
+    assert breakages.check(repository, "0123456") == 0
+    assert "does not have revision 0123456" in capsys.readouterr().out

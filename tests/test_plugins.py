@@ -15,7 +15,7 @@ from conftest import tiny_llama, tokens
 from pydantic import Field
 
 import pruneforge
-from pruneforge import Metric, Options, Pruned, PruneForgeError, Statistic
+from pruneforge import Metric, Options, Pruned, PruneForgeError, Registry, Statistic
 from pruneforge.interfaces import hookspecs
 from pruneforge.interfaces.options import describe_options
 from pruneforge.plugins import Plugins
@@ -322,3 +322,24 @@ def test_the_other_project_of_this_name_is_refused(tmp_path):
         "pruneforge: the distribution 'pruneforge' 0.1.4 is installed, which is another project"
     )
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_list_says_what_cannot_be_used_without_importing_it(tmp_path, monkeypatch):
+    for name, code in (("fails_early", "raise RuntimeError('rotten')"), ("has_one", "class One:\n    '''First.'''\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(code if name == "fails_early" else "")
+        (tmp_path / name / "part.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    registry = Registry()
+    registry.metric("one", "has_one.part:One")
+    registry.metric("two", "has_one.part:Two")
+    registry.metric("three", "has_one.none:Three")
+    registry.metric("four", "fails_early.part:Four")
+    registry.metric("five", "has_one.part:One", library="no_such_library", extra="more")
+    said = {entry.name: entry.summary() for entry in registry.entries("metric")}
+    assert said["one"] == "First."
+    assert said["two"].endswith("there is no Two")
+    assert said["three"].endswith("there is no has_one.none")
+    assert said["four"].endswith("RuntimeError: rotten")
+    assert "needs no_such_library" in said["five"]
+    assert "has_one.part" not in sys.modules

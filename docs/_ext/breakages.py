@@ -100,6 +100,11 @@ def last_tag(repository: Path) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def _is_there(repository: Path, revision: str) -> bool:
+    command = ["git", "-C", str(repository), "cat-file", "-e", f"{revision}^{{commit}}"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 def unpack(repository: Path, revision: str, folder: Path) -> None:
     """Write the package as it stood in a revision into a folder."""
     command = ["git", "-C", str(repository), "archive", revision, PACKAGE]
@@ -111,8 +116,11 @@ def unpack(repository: Path, revision: str, folder: Path) -> None:
 def check(repository: Path, revision: str | None = None) -> int:
     """Print the breakages since a revision, by default the last tag; return how many are not announced."""
     revision = revision or last_tag(repository)
+    if revision is not None and not _is_there(repository, revision):
+        print(f"this clone does not have revision {revision}; fetch the whole history to compare the public names")
+        return 0
     if revision is None:
-        print("no tag to compare the public names with")
+        print("there is no tag; name the REVISION of the last release to compare the public names with")
         return 0
     with tempfile.TemporaryDirectory() as folder:
         unpack(repository, revision, Path(folder))

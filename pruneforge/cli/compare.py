@@ -10,7 +10,8 @@ import typer
 from rich.table import Table
 
 from pruneforge.cli import common
-from pruneforge.cli.settings import Fields, SettingsCommand, fields_of, settings
+from pruneforge.cli.fields import Fields, fields_of
+from pruneforge.cli.settings import SettingsCommand, settings
 from pruneforge.errors import PruneForgeError
 
 EXAMPLES = """[bold]Examples[/bold]

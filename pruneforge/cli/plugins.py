@@ -39,7 +39,7 @@ def plugins(
         if name not in {entry.name for entry in entries}:
             raise unknown_name("plugin name", name, [entry.name for entry in entries])
     if as_json or names:
-        described = [item for item in installed.describe() if not names or item["name"] in names]
+        described = installed.describe(*(names or ()))
         if as_json:
             everything = {"plugins": [vars(plugin) for plugin in installed.loaded], "registered": described}
             print(json.dumps(everything, indent=2, default=str))

@@ -13,7 +13,8 @@ from typing import Annotated, Any, ClassVar
 import typer
 
 from pruneforge.cli import common, tables
-from pruneforge.cli.settings import Fields, SettingsCommand, fields_of, settings
+from pruneforge.cli.fields import Fields, fields_of
+from pruneforge.cli.settings import SettingsCommand, settings
 from pruneforge.errors import PruneForgeError
 
 EXAMPLES = """[bold]Examples[/bold]

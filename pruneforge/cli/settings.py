@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Any, ClassVar
 
-import typer
 from typer.core import TyperCommand
 
 from pruneforge.cli import common
-from pruneforge.errors import PruneForgeError
-
-if TYPE_CHECKING:
-    from pydantic.fields import FieldInfo
-
-Fields = Mapping[str, "FieldInfo"]
-
-ASSIGNMENT = "NAME=VALUE"
-"""How the help shows an option for one entry of a mapping."""
+from pruneforge.cli.fields import Fields, flags_of, options_for, take_given
+from pruneforge.errors import PruneForgeError, unknown_name
 
 _PLUGIN_OPTIONS = "pruneforge.plugin_options"
 _SETTINGS = "pruneforge.settings"
@@ -33,8 +23,8 @@ _SETTINGS = "pruneforge.settings"
 class SettingsCommand(TyperCommand):
     """A command that has an option for each of its settings, beside the parameters of its function.
 
-    A parameter of the function that is called like a setting stands for it. The others do not reach the function as
-    arguments; it gets those that were given, on the command line or in a recipe, from `settings`.
+    A parameter of the function that is called like a setting replaces its option. The other settings do not reach the
+    function as arguments; it gets those that were given, on the command line or in a recipe, from `settings`.
 
     Options of a plugin that the command line names are options of the command: `--window` of an evaluator, say.
 
@@ -62,15 +52,21 @@ class SettingsCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the recipe file, and make options of what plugins declare, before anything is parsed."""
         common.quieten()
-        ctx.ignore_unknown_options = True
-        given, rest, _ = self.make_parser(ctx).parse_args(args=list(args))
+        own = self.get_params(ctx)
+        ctx.ignore_unknown_options = True  # whose they are shows once it is known which plugins are named
+        given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
         ctx.ignore_unknown_options = False
         file = given.get("config")
         config = _read_config(Path(file)) if file else {}
-        common.load_plugin_files(given.get("plugins") or config.get("plugins"))
-        known = {parameter.name for parameter in self.get_params(ctx)}
-        if given.get("help") or any(text.startswith("--") for text in rest) or not known.issuperset(config):
-            ctx.meta[_PLUGIN_OPTIONS] = self._options_of_plugins({**config, **given}, known)
+        known = {parameter.name for parameter in own}
+        if given.get("help"):
+            with suppress(PruneForgeError):  # the help of the command itself is there in any case
+                common.load_plugin_files(given.get("plugins"))
+                ctx.meta[_PLUGIN_OPTIONS] = self._options_of_plugins(given, own)
+            return super().parse_args(ctx, args)
+        common.load_plugin_files(given.get("plugins") or _texts(config.get("plugins"), file))
+        if _has_other_flags(args, own) or not known.issuperset(config):
+            ctx.meta[_PLUGIN_OPTIONS] = self._options_of_plugins({**config, **given}, own)
         if file:
             known = {parameter.name for parameter in self.get_params(ctx)} - {"config", "help", "as_json"}
             ctx.default_map = {**(ctx.default_map or {}), **_checked(config, known, file)}
@@ -78,13 +74,17 @@ class SettingsCommand(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the function, with the settings where `settings` finds them."""
-        options = {option.name: option for option in self._options if option.name in ctx.params}
-        values = _given(ctx, options)
-        for setting, of_plugin in ctx.meta.get(_PLUGIN_OPTIONS, {}).items():
-            for name, value in _given(ctx, {option.name: option for option in of_plugin}).items():
-                if name in values.setdefault(setting, {}):
-                    raise PruneForgeError(f"option {name!r} is given twice")
-                values[setting][name] = value
+        values = take_given(ctx, self._options)
+        for setting, options in ctx.meta.get(_PLUGIN_OPTIONS, {}).items():
+            mapping = ctx.get_parameter_source(setting).name
+            for name, value in take_given(ctx, options).items():
+                flag = ctx.get_parameter_source(name).name
+                if name in values.get(setting, {}):
+                    if flag == mapping:
+                        raise PruneForgeError(f"option {name!r} is given twice")
+                    if mapping == "COMMANDLINE":  # which wins over a recipe
+                        continue
+                values[setting] = {**values.get(setting, {}), name: value}
         ctx.meta[_SETTINGS] = values
         with self._flags_in_messages(ctx):
             return super().invoke(ctx)
@@ -93,27 +93,37 @@ class SettingsCommand(TyperCommand):
     def _options(self) -> list[Any]:
         """Options of the settings that the function has no parameter for."""
         taken = {parameter.name for parameter in self.params}
-        return _options({name: field for name, field in self.fields().items() if name not in taken})
+        return options_for({name: field for name, field in self.fields().items() if name not in taken})
 
-    def _options_of_plugins(self, named: Mapping[str, Any], taken: set[str]) -> dict[str, list[Any]]:
+    def _options_of_plugins(self, named: Mapping[str, Any], own: list[Any]) -> dict[str, list[Any]]:
         """Return options for what the named plugins declare, by the setting that takes them.
 
-        A name that the command itself takes, or that two of the plugins declare, has no option of its own; it is given
-        as the plugin's kind is given its options.
+        One that the command has itself, or that two of the plugins declare, is left out; it is given in the mapping
+        of the plugin's options.
+
+        Args:
+            named: Values of the settings that name plugins.
+            own: The command's own parameters.
 
         Raises:
             PruneForgeError: There is no plugin of a name, or it cannot be imported.
         """
-        fields: dict[str, tuple[str, Fields]] = {}
+        made: dict[str, list[Any]] = {}
         for chooser, (kind, setting) in self.plugin_options.items():
             if named.get(chooser):
-                cls = _plugin(kind, str(named[chooser]))
-                fields[setting] = (f"Options of {kind} {named[chooser]}", cls.Options.model_fields)
-        names = [name for _, declared in fields.values() for name in declared]
-        free = {name for name in names if names.count(name) == 1 and name not in taken}
+                made[setting] = options_for(
+                    _plugin_fields(kind, str(named[chooser])), f"Options of {kind} {named[chooser]}"
+                )
+        names = {parameter.name for parameter in own}
+        flags = [flag for parameter in own for flag in flags_of(parameter)]
+        flags += [flag for options in made.values() for option in options for flag in flags_of(option)]
         return {
-            setting: _options({name: field for name, field in declared.items() if name in free}, panel)
-            for setting, (panel, declared) in fields.items()
+            setting: [
+                option
+                for option in options
+                if option.name not in names and all(flags.count(flag) == 1 for flag in flags_of(option))
+            ]
+            for setting, options in made.items()
         }
 
     @contextmanager
@@ -122,11 +132,11 @@ class SettingsCommand(TyperCommand):
         try:
             yield
         except PruneForgeError as error:
-            named = {**ctx.params, **settings(ctx)}
             known = self.get_params(ctx)
-            with_plugins = self._options_of_plugins(named, {parameter.name for parameter in known})
-            options = [*known, *(option for options in with_plugins.values() for option in options)]
-            flags = {option.name: max(option.opts, key=len) for option in options if option.param_type_name == "option"}
+            flags = {option.name: max(flags_of(option), key=len) for option in known if flags_of(option)}
+            with suppress(PruneForgeError):  # what is wrong with a plugin's name says the error itself
+                for options in self._options_of_plugins({**ctx.params, **settings(ctx)}, known).values():
+                    flags.update({option.name: option.opts[0] for option in options})
             text = re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), str(error))
             raise PruneForgeError(text) from error
 
@@ -136,88 +146,28 @@ def settings(ctx: Any) -> dict[str, Any]:
     return dict(ctx.meta[_SETTINGS])
 
 
-def fields_of(model: Any, *names: str) -> Fields:
-    """Return fields of a pydantic model, all or those named; those that it inherits come last."""
-    fields: Fields = model.model_fields
-    inherited = [name for base in model.__mro__[1:] for name in getattr(base, "model_fields", {})]
-    ordered = sorted(fields, key=inherited.__contains__)
-    return {name: fields[name] for name in ordered if not fields[name].exclude and (not names or name in names)}
+def _has_other_flags(args: list[str], own: list[Any]) -> bool:
+    """Return whether a command line has long options that are not the command's own."""
+    flags = {flag for parameter in own for flag in flags_of(parameter)}
+    before = args[: args.index("--")] if "--" in args else args
+    return any(text.startswith("--") and text.partition("=")[0] not in flags for text in before)
 
 
-def _plugin(kind: str, spec: str) -> Any:
+def _plugin_fields(kind: str, spec: str) -> Fields:
+    """Return the options of the plugin that `name` or `name:argument` means, but for the one the argument sets.
+
+    Raises:
+        PruneForgeError: There is none, or it cannot be imported.
+    """
     from pruneforge.interfaces.source import source_spec
     from pruneforge.plugins import loaded_plugins
 
     registry = loaded_plugins().registry
     if kind == "source":
         spec = source_spec(spec, registry)
-    return registry.get(kind, spec.partition(":")[0]).load()
-
-
-def _options(fields: Fields, panel: str | None = None) -> list[Any]:
-    """Return an option for each field; typer makes it of an annotated parameter, as those of a function."""
-
-    def declared() -> None:
-        pass
-
-    parameters = [_parameter(name, field, panel) for name, field in fields.items()]
-    declared.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    app = typer.Typer(add_completion=False)
-    app.command()(declared)
-    return [parameter for parameter in typer.main.get_command(app).params if parameter.name in fields]
-
-
-def _parameter(name: str, field: FieldInfo, panel: str | None) -> inspect.Parameter:
-    """Return a field as a parameter that typer understands; a mapping or a list is an option that can be repeated."""
-    kind = _type(field.annotation)
-    repeated = kind == list[str]
-    flag = f"--{name.removesuffix('s') if repeated else name}".replace("_", "-")
-    default = None if repeated else field.get_default()
-    if kind is bool and default is True:
-        flag = f"{flag}/--no-{flag.removeprefix('--')}"
-    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-    metavar = (
-        str(extra["metavar"]) if "metavar" in extra else (ASSIGNMENT if get_origin(field.annotation) is dict else None)
-    )
-    lowest = next((limit.ge for limit in field.metadata if hasattr(limit, "ge")), None)
-    text = field.description or ""
-    text = f"{text[:1].upper()}{text[1:].removesuffix('.')}." + (" Repeatable." if repeated else "")
-    if field.is_required():
-        # A plugin says itself what it lacks, since a recipe's options may hold it.
-        default, text = (..., text) if panel is None else (None, f"{text} Required.")
-    option = typer.Option(flag, help=text, metavar=metavar, min=lowest, rich_help_panel=panel)
-    annotation = kind if default is not None else kind | None
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=inspect.Parameter.empty if default is ... else default,
-        annotation=Annotated[annotation, option],
-    )
-
-
-def _type(annotation: Any) -> Any:
-    """Return what an option of the command line takes for a field: bool, int, float, str, a choice, or texts."""
-    origin, arguments = get_origin(annotation), [kind for kind in get_args(annotation) if kind is not NoneType]
-    if origin in (Union, UnionType):
-        return _type(arguments[0]) if len(arguments) == 1 else str
-    if origin in (dict, list):
-        return list[str]
-    if origin is Literal and all(isinstance(choice, str) for choice in arguments):
-        return annotation
-    return annotation if annotation in (bool, int, float) else str
-
-
-def _given(ctx: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Take the values of options out of what the function is called with, and return those that were given."""
-    values = {name: ctx.params.pop(name) for name in options}
-    sources = {name: ctx.get_parameter_source(name) for name in options}
-    given = {name: value for name, value in values.items() if sources[name].name != "DEFAULT" and value is not None}
-    for name, value in given.items():
-        if options[name].metavar == ASSIGNMENT:
-            given[name] = common.assignments(list(value), options[name].opts[0])
-        elif options[name].multiple:
-            given[name] = list(value)
-    return given
+    name, colon, _ = spec.partition(":")
+    cls = registry.get(kind, name).load()
+    return {name: field for name, field in cls.Options.model_fields.items() if not (colon and name == cls.argument)}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -226,18 +176,29 @@ def _read_config(path: Path) -> dict[str, Any]:
     return read_config(path)
 
 
-def _checked(config: Mapping[str, Any], known: Sequence[str] | set[str], file: str) -> dict[str, Any]:
+def _texts(value: Any, file: str | None) -> list[str]:
+    """Return the plugin files that a recipe names.
+
+    Raises:
+        PruneForgeError: They are not a list of texts.
+    """
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise PruneForgeError(f"recipe {file!r}: plugins must be a list of files, such as ['mine.py']")
+    return value
+
+
+def _checked(config: Mapping[str, Any], known: set[str], file: str) -> dict[str, Any]:
     """Return the settings of a recipe file as a command line gives them.
 
     Raises:
         PruneForgeError: One is not a setting of the command.
     """
-    from pruneforge.errors import unknown_name
-
     values = {}
     for name, value in config.items():
         if name not in known:
-            raise unknown_name(f"setting in recipe {file!r}:", str(name), known)
+            raise unknown_name(f"setting in recipe {file!r}:", name, known)
         if isinstance(value, dict):
             value = [f"{key}={_as_text(inner)}" for key, inner in value.items() if inner is not None]
         values[name] = value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,12 +50,9 @@ class Entry:
         Raises:
             PruneForgeError: The target cannot be imported, naming the plugin, or what has to be installed for it.
         """
-        if self.library is not None and importlib.util.find_spec(self.library.partition(".")[0]) is None:
-            extra = f"the extra {self.extra!r} of {self.distribution} (in a clone: pip install '.[{self.extra}]')"
-            raise PruneForgeError(
-                f"{self.kind} {self.name!r} needs {self.library}, which is not installed"
-                + (f"; install {extra}" if self.distribution else "")
-            )
+        lacking = self._lacking()
+        if lacking is not None:
+            raise PruneForgeError(lacking)
         if not isinstance(self.target, str):
             return self.target
         try:
@@ -68,20 +64,34 @@ class Entry:
             ) from error
 
     def summary(self) -> str:
-        """Return the first line of the class's docstring; empty if it has none of its own.
+        """Return the first line of the class's own docstring, or why the class cannot be used as far as that shows.
 
         It is read from the source: importing the class may import libraries that take seconds.
         """
+        lacking = self._lacking()
+        if lacking is not None:
+            return f"cannot be used: {lacking}"
         if not isinstance(self.target, str):
-            return (inspect.getdoc(self.target) or "").partition("\n")[0]
+            return (self.target.__doc__ or "").strip().partition("\n")[0]
         module, _, name = self.target.partition(":")
         try:
-            spec = importlib.util.find_spec(module)
-            tree = ast.parse(Path(spec.origin).read_bytes() if spec and spec.origin else b"")
-        except (ImportError, OSError, SyntaxError, ValueError):
-            return ""  # what is wrong shows when it is imported
+            spec = importlib.util.find_spec(module)  # imports the packages around the module
+            source = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
+            tree = ast.parse(source)
+        except Exception as error:  # a plugin's package may fail in any way
+            return f"cannot be imported from {self.target}: {type(error).__name__}: {' '.join(str(error).split())}"
+        if name not in source:
+            return f"cannot be imported from {self.target}: there is no {name if spec else module}"
         classes = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
         return next(((ast.get_docstring(node) or "").partition("\n")[0] for node in classes), "")
+
+    def _lacking(self) -> str | None:
+        """Return that the library is not installed and how to install it, or `None`."""
+        if self.library is None or importlib.util.find_spec(self.library.partition(".")[0]) is not None:
+            return None
+        extra = f"the extra {self.extra!r} of {self.distribution} (in a clone: pip install '.[{self.extra}]')"
+        needs = f"{self.kind} {self.name!r} needs {self.library}, which is not installed"
+        return f"{needs}; install {extra}" if self.distribution else needs
 
 
 def imported(target: str) -> Any:

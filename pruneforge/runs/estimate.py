@@ -14,6 +14,7 @@ from pruneforge.checkpoint.writer import Rewrite
 from pruneforge.data.calibration import Data
 from pruneforge.engine.probe import probe
 from pruneforge.engine.processes import Group
+from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.metric import Metric
 from pruneforge.interfaces.statistics import GradientStatistic, empty_statistics
 from pruneforge.memory import one_line_for_full_devices
@@ -70,6 +71,8 @@ def estimate(
     Raises:
         PruneForgeError: As `prune` does.
     """
+    if "patterns" in settings:
+        raise PruneForgeError("an estimate is for one pattern; give `sparsity` or `pattern`")
     job = make_job(model, metric, calibration, **settings)
     session = job.open(Group(), streamed=not isinstance(model, nn.Module))
     (run,), loaded, batches = session.runs, session.loaded, session.data.batches

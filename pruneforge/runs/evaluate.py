@@ -56,7 +56,7 @@ def evaluate(  # noqa: D417 -- the settings are described where they are declare
         PruneForgeError: Something asked for does not exist or does not fit; nothing has been written.
     """
     installed = loaded_plugins()
-    given = {name: str(v) if isinstance(v, Path) else v for name, v in more_options.items() if v is not None}
+    given = {name: str(v) if isinstance(v, Path) else v for name, v in more_options.items() if v not in (None, {})}
     for name in given.keys() & dict(options or {}).keys():
         raise PruneForgeError(f"option {name!r} is given twice")
     given = {**(options or {}), **given}

@@ -134,9 +134,10 @@ def make_job(
     """
     installed = loaded_plugins()
     given = {name: value for name, value in settings.items() if value is not None}
+    known = {*PruneRecipe.model_fields, *Resources.model_fields} - {"plugins"}  # those that are loaded
     for name in given:
-        if name not in {**PruneRecipe.model_fields, **Resources.model_fields}:
-            raise unknown_name("setting", name, [*PruneRecipe.model_fields, *Resources.model_fields])
+        if name not in known:
+            raise unknown_name("setting", name, sorted(known))
     resources = validated(Resources, **{name: given.pop(name) for name in Resources.model_fields if name in given})
     options = given.pop("options", {})
     recipe = validated(

@@ -50,14 +50,16 @@ def prune_streamed(session: Session) -> list[PruneResult]:
 
 def _prune(session: Session, outputs: Sequence[StreamedOutput]) -> None:
     """Make the outputs' runs in one pass, and write what belongs beside their weights."""
-    group = session.group
+    group, runs = session.group, [output.run for output in outputs]
+    budgets, data = session.resources.budgets, session.data
+    rooms = budgets.for_activations(runs, session.loaded, data.batches, session.device)  # before anything is written
     with ExitStack() as opened:
         for output in outputs:
             opened.enter_context(output.opened())
         for output in outputs:  # once every folder is known to take its run
             output.prepare()
         with session.profile.stage("total"):
-            _prune_blocks(session, outputs)
+            _prune_blocks(session, outputs, *rooms)
             if group.first:
                 for output in outputs:
                     output.finish()
@@ -70,14 +72,20 @@ def _prune(session: Session, outputs: Sequence[StreamedOutput]) -> None:
         group.gather(None)  # a barrier: the other processes wait until the first has finished the outputs
 
 
-def _prune_blocks(session: Session, outputs: Sequence[StreamedOutput]) -> None:
-    """Prune the blocks that are not finished yet; each is in its output's files when this returns."""
+def _prune_blocks(session: Session, outputs: Sequence[StreamedOutput], on_host: int, on_device: int) -> None:
+    """Prune the blocks that are not finished yet; each is in its output's files when this returns.
+
+    Args:
+        session: What the runs share.
+        outputs: Their outputs, opened and prepared.
+        on_host: Bytes of hidden states that fit in host memory.
+        on_device: Bytes of hidden states that fit on the device.
+    """
     loaded, device, batches = session.loaded, session.device, session.data.batches
     runs: list[Run] = [output.run for output in outputs]
     blocks, first = runs[0].blocks, outputs[0]
     assert loaded.checkpoint is not None
-    host, on_device = session.resources.budgets.for_activations(runs, loaded, batches, device)
-    hidden_states = HiddenStates(device, on_device, host, first.folder / f"{WAITING}{session.group.rank}")
+    hidden_states = HiddenStates(device, on_device, on_host, first.folder / f"{WAITING}{session.group.rank}")
     gradient_store = FileGradientStore(session.resources.gradient_cache or cache_folder(), gradient_identity(session))
     residency = Streamed(loaded.module, blocks, device, loaded.checkpoint, first.rewrite, session.profile)
     transfers, writer = Transfers(device), Behind("pruneforge-writer", thread_initializer(device))

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 import pruneforge
 from pruneforge.cli import app
-from pruneforge.cli.settings import SettingsCommand, fields_of, settings
+from pruneforge.cli.fields import fields_of
+from pruneforge.cli.settings import SettingsCommand, settings
 from pruneforge.interfaces.recipe import EvalRecipe, PruneRecipe
 from pruneforge.runs.resources import Resources
 
@@ -201,3 +202,72 @@ def test_evaluate_takes_options_as_keywords_or_as_a_mapping_but_not_both(checkpo
 def test_an_unknown_setting_from_python_is_refused_with_the_nearest(checkpoint, tmp_path):
     with pytest.raises(pruneforge.PruneForgeError, match="unknown setting 'sampels'; did you mean 'samples'"):
         pruneforge.prune_each(checkpoint, "magnitude", [0.5], output=tmp_path / "out", sampels=3)
+
+
+def test_options_of_plugins_may_stand_before_the_model_or_beside_a_recipe(checkpoint, tmp_path):
+    asked = ("--data", "python-docs", "--window", 32, "--limit", 1)
+    done = run("eval", *asked, checkpoint, "--task", "perplexity", "--json")
+    assert done.exit_code == 0, done.output
+    done = run("eval", "--limit=1", checkpoint, "--task=perplexity", "--data=python-docs", "--window=32", "--json")
+    assert done.exit_code == 0, done.output
+    results = tmp_path / "results.json"
+    done = run("eval", checkpoint, "--task", "perplexity", *asked, "--output", results, "--json")
+    assert done.exit_code == 0, done.output
+    again = run("eval", checkpoint, "--config", results, "--limit", 2, "--json")  # the command line wins
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.output)["windows"] == 2
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {checkpoint}\ntask: perplexity\noptions: {{data: python-docs, window: 64, limit: 1}}\n")
+    assert json.loads(run("eval", "--config", recipe, "--window", 32, "--json").output)["window"] == 32
+    recipe.write_text(f"model: {checkpoint}\ntask: perplexity\ndata: python-docs\nwindow: 64\nlimit: 1\n")
+    given = ("--option", "window=32", "--option", "data=python-docs")
+    assert json.loads(run("eval", "--config", recipe, *given, "--json").output)["window"] == 32
+
+
+def test_a_plugin_does_not_take_a_flag_of_the_command(tmp_path, checkpoint):
+    file = tmp_path / "greedy.py"
+    file.write_text(
+        "from pydantic import Field\nfrom pruneforge import Metric\n"
+        "class Greedy(Metric):\n"
+        "    class Options(Metric.Options):\n"
+        "        plugin: str = Field('', description='[out, in]')\n"
+        "        option: str = Field('', description='a flag of the command')\n"
+        "        dry: float = Field(0.0, description='its own [out, in]')\n"
+        "        maybe: dict[str, int] | None = Field(None, description='a mapping')\n"
+        "        pair: tuple[int, int] = Field((0, 0), description='no flag')\n"
+        "    def score(self, layer, stats):\n"
+        "        return layer.weight.abs()\n"
+    )
+    common = ("prune", checkpoint, "--metric", "greedy", "-p", file)
+    shown = " ".join(run(*common, "--help").output.split())
+    assert "Its own [out, in]." in shown
+    assert "--pair" not in shown
+    given = ("--dry", -2, "--maybe", "a=1", "--option", "plugin=q", "--option", "pair=[1, 2]", "--json")
+    done = run(*common, *given, "--output", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    options = json.loads(done.output)["metric"]["options"]
+    assert {"plugin": "q", "dry": -2.0, "maybe": {"a": 1}, "pair": [1, 2]}.items() <= options.items()
+
+
+def test_plugins_of_a_recipe_must_be_a_list_and_help_loads_none(tmp_path, checkpoint):
+    recipe = tmp_path / "recipe.yaml"
+    for value in ("3", "mine.py"):
+        recipe.write_text(f"metric: magnitude\nplugins: {value}\n")
+        done = run("prune", checkpoint, "--config", recipe, "--output", tmp_path / "out")
+        assert done.exit_code == 2
+        assert "plugins must be a list of files" in done.output
+    (tmp_path / "loud.py").write_text("print('loaded')\n")
+    recipe.write_text(f"metric: magnitude\nplugins: [{tmp_path / 'loud.py'}]\n")
+    assert "loaded" not in run("prune", "--config", recipe, "--help").output
+    assert "Usage" in run("prune", "--metric", "typo", "--help").output
+
+
+def test_the_first_mistake_is_named_whatever_else_is_wrong(checkpoint, tmp_path):
+    common = ("prune", checkpoint, "--metric", "wanda", "--calibration", tmp_path / "none.txt")
+    done = run(*common, "--sparsity", 2, "--output", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "sparsity" in done.output
+    with pytest.raises(pruneforge.PruneForgeError, match="unknown setting 'plugins'"):
+        pruneforge.prune_each(checkpoint, "magnitude", [0.5], output=tmp_path / "out", plugins=[])
+    with pytest.raises(pruneforge.PruneForgeError, match="an estimate is for one pattern"):
+        pruneforge.estimate(checkpoint, "magnitude", patterns=[0.3, 0.5])

@@ -18,6 +18,7 @@ import pruneforge
 from pruneforge import PruneForgeError
 from pruneforge.checkpoint.reader import Checkpoint
 from pruneforge.checkpoint.skeleton import make_skeleton
+from pruneforge.checkpoint.writer import Rewrite
 from pruneforge.engine.chain import Chain
 from pruneforge.engine.hidden_states import HiddenStates
 from pruneforge.engine.loop import prune_blocks
@@ -351,6 +352,14 @@ def test_a_checkpoint_that_cannot_stream_is_held_in_memory_and_the_report_says_s
     torch.save(tensors, folder / "pytorch_model.bin")
     result = pruneforge.prune(folder, "magnitude", 0.5, output=tmp_path / "out")
     assert "the model was loaded whole" in result.report["warnings"][0]
+
+
+def test_a_budget_that_is_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    folder, written = saved(tmp_path / "model"), []
+    monkeypatch.setattr(Rewrite, "prepare", lambda self: written.append(self))
+    with pytest.raises(PruneForgeError, match="memory budget of 1,000,000 bytes is too small"):
+        pruneforge.prune(folder, "wanda", 0.5, None, tokens().split(2), output=tmp_path / "out", memory_budget="1MB")
+    assert written == []
 
 
 def test_budgets_are_kept_or_refused(tmp_path):
