@@ -29,6 +29,8 @@ pruneforge prune MODEL --metric NAME --calibration c4 --output pruned --memory-b
 
 pruneforge prune MODEL --metric NAME --sparsity 0.3,0.5 --pattern 2:4 --propagate dense --calibration c4 --output all
 
+pruneforge prune MODEL --metric NAME,OTHER --option OTHER.power=2 --propagate dense --calibration c4 --output both
+
 pruneforge prune MODEL --metric NAME --calibration c4 --output pruned --profile
 
 pruneforge prune MODEL --metric NAME --calibration c4 --dry-run
@@ -46,6 +48,10 @@ class Command(SettingsCommand):
 
     plugin_options: ClassVar = {"metric": ("metric", "options"), "calibration": ("source", "source_options")}
 
+    def plugin_named(self, chooser: str, value: Any) -> str | None:
+        """Return what a setting names; with several metrics, options say whose they are: `--option NAME.alpha=1`."""
+        return None if chooser == "metric" and "," in str(value) else super().plugin_named(chooser, value)
+
     def fields(self) -> Fields:
         """Return the settings of a recipe, and of resources."""
         from pruneforge.interfaces.recipe import PruneRecipe
@@ -57,6 +63,10 @@ class Command(SettingsCommand):
 def prune(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or hub id of the model.", metavar="MODEL")],
+    metric: Annotated[
+        str,
+        typer.Option(help="Name of the metric, or several with commas between; `pruneforge plugins` lists them."),
+    ],
     output: Annotated[
         Path | None,
         typer.Option(help="Folder to write to. Must not exist or be empty. Required unless --dry-run.", metavar="DIR"),
@@ -83,33 +93,40 @@ def prune(
 ) -> None:
     """Prune a model in one shot and write an ordinary model folder, its masks and a report.
 
-    Comma-separated sparsities and N:M patterns give one model each, made in one pass, in folders below --output. A
-    single sparsity and a single pattern must agree.
+    Comma-separated metrics, sparsities and N:M patterns give one model each, made in one pass, in folders below
+    --output. A single sparsity and a single pattern must agree. Options of several metrics are written
+    --option NAME.OPTION=VALUE.
 
     Options of the metric and of the calibration source are options of the command: --metric NAME --help lists them.
     """
     asked = settings(ctx) | {"progress": True}
-    sparsities, patterns = _sparsities(sparsity), [part.strip() for part in pattern.split(",")] if pattern else []
-    several = len(sparsities) > 1 or len(patterns) > 1
-    if not several:
-        asked |= {"sparsity": next(iter(sparsities), None), "pattern": pattern}
+    metrics, patterns = _parts(metric), _parts(pattern)
+    sparsities = [_sparsity(part) for part in _parts(sparsity)]
+    several = max(len(metrics), len(sparsities), len(patterns)) > 1
     if dry_run:
         if several:
-            raise PruneForgeError("--dry-run takes one sparsity or pattern")
-        _estimate(model, asked | {"output": output}, as_json)
+            raise PruneForgeError("--dry-run takes one metric, and one sparsity or pattern")
+        one = {"sparsity": next(iter(sparsities), None), "pattern": pattern, "output": output}
+        _estimate(model, metric, asked | one, as_json)
         return
     if output is None:
         raise typer.BadParameter("Missing option '--output'")
     from pruneforge.checkpoint.journal import JOURNAL_FILE
+    from pruneforge.interfaces.patterns import DEFAULT_SPARSITY, parse_pattern
     from pruneforge.runs import prune as pruning
 
     try:
         if several:
-            asked = {"propagate": "pruned", **asked}  # as the help says; several patterns need it said otherwise
-            named = pruning.prune_each(model, patterns=[*sparsities, *patterns], output=output, **asked)
-            results = list(named.values())
+            asked = {"propagate": "pruned", **asked}  # as the help says; runs that share a pass need it said otherwise
+            if len(metrics) > 1:
+                asked["options"] = _by_metric(asked.get("options", {}))
+            if len(sparsities) == len(patterns) == 1:  # one pattern, said twice
+                parse_pattern(sparsities.pop(), patterns[0], "row")
+            asked_patterns: list[float | str] = [*sparsities, *patterns] or [DEFAULT_SPARSITY]
+            results = list(pruning.prune_each(model, metrics, asked_patterns, output=output, **asked).values())
         else:
-            results = [pruning.prune(model, output=output, **asked)]
+            asked |= {"sparsity": next(iter(sparsities), None), "pattern": pattern}
+            results = [pruning.prune(model, metric, output=output, **asked)]
     except KeyboardInterrupt:
         if not any(output.rglob(JOURNAL_FILE)):
             raise
@@ -129,21 +146,34 @@ def prune(
         tables.print_shared(made_now[0], asked.get("gradient_cache"))
 
 
-def _sparsities(text: str | None) -> list[float]:
-    sparsities = []
-    for part in text.split(",") if text is not None else []:
-        try:
-            sparsities.append(float(part))
-        except ValueError:
-            raise typer.BadParameter(f"{part.strip()!r} is not a number", param_hint="--sparsity") from None
-    return sparsities
+def _parts(text: str | None) -> list[str]:
+    """Return what stands between commas."""
+    return [part.strip() for part in text.split(",")] if text is not None else []
 
 
-def _estimate(model: str, asked: dict[str, Any], as_json: bool) -> None:
+def _sparsity(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a number", param_hint="--sparsity") from None
+
+
+def _by_metric(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return `NAME.OPTION` and its value as a mapping of options by metric."""
+    nested: dict[str, dict[str, Any]] = {}
+    for name, value in options.items():
+        metric, dot, option = name.partition(".")
+        if not dot:
+            raise PruneForgeError(f"--option {name}=... is for several metrics; write --option METRIC.{name}=...")
+        nested.setdefault(metric, {})[option] = value
+    return nested
+
+
+def _estimate(model: str, metric: str, asked: dict[str, Any], as_json: bool) -> None:
     from pruneforge.runs.estimate import estimate
 
-    estimated = estimate(model, **asked)
+    estimated = estimate(model, metric, **asked)
     if as_json:
         print(json.dumps(estimated.as_dict(), indent=2))
     else:
-        tables.print_estimate(f"{asked['metric']} on {model}", estimated)
+        tables.print_estimate(f"{metric} on {model}", estimated)

@@ -38,6 +38,10 @@ class SettingsCommand(TyperCommand):
         """Return the declared settings, in the order of the help."""
         return {}
 
+    def plugin_named(self, chooser: str, value: Any) -> str | None:
+        """Return the one plugin that a setting's value names, `name` or `name:argument`, or `None`."""
+        return str(value) if value else None
+
     def get_params(self, ctx: Any) -> list[Any]:
         """Return arguments, settings, the other options, and those of plugins."""
         own = super().get_params(ctx)
@@ -110,10 +114,9 @@ class SettingsCommand(TyperCommand):
         """
         made: dict[str, list[Any]] = {}
         for chooser, (kind, setting) in self.plugin_options.items():
-            if named.get(chooser):
-                made[setting] = options_for(
-                    _plugin_fields(kind, str(named[chooser])), f"Options of {kind} {named[chooser]}"
-                )
+            spec = self.plugin_named(chooser, named.get(chooser))
+            if spec:
+                made[setting] = options_for(_plugin_fields(kind, spec), f"Options of {kind} {spec}")
         names = {parameter.name for parameter in own}
         flags = [flag for parameter in own for flag in flags_of(parameter)]
         flags += [flag for options in made.values() for option in options for flag in flags_of(option)]

@@ -19,6 +19,10 @@ from pruneforge.interfaces.selection import count_kept, prune_smallest, prune_sm
 Scope = Literal["row", "layer", "block", "model"]
 
 
+DEFAULT_SPARSITY = 0.5
+"""The share of weights to prune if nothing is said."""
+
+
 def pruned_count(total: int, sparsity: float) -> int:
     """Return how many of `total` weights a sparsity prunes: the floor of the exact decimal product.
 
@@ -137,7 +141,7 @@ def parse_pattern(sparsity: float | None, pattern: str | None, scope: Scope) -> 
     if sparsity is not None and not 0 <= sparsity < 1:
         raise PruneForgeError(f"sparsity {sparsity} is outside [0, 1); it is the share of weights to prune")
     if pattern is None or pattern == "unstructured":
-        return Unstructured(0.5 if sparsity is None else sparsity, scope)
+        return Unstructured(DEFAULT_SPARSITY if sparsity is None else sparsity, scope)
     match = re.fullmatch(r"(\d+):(\d+)", pattern)
     if not match:
         raise PruneForgeError(f"pattern {pattern!r} is neither 'unstructured' nor N:M, such as 2:4")

@@ -27,7 +27,7 @@ from pruneforge.profile import Profile
 from pruneforge.progress import Progress, as_progress
 from pruneforge.runs.in_memory import prune_in_memory
 from pruneforge.runs.loading import in_evaluation_mode, load_model, parse_device, parse_dtype
-from pruneforge.runs.plan import make_metric, make_run, make_runs, split_excluded
+from pruneforge.runs.plan import Metrics, by_label, make_metric, make_run, make_runs, options_by_label, split_excluded
 from pruneforge.runs.recipe_file import validated
 from pruneforge.runs.resources import Resources
 from pruneforge.runs.result import PruneResult
@@ -101,7 +101,8 @@ class Job:
         profile = Profile(self.device, self.resources.profile)
         for run in self.runs:
             run.blocks, run.excluded, run.profile = blocks, excluded, profile
-            run.warnings += [*([loaded.note] if loaded.note else []), *data.warnings]
+            run.warnings += [loaded.note] if loaded.note else []
+            run.warnings += data.warnings if run.metric.requires else []
         return Session(self.runs, loaded, data, self.device, self.resources, group, progress, peak, self.plugins.hook)
 
     def _refuse_what_streams(self, why: str) -> None:
@@ -110,7 +111,7 @@ class Job:
             "resume": self.resources.resume,
             "memory budget": self.resources.budgets != Budgets(),
             "gradient cache": self.resources.gradient_cache is not None,
-            "more than one pattern": len(self.runs) > 1,
+            "more than one metric or pattern": len(self.runs) > 1,
         }
         for what, is_asked in asked.items():
             if is_asked:
@@ -119,7 +120,7 @@ class Job:
 
 def make_job(
     model: str | Path | nn.Module,
-    metric: str | Metric,
+    metric: Metrics,
     calibration: Data | None = None,
     *,
     patterns: Sequence[float | str] | None = None,
@@ -140,20 +141,31 @@ def make_job(
             raise unknown_name("setting", name, sorted(known))
     resources = validated(Resources, **{name: given.pop(name) for name in Resources.model_fields if name in given})
     options = given.pop("options", {})
-    recipe = validated(
-        PruneRecipe,
-        model=str(model) if isinstance(model, str | Path) else type(model).__name__,
-        metric=metric if isinstance(metric, str) else metric.name,
-        calibration=str(calibration) if isinstance(calibration, str | Path) else None,
-        options=dict(options) if isinstance(metric, str) else metric.options.model_dump(),
-        plugins=[plugin.origin for plugin in installed.loaded if plugin.from_file],
-        **given,
-    )
-    chosen = make_metric(metric, options, installed.registry)
+    named = by_label(metric)
+    metrics: dict[str, Metric] = {}
+    recipes: dict[str, PruneRecipe] = {}
+    for label, own_options in options_by_label(named, options, "metric").items():
+        asked = named[label]
+        recipes[label] = validated(
+            PruneRecipe,
+            model=str(model) if isinstance(model, str | Path) else type(model).__name__,
+            metric=asked if isinstance(asked, str) else asked.name,
+            calibration=str(calibration) if isinstance(calibration, str | Path) else None,
+            options=own_options if isinstance(asked, str) else asked.options.model_dump(),
+            plugins=[plugin.origin for plugin in installed.loaded if plugin.from_file],
+            **given,
+        )
+        metrics[label] = make_metric(asked, own_options, installed.registry)
+    recipe, chosen = next(iter(recipes.values())), next(iter(metrics.values()))
     folder = Path(output) if output is not None else None
-    runs = [make_run(recipe, chosen, folder)] if patterns is None else make_runs(recipe, chosen, patterns, folder)
-    if chosen.requires and calibration is None:
-        raise PruneForgeError(f"metric {chosen.name!r} needs calibration data; pass `calibration` SOURCE or PATH")
+    if patterns is None:
+        runs = [make_run(recipe, chosen, folder)]
+    else:
+        assert folder is not None
+        runs = make_runs(recipes, metrics, patterns, folder)
+    for each in metrics.values():
+        if each.requires and calibration is None:
+            raise PruneForgeError(f"metric {each.name!r} needs calibration data; pass `calibration` SOURCE or PATH")
     data: Source | RawBatches | None
     if isinstance(calibration, str | Path):  # before a large model is loaded
         data = create_source(calibration, recipe.source_options, installed.registry)

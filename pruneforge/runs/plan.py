@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from pruneforge.errors import PruneForgeError
+from pruneforge.errors import PruneForgeError, unknown_name
 from pruneforge.interfaces.adapter import Block
 from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.metric import Metric
@@ -18,6 +19,51 @@ from pruneforge.interfaces.registry import Registry
 from pruneforge.interfaces.run import Run
 from pruneforge.interfaces.statistics import GradientStatistic, InputStatistic
 from pruneforge.runs.recipe_file import validated
+
+Metrics = str | Metric | Sequence[str | Metric] | Mapping[str, str | Metric]
+"""One metric or several: by name or made, in a list or by a label of the user's."""
+
+
+def by_label(metric: Metrics) -> dict[str, str | Metric]:
+    """Return metrics by what the user calls them: a label, or else their names.
+
+    Raises:
+        PruneForgeError: There is none, or a name comes twice.
+    """
+    if isinstance(metric, str | Metric):
+        metric = [metric]
+    if isinstance(metric, Mapping):
+        labelled = dict(metric)
+    else:
+        labelled = {}
+        for each in metric:
+            label = each if isinstance(each, str) else each.name
+            if label in labelled:
+                raise PruneForgeError(f"metric {label!r} is asked for twice; give each a label, as a mapping")
+            labelled[label] = each
+    if not labelled:
+        raise PruneForgeError("no metric is asked for")
+    for label in labelled:
+        if not re.fullmatch(r"[\w.+-]+", label):
+            raise PruneForgeError(f"label {label!r} of a metric cannot be part of a folder's name")
+    return labelled
+
+
+def options_by_label(labels: Iterable[str], options: Mapping[str, Any], what: str) -> dict[str, dict[str, Any]]:
+    """Return the options of each of several plugins: those of one plainly, those of several by label.
+
+    Raises:
+        PruneForgeError: Options of several are not a mapping by label.
+    """
+    names = list(labels)
+    if len(names) == 1:
+        return {names[0]: dict(options)}
+    for name, value in options.items():
+        if name not in names:
+            raise unknown_name(f"{what} in options of several (write {what.upper()}: OPTIONS):", name, names)
+        if not isinstance(value, Mapping):
+            raise PruneForgeError(f"options of {name!r} must be a mapping of names to values, not {value!r}")
+    return {name: dict(options.get(name, {})) for name in names}
 
 
 def make_metric(metric: str | Metric, options: Mapping[str, Any] | None, registry: Registry) -> Metric:
@@ -71,27 +117,39 @@ def make_run(recipe: PruneRecipe, metric: Metric, folder: Path | None) -> Run:
     return Run(recipe, metric, make_pattern(metric, recipe.sparsity, recipe.pattern, recipe.propagate), folder)
 
 
-def make_runs(recipe: PruneRecipe, metric: Metric, patterns: Sequence[float | str], folder: Path | None) -> list[Run]:
-    """Return a run for each pattern, with a folder of its own below `folder`.
+def make_runs(
+    recipes: Mapping[str, PruneRecipe], metrics: Mapping[str, Metric], patterns: Sequence[float | str], folder: Path
+) -> list[Run]:
+    """Return a run for each metric and pattern, with a folder of its own below `folder`.
+
+    Args:
+        recipes: The settings with each metric, by label.
+        metrics: The metrics, by label.
+        patterns: Sparsities and "N:M".
+        folder: Its folders are called "0.5" or "2of4", after the label if there are several metrics.
 
     Raises:
         PruneForgeError: There is none, one comes twice, or they would share nothing.
     """
-    if len(patterns) > 1 and recipe.propagate == "pruned" and sees_activations(metric):
-        raise PruneForgeError(
-            "with pruned propagation each pattern changes what the next block sees, so several share nothing; "
-            "add `propagate` dense, or make a run for each"
-        )
+    several = len(metrics) * len(patterns) > 1
     runs: dict[str, Run] = {}
-    for asked in patterns:
-        sparsity, text = (None, asked) if isinstance(asked, str) else (asked, None)
-        own = validated(PruneRecipe, **{**recipe.model_dump(), "sparsity": sparsity, "pattern": text})
-        run = make_run(own, metric, None)
-        name = str(run.pattern).replace(":", "of")
-        if name in runs:
-            raise PruneForgeError(f"pattern {run.pattern} is asked for twice")
-        run.folder = folder / name if folder else None
-        runs[name] = run
+    for label, metric in metrics.items():
+        recipe = recipes[label]
+        if several and recipe.propagate == "pruned" and sees_activations(metric):
+            raise PruneForgeError(
+                "with pruned propagation each run changes what the next block sees, so several share nothing; "
+                "add `propagate` dense, or make a run for each"
+            )
+        for asked in patterns:
+            sparsity, text = (None, asked) if isinstance(asked, str) else (asked, None)
+            own = validated(PruneRecipe, **{**recipe.model_dump(), "sparsity": sparsity, "pattern": text})
+            run = make_run(own, metric, None)
+            pattern = str(run.pattern).replace(":", "of")
+            name = pattern if len(metrics) == 1 else f"{label}-{pattern}"
+            if name in runs:
+                raise PruneForgeError(f"pattern {run.pattern} is asked for twice")
+            run.folder = folder / name
+            runs[name] = run
     if not runs:
         raise PruneForgeError("no pattern is asked for; name at least one, such as 0.5 or 2:4")
     return list(runs.values())

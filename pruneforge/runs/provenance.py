@@ -74,12 +74,13 @@ VERSIONED = (*VERSIONED_FOR_GRADIENTS, "triton")
 
 def run_identity(session: Session, run: Run) -> dict[str, Any]:
     """Return everything that determines the bytes of a run's output."""
+    data = session.data_of(run).description
     return {
         "recipe": run.recipe.model_dump(mode="json"),
         "plugin file": {path: _hash(Path(path)) for path in run.recipe.plugins},
         "model": {"fingerprint": session.fingerprint},
-        "batch size": session.data.description.get("batch_size"),
-        "calibration data": {"fingerprint": session.data.description.get("fingerprint")},
+        "batch size": data.get("batch_size"),
+        "calibration data": {"fingerprint": data.get("fingerprint")},
         "processes": session.group.size,
         "device": device_name(session.device),
         "version of": _versions(VERSIONED),

@@ -19,6 +19,7 @@ from pruneforge.runs import report as reports
 from pruneforge.runs.documented import documented
 from pruneforge.runs.job import make_job
 from pruneforge.runs.loading import load_model, parse_device
+from pruneforge.runs.plan import Metrics
 from pruneforge.runs.resources import Resources
 from pruneforge.runs.result import PruneResult
 
@@ -81,7 +82,7 @@ def prune(  # noqa: D417 -- the settings are described where they are declared
 
 def prune_each(
     model: str | Path,
-    metric: str | Metric,
+    metric: Metrics,
     patterns: Sequence[float | str],
     calibration: Data | None = None,
     *,
@@ -89,26 +90,28 @@ def prune_each(
     propagate: Literal["pruned", "dense"] = "dense",
     **settings: Any,
 ) -> dict[str, PruneResult]:
-    """Prune a model to several patterns in one pass over the calibration data.
+    """Prune a model by several metrics, to several patterns, in one pass over the calibration data.
 
-    The patterns share forward passes, statistics and what the metric derives from them. Each output equals that of
-    `prune` with `propagate="dense"`, byte for byte except for what the report measured.
+    The runs share forward passes, gradients, statistics and what a metric derives from them. Each output equals that
+    of `prune` with `propagate="dense"`, byte for byte except for what the report measured.
 
     Args:
         model: A folder or hub id.
-        metric: As for `prune`.
+        metric: As for `prune`, or several, in a list or by labels of your own: `{"weak": GBLM(alpha=1), "wanda":
+            "wanda"}`. `options` then holds each one's options by its label.
         patterns: Sparsities, such as 0.5, and "N:M".
         calibration: As for `prune`.
-        output: Folder for the patterns' folders, which are named "0.5" or "2of4".
+        output: Folder for the runs' folders, which are named "0.5" or "2of4", and "wanda-0.5" if there are several
+            metrics.
         propagate: "dense", or "pruned" for a metric that uses no activations, where both are the same.
         settings: Every other argument of `prune`, by name.
 
     Returns:
-        A result for each pattern, by the name of its folder.
+        A result for each run, by the name of its folder.
 
     Raises:
-        PruneForgeError: As `prune` does; also if a pattern is repeated, there is none, or the model cannot be
-            streamed.
+        PruneForgeError: As `prune` does; also if a metric or pattern is repeated, there is none, or the model
+            cannot be streamed.
     """
     for name in ("sparsity", "pattern"):
         if name in settings:

@@ -53,6 +53,10 @@ class Session:
         """Time and memory by stage and block, of all runs together."""
         return self.runs[0].profile
 
+    def data_of(self, run: Run) -> Calibration:
+        """Return the calibration data as far as a run's metric uses any."""
+        return self.data if run.metric.requires else Calibration([], {})
+
     def block_pruned(self, run: Run, result: BlockResult) -> None:
         """Tell the plugins of a finished block."""
         self.hook.pruneforge_block_pruned(run=run, result=result)
@@ -66,7 +70,7 @@ class Session:
             together: Number of runs that shared the pass.
         """
         run.report = make_report(
-            run, self.loaded, self.fingerprint, self.data.description or None, self.peak.read(), identity
+            run, self.loaded, self.fingerprint, self.data_of(run).description or None, self.peak.read(), identity
         )
         run.report["measured"]["patterns_at_once"] = together
         self.hook.pruneforge_run_finished(run=run, report=run.report)

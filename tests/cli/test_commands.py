@@ -368,7 +368,7 @@ def test_several_patterns_get_a_folder_and_a_line_each(checkpoint, tmp_path):
     assert [report["pattern"]["pattern"] for report in json.loads(printed.stdout)] == ["0.25", "0.5", "2:4"]
     dry = run("prune", checkpoint, *several, *few, "--dry-run")
     assert dry.exit_code == 2
-    assert "--dry-run takes one sparsity or pattern" in dry.output
+    assert "--dry-run takes one metric, and one sparsity or pattern" in dry.output
 
 
 def test_an_image_model_is_pruned_evaluated_and_strict_about_its_images(tmp_path):

@@ -51,7 +51,7 @@ def test_the_command_takes_every_setting_with_its_description():
     }
     for name, field in {**PruneRecipe.model_fields, **fields_of(Resources)}.items():
         assert name in options, f"the command lacks {name}"
-        if name not in ("sparsity", "pattern", "plugins"):  # which the command line writes in its own way
+        if name not in ("metric", "sparsity", "pattern", "plugins"):  # which the command line writes in its own way
             assert field.description.removesuffix(".") in options[name].help
 
 
@@ -134,6 +134,25 @@ def test_options_of_the_metric_are_options_of_the_command(checkpoint, tmp_path):
     done = run("prune", checkpoint, "--metric", "gbml", "--alpha", 3, "--output", tmp_path / "b")
     assert (done.exit_code, done.output.strip()) == (2, "pruneforge: unknown metric 'gbml'; did you mean 'gblm'?")
     assert not (tmp_path / "b").exists()
+
+
+def test_several_metrics_are_made_in_one_pass_each_with_its_own_options(checkpoint, tmp_path):
+    common = ("prune", checkpoint, "--metric", "wanda,gblm", *CALIBRATED, "--propagate", "dense")
+    done = run(*common, "--option", "gblm.alpha=1", "--pattern", "2:4,4:8", "--output", tmp_path / "all")
+    assert done.exit_code == 0, done.output
+    names = sorted(path.name for path in (tmp_path / "all").iterdir())
+    assert names == [f"{metric}-{pattern}" for metric in ("gblm", "wanda") for pattern in ("0.5", "2of4", "4of8")]
+    assert pruneforge.load(tmp_path / "all" / "gblm-0.5").report["metric"]["options"]["alpha"] == 1
+    assert pruneforge.load(tmp_path / "all" / "wanda-0.5").report["recipe"]["options"] == {}
+    for wrong, said in (
+        (("--option", "alpha=1"), "write --option METRIC.alpha=..."),
+        (("--option", "ria.alpha=1"), "unknown metric in options of several"),
+        (("--dry-run",), "--dry-run takes one metric"),
+        (("--propagate", "pruned"), "add --propagate dense"),
+    ):
+        done = run(*common, *wrong, "--output", tmp_path / "none")
+        assert (done.exit_code, said in done.output) == (2, True), done.output
+    assert not (tmp_path / "none").exists()
 
 
 def test_options_of_the_source_and_of_a_plugin_file_are_options_of_the_command(checkpoint, tmp_path):

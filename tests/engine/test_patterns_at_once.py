@@ -113,7 +113,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(pattern
 
 
 def test_a_model_in_memory_takes_one_pattern(tmp_path):
-    with pytest.raises(PruneForgeError, match="more than one pattern needs a model that is streamed"):
+    with pytest.raises(PruneForgeError, match="more than one metric or pattern needs a model that is streamed"):
         pruneforge.prune_each(tiny_llama(), "magnitude", [0.3, 0.5], output=tmp_path / "out")
 
 
@@ -184,3 +184,54 @@ def test_runs_of_several_metrics_share_one_pass():
         expected = pruneforge.prune(tiny_llama(), name, 0.5, None, batches, propagate="dense").masks
         assert masks[name].keys() == expected.keys()
         assert all(torch.equal(masks[name][layer], expected[layer]) for layer in expected), name
+
+
+def test_each_metric_gets_what_a_run_of_its_own_gives(model, tmp_path):
+    metrics = {"magnitude": "magnitude", "wanda": "wanda", "solver": "sparsegpt", "weak": "gblm", "strong": "gblm"}
+    options = {"weak": {"alpha": 1.0}, "strong": {"alpha": 50.0, "norm": "l2"}}
+    settings = {"gradient_cache": tmp_path / "gradients"}
+    together = pruneforge.prune_each(
+        model, metrics, [0.5, "2:4"], tokens().split(3), output=tmp_path / "all", options=options, **settings
+    )
+    assert list(together) == [f"{label}-{pattern}" for label in metrics for pattern in ("0.5", "2of4")]
+    assert together["weak-0.5"].report["measured"]["patterns_at_once"] == 10
+    for name in together:
+        label, _, pattern = name.partition("-")
+        asked = "2:4" if pattern == "2of4" else float(pattern)
+        expected = alone(model, metrics[label], asked, tmp_path / name, options=options.get(label, {}))
+        assert outcome(tmp_path / "all" / name) == outcome(expected), name
+    spans = together["weak-0.5"].profile.spans
+    assert sum(span.stage == "calibrate" for span in spans) == 3 * 2  # blocks and batches, once for all
+
+
+def test_several_metrics_resume_together(model, tmp_path):
+    observer = Interrupted("2:4", 1)
+    plugins = loaded_plugins()
+    plugins.register(observer)
+    asked = (model, ["wanda", "sparsegpt"], ["2:4"], tokens().split(3))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pruneforge.prune_each(*asked, output=tmp_path / "all")
+    finally:
+        plugins.unregister(observer)
+    resumed = pruneforge.prune_each(*asked, output=tmp_path / "all", resume=True)
+    for name in resumed:
+        expected = alone(model, name.partition("-")[0], "2:4", tmp_path / name)
+        assert outcome(tmp_path / "all" / name) == outcome(expected)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "options", "said"),
+    [
+        (["wanda", "wanda"], {}, "metric 'wanda' is asked for twice; give each a label"),
+        ([], {}, "no metric is asked for"),
+        ({"a/b": "wanda"}, {}, "cannot be part of a folder's name"),
+        (["wanda", "gblm"], {"alpha": 1}, "unknown metric in options of several"),
+        (["wanda", "gblm"], {"gblm": 1}, "options of 'gblm' must be a mapping"),
+        (["wanda", "gblm"], {"wanda": {"alpha": 1}}, "unknown option of wanda 'alpha'"),
+    ],
+)
+def test_metrics_that_cannot_go_together_are_named(metrics, options, said, model, tmp_path):
+    with pytest.raises(PruneForgeError, match=said):
+        pruneforge.prune_each(model, metrics, [0.5], tokens().split(3), output=tmp_path / "all", options=options)
+    assert not (tmp_path / "all").exists()
