@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pruneforge.interfaces.adapter import Block as Block
     from pruneforge.interfaces.adapter import LoadedModel as LoadedModel
     from pruneforge.interfaces.adapter import Skeleton as Skeleton
+    from pruneforge.interfaces.allocator import Allocator as Allocator
     from pruneforge.interfaces.batch import Batch as Batch
     from pruneforge.interfaces.demo import Demo as Demo
     from pruneforge.interfaces.evaluator import Evaluator as Evaluator
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from pruneforge.interfaces.patterns import Pattern as Pattern
     from pruneforge.interfaces.patterns import Unstructured as Unstructured
     from pruneforge.interfaces.recipe import PruneRecipe as PruneRecipe
+    from pruneforge.interfaces.refiner import Refiner as Refiner
     from pruneforge.interfaces.registry import Registry as Registry
     from pruneforge.interfaces.run import BlockResult as BlockResult
     from pruneforge.interfaces.run import Run as Run
@@ -65,6 +67,7 @@ _MODULES = {
     "data.text": ("TextSource",),
     "errors": ("PruneForgeError",),
     "interfaces.adapter": ("Adapter", "Block", "LoadedModel", "Skeleton"),
+    "interfaces.allocator": ("Allocator",),
     "interfaces.batch": ("Batch",),
     "interfaces.demo": ("Demo",),
     "interfaces.evaluator": ("Evaluator", "Subject"),
@@ -74,6 +77,7 @@ _MODULES = {
     "interfaces.options": ("Options",),
     "interfaces.patterns": ("NM", "Pattern", "Unstructured"),
     "interfaces.recipe": ("PruneRecipe",),
+    "interfaces.refiner": ("Refiner",),
     "interfaces.registry": ("Registry",),
     "interfaces.run": ("BlockResult", "Run"),
     "interfaces.source": ("Source",),

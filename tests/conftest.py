@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pruneforge import Block, Metric
 from pruneforge.interfaces.recipe import PruneRecipe
 from pruneforge.interfaces.run import Run
-from pruneforge.runs.plan import make_run
+from pruneforge.runs.method import Method
 
 DATA = Path(os.environ.get("PRUNEFORGE_DATA", Path(__file__).parents[2] / "shared" / "data"))
 CHECKPOINT = Path(__file__).parents[1] / "plugins" / "pruneforge_demo" / "checkpoints" / "text"
@@ -118,7 +118,9 @@ def tokens(samples: int = 6, length: int = 24, seed: int = 1, vocabulary: int = 
 
 def run_of(metric: Metric, blocks: list[Block], **settings: object) -> Run:
     """A run of a metric at 50 %, as `prune` plans it, for the blocks of a model."""
-    return replace(make_run(PruneRecipe(model="tiny", metric=metric.name, **settings), metric, None), blocks=blocks)
+    return replace(
+        Method(metric, None, ()).run(PruneRecipe(model="tiny", metric=metric.name, **settings), None), blocks=blocks
+    )
 
 
 def outcome(folder: Path) -> dict[str, object]:

@@ -46,7 +46,11 @@ pruneforge prune --config pruned/recipe.yaml --seed 1 --output again
 class Command(SettingsCommand):
     """`pruneforge prune`: an option for each setting of a run, of its metric and of its calibration source."""
 
-    plugin_options: ClassVar = {"metric": ("metric", "options"), "calibration": ("source", "source_options")}
+    plugin_options: ClassVar = {
+        "metric": ("metric", "options"),
+        "calibration": ("source", "source_options"),
+        "allocator": ("allocator", "allocator_options"),
+    }
 
     def plugin_named(self, chooser: str, value: Any) -> str | None:
         """Return what a setting names; with several metrics, options say whose they are: `--option NAME.alpha=1`."""
@@ -100,6 +104,8 @@ def prune(
     Options of the metric and of the calibration source are options of the command: --metric NAME --help lists them.
     """
     asked = settings(ctx) | {"progress": True}
+    if len(asked.get("refine", ())) > 1:
+        asked["refine_options"] = _by_name(asked.get("refine_options", {}), "--refine-option")
     metrics, patterns = _parts(metric), _parts(pattern)
     sparsities = [_sparsity(part) for part in _parts(sparsity)]
     several = max(len(metrics), len(sparsities), len(patterns)) > 1
@@ -119,7 +125,7 @@ def prune(
         if several:
             asked = {"propagate": "pruned", **asked}  # as the help says; runs that share a pass need it said otherwise
             if len(metrics) > 1:
-                asked["options"] = _by_metric(asked.get("options", {}))
+                asked["options"] = _by_name(asked.get("options", {}), "--option")
             if len(sparsities) == len(patterns) == 1:  # one pattern, said twice
                 parse_pattern(sparsities.pop(), patterns[0], "row")
             asked_patterns: list[float | str] = [*sparsities, *patterns] or [DEFAULT_SPARSITY]
@@ -158,14 +164,14 @@ def _sparsity(text: str) -> float:
         raise typer.BadParameter(f"{text!r} is not a number", param_hint="--sparsity") from None
 
 
-def _by_metric(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return `NAME.OPTION` and its value as a mapping of options by metric."""
+def _by_name(options: dict[str, Any], flag: str) -> dict[str, dict[str, Any]]:
+    """Return `NAME.OPTION` and its value as a mapping of options by name."""
     nested: dict[str, dict[str, Any]] = {}
-    for name, value in options.items():
-        metric, dot, option = name.partition(".")
+    for text, value in options.items():
+        name, dot, option = text.partition(".")
         if not dot:
-            raise PruneForgeError(f"--option {name}=... is for several metrics; write --option METRIC.{name}=...")
-        nested.setdefault(metric, {})[option] = value
+            raise PruneForgeError(f"{flag} {text}=... is for several; write {flag} NAME.{text}=...")
+        nested.setdefault(name, {})[option] = value
     return nested
 
 

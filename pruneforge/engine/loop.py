@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pruneforge.engine.allocation import allocate
 from pruneforge.engine.chain import Chain
 from pruneforge.engine.gradient_store import GradientStore, InMemoryGradientStore
 from pruneforge.engine.gradients import gradient_statistics
@@ -104,13 +105,15 @@ class _Loop:
         self.input_kinds = [kind for kind in requires if issubclass(kind, InputStatistic)]
         self.gradient_kinds = [kind for kind in requires if issubclass(kind, GradientStatistic)]
         self.batches_in_flight: list[BatchInFlight] = []
-        if not requires:
+        if not any(run.uses_data for run in runs):
+            allocate(runs, chain, [], gradient_store, group, progress)
             return
         with self.profile.stage("capture"):
             self.batches_in_flight = chain.capture(group.part(batches))
         if self.gradient_kinds:
             with self.profile.stage("gradients"):
                 gradient_statistics(chain, self.batches_in_flight, self.gradient_kinds, gradient_store, group, progress)
+        allocate(runs, chain, self.batches_in_flight, gradient_store, group, progress)
         if not self.input_kinds:
             self.batches_in_flight = []
 

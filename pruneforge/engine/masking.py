@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -78,8 +79,7 @@ class Applier:
 
     def score(self, run: Run, layer: Layer, stats: LayerStatistics) -> Tensor:
         """Return a layer's scores [out, in]; equal at each call, since random numbers are seeded by layer."""
-        _reseed(run, layer)
-        return run.metric.checked_score(layer, stats)
+        return metric_score(run, layer, stats)
 
     def _threshold(self, run: Run, block: Block, stats: BlockStatistics) -> Threshold | None:
         """Return the threshold over several layers, or `None` for runs whose scope is within a layer."""
@@ -101,7 +101,6 @@ class Applier:
             for layer in block.layers:
                 if owners[layer.name] == self.group.rank:
                     pruned = self._prune_layer(run, layer, stats[layer.name], threshold)
-                    _check(run, layer, pruned)
                     layer.write(pruned.mask, pruned.weight)
                     masks[layer.name] = pruned.mask.cpu()
                     outcomes[layer.name] = _Outcome(pruned.notes, pruned.weight is not None)
@@ -140,35 +139,52 @@ class Applier:
 
     def _prune_layer(self, run: Run, layer: Layer, stats: LayerStatistics, threshold: Threshold | None) -> Pruned:
         """Return the metric's result for a layer, or the mask of a threshold over several layers."""
+        pattern = run.pattern_for(layer)
         if threshold is not None:
-            return Pruned(threshold.select(self.score(run, layer, stats)))
-        _reseed(run, layer)
-        return run.metric.prune_layer(layer, stats, run.pattern)
+            pruned = Pruned(threshold.select(self.score(run, layer, stats)))
+        else:
+            _reseed(run, layer)
+            pruned = run.metric.prune_layer(layer, stats, pattern)
+        _check(run, layer, pruned, f"metric {run.metric.name!r}")
+        for refiner in run.refiners:
+            _reseed(run, layer)
+            refined = refiner.refine(layer, stats, pruned, pattern)
+            _check(run, layer, refined, f"refiner {refiner.name!r}")
+            pruned = replace(refined, notes=(*pruned.notes, *refined.notes))
+        return pruned
 
 
-def _check(run: Run, layer: Layer, pruned: Pruned) -> None:
-    """Raise unless a metric's mask fits the pattern and its weights are finite."""
+def metric_score(run: Run, layer: Layer, stats: LayerStatistics) -> Tensor:
+    """Return a layer's scores [out, in]; equal at each call, since random numbers are seeded by layer."""
+    _reseed(run, layer)
+    return run.metric.checked_score(layer, stats)
+
+
+def _check(run: Run, layer: Layer, pruned: Pruned, who: str) -> None:
+    """Raise unless a mask fits the layer's pattern and the weights are finite; `who` made them."""
     mask = pruned.mask
     if mask.dtype != torch.bool or mask.shape != layer.shape:
         raise PruneForgeError(
-            f"metric {run.metric.name!r} made a mask of {mask.dtype} {tuple(mask.shape)} for layer {layer.name!r}; "
+            f"{who} made a mask of {mask.dtype} {tuple(mask.shape)} for layer {layer.name!r}; "
             f"it must be boolean {layer.shape}"
         )
     # With comparison groups of its own, a method rounds the count in each of them, and the total may differ from the
     # layer's. N:M patterns leave no such freedom.
     own_groups = isinstance(run.pattern, Unstructured) and (run.metric.scope is None or run.scope in ("block", "model"))
-    if not own_groups and not run.pattern.fits(mask):
-        raise PruneForgeError(
-            f"metric {run.metric.name!r} made a mask for layer {layer.name!r} that does not fit {run.pattern}"
-        )
+    pattern = run.pattern_for(layer)
+    if not own_groups and not pattern.fits(mask):
+        raise PruneForgeError(f"{who} made a mask for layer {layer.name!r} that does not fit {pattern}")
     if pruned.weight is not None and not all_finite(pruned.weight):
-        raise PruneForgeError(f"metric {run.metric.name!r} made non-finite weights in layer {layer.name!r}")
+        raise PruneForgeError(f"{who} made non-finite weights in layer {layer.name!r}")
 
 
 def _exact_threshold(run: Run, layers: Sequence[Layer], scores: Callable[[], Iterable[Tensor]]) -> Threshold:
     """Return the threshold that prunes exactly the pattern's share of the weights of several layers."""
     assert isinstance(run.pattern, Unstructured)
-    count = pruned_count(sum(layer.parameter.numel() for layer in layers), run.pattern.sparsity)
+    if run.allocation is None:
+        count = pruned_count(sum(layer.parameter.numel() for layer in layers), run.pattern.sparsity)
+    else:
+        count = sum(run.allocation[layer.name] for layer in layers)
     return smallest(scores, count) if count else Threshold(-torch.inf, 0)
 
 

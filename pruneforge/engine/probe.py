@@ -46,18 +46,20 @@ def probe(
     start = time.perf_counter()
     with residency.visit(block):
         reading = time.perf_counter() - start
-        recorder = InputRecorder(block, [k for k in run.metric.requires if issubclass(k, InputStatistic)])
+        recorder = InputRecorder(block, [k for k in run.requires if issubclass(k, InputStatistic)])
 
         def calibrate() -> torch.Tensor:
             with recorder.recording(captured[0].batch):
                 return chain.run_block(0, captured[0].hidden, captured[0])
 
         gradients: dict[str, dict[Any, Any]] = {layer.name: {} for layer in block.layers}
-        kinds = [kind for kind in run.metric.requires if issubclass(kind, GradientStatistic)]
+        kinds = [kind for kind in run.requires if issubclass(kind, GradientStatistic)]
         if captured:
             output, taken = timed(calibrate)
             _, plain = timed(lambda: chain.run_block(0, captured[0].hidden, captured[0]))
             seconds["calibrate"] = taken * count * blocks
+            if run.allocator is not None and run.allocator.requires:
+                seconds["allocate"] = seconds["calibrate"]
             seconds["propagate"] = plain * count * (blocks - 1) if run.propagate == "pruned" else 0.0
             if kinds:
                 taken = _probe_gradients(chain, captured[0], output, kinds, gradients)
@@ -70,7 +72,9 @@ def probe(
                 statistics, of_input = recorder.statistics(layer)
                 stats = LayerStatistics(statistics, shared.setdefault(id(of_input), {})).joined(gradients[layer.name])
                 seed_random_numbers(run.seed, device)
-                run.metric.prune_layer(layer, stats, run.pattern)
+                pruned = run.metric.prune_layer(layer, stats, run.pattern)
+                for refiner in run.refiners:
+                    pruned = refiner.refine(layer, stats, pruned, run.pattern)
 
         seconds["prune"] = timed(prune)[1] * blocks
     seconds["read"] = reading * blocks

@@ -5,6 +5,7 @@ A mask is boolean, `True` keeps. Exactly as many weights are pruned as the patte
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -47,6 +48,18 @@ class Unstructured:
 
     def check(self, layer: str, in_features: int) -> None:
         """Do nothing: any layer can be pruned to any sparsity."""
+
+    def steps(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return how many steps a layer [out, in] can be pruned by, and the weights of one: one, or one a row."""
+        out_features, in_features = shape
+        return (in_features, out_features) if self.scope == "row" else (out_features * in_features, 1)
+
+    def at(self, steps: int, shape: tuple[int, int]) -> Unstructured:
+        """Return the pattern that prunes a layer [out, in] by so many steps."""
+        most, _ = self.steps(shape)
+        share = steps / most
+        # A share that is rounded down would prune one step less.
+        return replace(self, sparsity=share if pruned_count(most, share) == steps else math.nextafter(share, 1))
 
     def within(self, scope: Scope) -> Unstructured:
         """Return a pattern of the same sparsity with another comparison group."""
@@ -95,6 +108,14 @@ class NM:
                 f"pattern {self} needs inputs in groups of {self.m}, and layer {layer!r} has {in_features} of them; "
                 f"leave it out with `exclude` '*{layer.rpartition('.')[2]}'"
             )
+
+    def steps(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return how many steps a layer [out, in] can be pruned by, and the weights of one: one of each group."""
+        return self.m - 1, shape[0] * shape[1] // self.m
+
+    def at(self, steps: int, shape: tuple[int, int]) -> NM:
+        """Return the pattern that prunes a layer [out, in] by so many steps."""
+        return replace(self, n=self.m - steps)
 
     def select(self, scores: Tensor) -> Tensor:
         """Return the mask, boolean [out, in], of scores [out, in]; `in` must be a multiple of m."""

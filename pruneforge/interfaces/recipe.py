@@ -67,6 +67,17 @@ class PruneRecipe(Recipe):
         description="Whether calibration sees the earlier blocks pruned (as the published language-model code does) "
         "or dense.",
     )
+    allocator: str | None = Field(
+        None,
+        description="Name of an allocator, which gives each layer its sparsity; without one all have the same.",
+    )
+    allocator_options: dict[str, Any] = Field(default_factory=dict, description="Options of the allocator.")
+    refine: list[str] = Field(
+        default_factory=list, description="Name of a refiner, which changes each mask after the metric, in this order."
+    )
+    refine_options: dict[str, Any] = Field(
+        default_factory=dict, description="Options of the refiner; of several refiners, by name."
+    )
 
 
 class EvalRecipe(Recipe):

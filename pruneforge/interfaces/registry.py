@@ -18,6 +18,8 @@ KINDS = {
     "source": "pruneforge.interfaces.source:Source",
     "evaluator": "pruneforge.interfaces.evaluator:Evaluator",
     "demo": "pruneforge.interfaces.demo:Demo",
+    "allocator": "pruneforge.interfaces.allocator:Allocator",
+    "refiner": "pruneforge.interfaces.refiner:Refiner",
 }
 """What a plugin can register, each kind with its base class; a new kind is a line here and a method of `Registry`."""
 
@@ -101,7 +103,7 @@ def imported(target: str) -> Any:
 
 
 class Registry:
-    """Metrics, adapters, sources, evaluators and demos by name.
+    """Metrics, allocators, refiners, adapters, sources, evaluators and demos by name.
 
     A plugin fills it in its `pruneforge_register` hook. What needs a library that a plain installation of the plugin
     does not bring is registered with `library="module", extra="name"`: the module, and the extra that brings it.
@@ -133,6 +135,14 @@ class Registry:
     def demo(self, name: str, target: str | type[Configurable], **needs: str) -> None:
         """Register a `pruneforge.Demo`."""
         self._add("demo", name, target, **needs)
+
+    def allocator(self, name: str, target: str | type[Configurable], **needs: str) -> None:
+        """Register a `pruneforge.Allocator`."""
+        self._add("allocator", name, target, **needs)
+
+    def refiner(self, name: str, target: str | type[Configurable], **needs: str) -> None:
+        """Register a `pruneforge.Refiner`."""
+        self._add("refiner", name, target, **needs)
 
     def _add(
         self,

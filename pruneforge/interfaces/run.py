@@ -10,10 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from pruneforge.interfaces.adapter import Block
+from pruneforge.interfaces.allocator import Allocator
 from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.metric import Metric
 from pruneforge.interfaces.patterns import Pattern, Scope, Unstructured
 from pruneforge.interfaces.recipe import Propagate, PruneRecipe
+from pruneforge.interfaces.refiner import Refiner
 from pruneforge.interfaces.selection import Threshold
 from pruneforge.interfaces.statistics import Statistic
 from pruneforge.profile import Profile
@@ -46,6 +48,9 @@ class Output:
     def add(self, result: BlockResult) -> None:
         """Take a finished block while its weights are loaded; they may be rounded to the dtype they are stored in."""
 
+    def allocated(self, allocation: dict[str, int]) -> None:
+        """Take the run's allocation, before the first block."""
+
     def settle(self) -> None:
         """Wait until the weights of the blocks taken so far are no longer read; the caller overwrites them next."""
 
@@ -61,6 +66,8 @@ class Run:
         metric: The metric, with its options.
         pattern: The pattern asked for, with the metric's scope.
         folder: The output folder, or `None` for a result in memory.
+        allocator: Gives each layer its sparsity; by default all have the pattern's.
+        refiners: Change each mask after the metric, in this order.
         blocks: The model's blocks in the order they run.
         excluded: Layers of the blocks that the user left out; they stay dense.
         warnings: Warnings for the user, one line each.
@@ -70,6 +77,7 @@ class Run:
         pruned: Number of pruned weights of each finished layer, by full name. The masks are in each block's
             `BlockResult`; a mask is never inferred from zeros.
         activations: Peak bytes of stored hidden states, by place (device, host, disk).
+        allocation: With an allocator, how many of its pattern's steps each layer is pruned by, once that is known.
         threshold: Threshold over the scores of the whole model, for scope "model", once it is known.
         gradient_cache: Number of gradient statistics read from the cache, and bytes added to it.
         report: The report, once the run is finished.
@@ -79,6 +87,8 @@ class Run:
     metric: Metric
     pattern: Pattern
     folder: Path | None = None
+    allocator: Allocator | None = None
+    refiners: tuple[Refiner, ...] = ()
     blocks: list[Block] = field(default_factory=list)
     excluded: list[Layer] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -88,6 +98,7 @@ class Run:
     pruned: dict[str, int] = field(default_factory=dict)
     activations: dict[str, int] = field(default_factory=dict)
     gradient_cache: dict[str, int] = field(default_factory=dict)
+    allocation: dict[str, int] | None = None
     threshold: Threshold | None = None
     report: dict[str, Any] | None = None
 
@@ -102,11 +113,28 @@ class Run:
         return self.recipe.seed
 
     @property
+    def requires(self) -> tuple[type[Statistic], ...]:
+        """The statistics that the metric and the refiners require, each once."""
+        of_refiners = [kind for refiner in self.refiners for kind in refiner.requires]
+        return tuple(dict.fromkeys([*self.metric.requires, *of_refiners]))
+
+    @property
+    def uses_data(self) -> bool:
+        """Whether calibration data have a say in the result."""
+        return bool(self.requires or (self.allocator is not None and self.allocator.requires))
+
+    def pattern_for(self, layer: Layer) -> Pattern:
+        """Return the pattern of one layer: the run's, with the layer's own share if there is an allocation."""
+        if self.allocation is None:
+            return self.pattern
+        return self.pattern.at(self.allocation[layer.name], layer.shape)
+
+    @property
     def scope(self) -> Scope | None:
         """The comparison group of an unstructured pattern."""
         return self.pattern.scope if isinstance(self.pattern, Unstructured) else None
 
 
 def required_statistics(runs: Iterable[Run]) -> tuple[type[Statistic], ...]:
-    """Return the statistics that the metrics of any of the runs require, each once."""
-    return tuple(dict.fromkeys(kind for run in runs for kind in run.metric.requires))
+    """Return the statistics that any of the runs requires, each once."""
+    return tuple(dict.fromkeys(kind for run in runs for kind in run.requires))

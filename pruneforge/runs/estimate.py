@@ -90,7 +90,7 @@ def estimate(
     waits_on_host = min(waiting - waits_on_device, host_room)
     layers = [layer for block in run.blocks for layer in block.layers]
     weights = sum(layer.parameter.numel() for layer in layers)
-    gradients = [kind for kind in run.metric.requires if issubclass(kind, GradientStatistic)]
+    gradients = [kind for kind in run.requires if issubclass(kind, GradientStatistic)]
     statistics = sum(made.total.nbytes for la in layers for made in empty_statistics(la, gradients, META).values())
     disk = waiting - waits_on_device - waits_on_host
     if loaded.checkpoint is not None:

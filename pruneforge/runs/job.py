@@ -16,9 +16,8 @@ from pruneforge.data.calibration import Calibration, Data, RawBatches, collect
 from pruneforge.engine.budget import Budgets
 from pruneforge.engine.processes import Group, joined
 from pruneforge.errors import PruneForgeError, unknown_name
-from pruneforge.interfaces.metric import Metric
 from pruneforge.interfaces.recipe import PruneRecipe
-from pruneforge.interfaces.run import Run, required_statistics
+from pruneforge.interfaces.run import Run
 from pruneforge.interfaces.source import Source, create_source
 from pruneforge.memory import PeakMemory, one_line_for_full_devices
 from pruneforge.numerics import exact_arithmetic
@@ -27,7 +26,8 @@ from pruneforge.profile import Profile
 from pruneforge.progress import Progress, as_progress
 from pruneforge.runs.in_memory import prune_in_memory
 from pruneforge.runs.loading import in_evaluation_mode, load_model, parse_device, parse_dtype
-from pruneforge.runs.plan import Metrics, by_label, make_metric, make_run, make_runs, options_by_label, split_excluded
+from pruneforge.runs.method import Metrics, make_methods
+from pruneforge.runs.plan import make_runs, split_excluded
 from pruneforge.runs.recipe_file import validated
 from pruneforge.runs.resources import Resources
 from pruneforge.runs.result import PruneResult
@@ -95,14 +95,14 @@ class Job:
         loaded = load_model(self.model, recipe.dtype, self.processor, registry, recipe.adapter_options, streamed)
         blocks, excluded = split_excluded(loaded.adapter.blocks(loaded.module), recipe.exclude)
         data = Calibration([], {})
-        if self.calibration is not None and required_statistics(self.runs):
+        if self.calibration is not None and any(run.uses_data for run in self.runs):
             tokens_a_batch = self.resources.budgets.tokens_a_batch(blocks, self.device)
             data = collect(self.calibration, recipe, loaded, tokens_a_batch, progress, group.size)
         profile = Profile(self.device, self.resources.profile)
         for run in self.runs:
             run.blocks, run.excluded, run.profile = blocks, excluded, profile
             run.warnings += [loaded.note] if loaded.note else []
-            run.warnings += data.warnings if run.metric.requires else []
+            run.warnings += data.warnings if run.uses_data else []
         return Session(self.runs, loaded, data, self.device, self.resources, group, progress, peak, self.plugins.hook)
 
     def _refuse_what_streams(self, why: str) -> None:
@@ -140,32 +140,18 @@ def make_job(
         if name not in known:
             raise unknown_name("setting", name, sorted(known))
     resources = validated(Resources, **{name: given.pop(name) for name in Resources.model_fields if name in given})
-    options = given.pop("options", {})
-    named = by_label(metric)
-    metrics: dict[str, Metric] = {}
-    recipes: dict[str, PruneRecipe] = {}
-    for label, own_options in options_by_label(named, options, "metric").items():
-        asked = named[label]
-        recipes[label] = validated(
-            PruneRecipe,
-            model=str(model) if isinstance(model, str | Path) else type(model).__name__,
-            metric=asked if isinstance(asked, str) else asked.name,
-            calibration=str(calibration) if isinstance(calibration, str | Path) else None,
-            options=own_options if isinstance(asked, str) else asked.options.model_dump(),
-            plugins=[plugin.origin for plugin in installed.loaded if plugin.from_file],
-            **given,
-        )
-        metrics[label] = make_metric(asked, own_options, installed.registry)
-    recipe, chosen = next(iter(recipes.values())), next(iter(metrics.values()))
     folder = Path(output) if output is not None else None
+    recipes, methods = make_methods(model, metric, calibration, given, installed)
     if patterns is None:
-        runs = [make_run(recipe, chosen, folder)]
+        label = next(iter(methods))
+        runs = [methods[label].run(recipes[label], folder)]
     else:
         assert folder is not None
-        runs = make_runs(recipes, metrics, patterns, folder)
-    for each in metrics.values():
-        if each.requires and calibration is None:
-            raise PruneForgeError(f"metric {each.name!r} needs calibration data; pass `calibration` SOURCE or PATH")
+        runs = make_runs(recipes, methods, patterns, folder)
+    for run in runs:
+        if run.uses_data and calibration is None:
+            raise PruneForgeError(f"{_what_needs_data(run)} needs calibration data; pass `calibration` SOURCE or PATH")
+    recipe = runs[0].recipe
     data: Source | RawBatches | None
     if isinstance(calibration, str | Path):  # before a large model is loaded
         data = create_source(calibration, recipe.source_options, installed.registry)
@@ -175,3 +161,13 @@ def make_job(
             raise PruneForgeError("source options need a source; these are batches from Python")
     device, _, _ = parse_device(recipe.device), parse_dtype(recipe.dtype), resources.budgets
     return Job(model, runs, data, processor, device, resources, installed)
+
+
+def _what_needs_data(run: Run) -> str:
+    if run.metric.requires:
+        return f"metric {run.metric.name!r}"
+    refiner = next((refiner for refiner in run.refiners if refiner.requires), None)
+    if refiner is not None:
+        return f"refiner {refiner.name!r}"
+    assert run.allocator is not None
+    return f"allocator {run.allocator.name!r}"

@@ -11,15 +11,17 @@ from torch import nn
 from pruneforge.checkpoint.masks import load_masks
 from pruneforge.data.calibration import Data
 from pruneforge.errors import PruneForgeError
+from pruneforge.interfaces.allocator import Allocator
 from pruneforge.interfaces.metric import Metric
 from pruneforge.interfaces.recipe import PruneRecipe
+from pruneforge.interfaces.refiner import Refiner
 from pruneforge.plugins import loaded_plugins
 from pruneforge.progress import Progress
 from pruneforge.runs import report as reports
 from pruneforge.runs.documented import documented
 from pruneforge.runs.job import make_job
 from pruneforge.runs.loading import load_model, parse_device
-from pruneforge.runs.plan import Metrics
+from pruneforge.runs.method import Metrics
 from pruneforge.runs.resources import Resources
 from pruneforge.runs.result import PruneResult
 
@@ -40,6 +42,10 @@ def prune(  # noqa: D417 -- the settings are described where they are declared
     adapter_options: Mapping[str, Any] | None = None,
     exclude: Sequence[str] = (),
     propagate: Literal["pruned", "dense"] = "pruned",
+    allocator: str | Allocator | None = None,
+    allocator_options: Mapping[str, Any] | None = None,
+    refine: str | Refiner | Sequence[str | Refiner] = (),
+    refine_options: Mapping[str, Any] | None = None,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
@@ -65,6 +71,9 @@ def prune(  # noqa: D417 -- the settings are described where they are declared
             `input_ids` and `attention_mask`. Not needed by a metric that looks at weights alone.
         output: Folder to write model, masks, report and recipe to; it must be absent or empty, or hold an
             unfinished run to resume.
+        allocator: Name of an allocator, or an `Allocator`, which gives each layer its sparsity; without one all have
+            the same.
+        refine: Names of refiners, or `Refiner` objects, which change each mask after the metric, in this order.
         processor: Tokenizer or image transform of a model in memory.
         {settings}
 
@@ -97,8 +106,8 @@ def prune_each(
 
     Args:
         model: A folder or hub id.
-        metric: As for `prune`, or several, in a list or by labels of your own: `{"weak": GBLM(alpha=1), "wanda":
-            "wanda"}`. `options` then holds each one's options by its label.
+        metric: As for `prune`, or several: in a list, or by labels of your own, such as
+            `{"weak": GBLM(alpha=1), "wanda": "wanda"}`. `options` then holds each one's options by its label.
         patterns: Sparsities, such as 0.5, and "N:M".
         calibration: As for `prune`.
         output: Folder for the runs' folders, which are named "0.5" or "2of4", and "wanda-0.5" if there are several

@@ -56,6 +56,7 @@ def make_report(
             "pattern": str(run.pattern),
             "scope": getattr(run.pattern, "scope", None) if run.metric.scope else None,
         },
+        **_composition(run),
         "model": {
             "reference": model.reference,
             "class": type(model.module).__name__,
@@ -82,6 +83,18 @@ def make_report(
             "machine": machine(),
         },
     }
+
+
+def _composition(run: Run) -> dict[str, Any]:
+    """Return what goes with the metric, as far as anything does."""
+    parts: dict[str, Any] = {}
+    if run.allocator is not None:
+        parts["allocator"] = {"name": run.allocator.name, "options": run.allocator.options.model_dump(mode="json")}
+    if run.refiners:
+        parts["refiners"] = [
+            {"name": refiner.name, "options": refiner.options.model_dump(mode="json")} for refiner in run.refiners
+        ]
+    return parts
 
 
 def save_report(report: Mapping[str, Any], folder: Path) -> None:

@@ -54,8 +54,8 @@ class Session:
         return self.runs[0].profile
 
     def data_of(self, run: Run) -> Calibration:
-        """Return the calibration data as far as a run's metric uses any."""
-        return self.data if run.metric.requires else Calibration([], {})
+        """Return the calibration data as far as a run uses any."""
+        return self.data if run.uses_data else Calibration([], {})
 
     def block_pruned(self, run: Run, result: BlockResult) -> None:
         """Tell the plugins of a finished block."""

@@ -118,9 +118,12 @@ class StreamedOutput(Output):
             self._forget_waiting()
         entries = self._session.group.gather(self._journal.entries[1:] if self._journal is not None else [])[0]
         for entry in entries:
-            self.run.pruned.update(entry["pruned"])
-            self.run.warnings += entry["notes"]
-        self.run.finished = len(entries)
+            if "allocation" in entry:
+                self.run.allocation = entry["allocation"]
+            else:
+                self.run.pruned.update(entry["pruned"])
+                self.run.warnings += entry["notes"]
+                self.run.finished += 1
 
     def _remove(self) -> None:
         for path in [*self.folder.glob(f"*{PARTIAL}"), self.folder / JOURNAL_FILE]:
@@ -147,6 +150,11 @@ class StreamedOutput(Output):
         # Copies on CUDA; on the CPU the block's own tensors, which nothing changes before `settle`.
         copies = {name: self._transfers.to_host(tensor) for name, tensor in tensors.items()}
         self._writer.start(partial(self._write, result, copies))
+
+    def allocated(self, allocation: dict[str, int]) -> None:
+        """Note the allocation, which a resumed run does not make again."""
+        if self._journal is not None:
+            self._journal.append({"allocation": allocation})
 
     def settle(self) -> None:
         """Wait until the last block is written."""

@@ -40,7 +40,7 @@ def test_python_takes_every_setting_with_its_default_and_documents_it(function, 
             if name not in ("model", "metric", "task"):
                 default = parameters[name].default
                 assert (default or None) == (field.get_default(call_default_factory=True) or None), name
-            own_words = name in ("model", "metric", "calibration", "progress")
+            own_words = name in ("model", "metric", "calibration", "progress", "allocator", "refine")
             assert own_words or f"{name}: {' '.join(field.description.split())}" in text, name
 
 
@@ -145,7 +145,7 @@ def test_several_metrics_are_made_in_one_pass_each_with_its_own_options(checkpoi
     assert pruneforge.load(tmp_path / "all" / "gblm-0.5").report["metric"]["options"]["alpha"] == 1
     assert pruneforge.load(tmp_path / "all" / "wanda-0.5").report["recipe"]["options"] == {}
     for wrong, said in (
-        (("--option", "alpha=1"), "write --option METRIC.alpha=..."),
+        (("--option", "alpha=1"), "write --option NAME.alpha=..."),
         (("--option", "ria.alpha=1"), "unknown metric in options of several"),
         (("--dry-run",), "--dry-run takes one metric"),
         (("--propagate", "pruned"), "add --propagate dense"),

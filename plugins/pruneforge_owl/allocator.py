@@ -1,0 +1,58 @@
+"""OWL (Yin et al., Outlier Weighed Layerwise Sparsity (OWL), ICML 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pruneforge import Allocator, Block, ColumnSquares, Layer, LayerStatistics, Options
+
+
+class OWL(Allocator):
+    """Blocks with more outliers keep more weights.
+
+    A block's outliers D_b are the share of its scores `|W| * ||X||_2`, all layers together, above `m` times their mean.
+    Its density is `2 lam (D_b - min D) / (max D - min D)`, shifted so that the mean over blocks is `1 - sparsity`; all
+    layers of a block have the same.
+    """
+
+    requires = (ColumnSquares,)
+    measures = True
+
+    class Options(Options):
+        """Options of OWL."""
+
+        lam: float = Field(0.08, ge=0, le=0.5, description="most that a block's density may differ from the mean's")
+        m: float = Field(5.0, gt=0, description="how many times the mean score an outlier is")
+
+    options: Options
+
+    def measure(
+        self, block: Block, stats: Mapping[str, LayerStatistics], score: Callable[[Layer], Tensor]
+    ) -> dict[str, Any]:
+        """Return the share of outliers among the block's scores."""
+        scores = [layer.weight.abs() * stats[layer.name][ColumnSquares].per_sample().sqrt() for layer in block.layers]
+        total = sum(each.double().sum() for each in scores)
+        count = sum(each.numel() for each in scores)
+        threshold = self.options.m * torch.as_tensor(total) / max(count, 1)
+        outliers = sum(int((each > threshold).sum()) for each in scores)
+        return {"outliers": outliers / max(count, 1)}
+
+    def allocate(
+        self, measures: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, Mapping[str, int]], sparsity: float
+    ) -> dict[str, float]:
+        """Return the sparsity of each layer, which is its block's."""
+        outliers = {block: measures[block]["outliers"] for block, layers in sizes.items() if layers}
+        low, high = min(outliers.values()), max(outliers.values())
+        spread = 2 * self.options.lam / (high - low) if high > low else 0.0
+        density = {block: spread * (share - low) for block, share in outliers.items()}
+        mean = sum(density.values()) / len(density)
+        return {
+            name: min(max(sparsity + mean - density[block], 0.01), 1.0)
+            for block, layers in sizes.items()
+            for name in layers
+        }

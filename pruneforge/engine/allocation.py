@@ -1,0 +1,156 @@
+"""Give each layer its sparsity: measure the dense model, ask the allocator, and meet the budget exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruneforge.engine.chain import Chain
+from pruneforge.engine.gradient_store import GradientStore
+from pruneforge.engine.hidden_states import BatchInFlight
+from pruneforge.engine.masking import BlockStatistics, metric_score
+from pruneforge.engine.processes import Group
+from pruneforge.engine.recorder import InputRecorder, check_weights
+from pruneforge.errors import PruneForgeError
+from pruneforge.interfaces.layer import Layer
+from pruneforge.interfaces.patterns import Pattern, pruned_count
+from pruneforge.interfaces.run import Run
+from pruneforge.interfaces.statistics import GradientStatistic, InputStatistic, LayerStatistics, Statistic
+from pruneforge.progress import Progress
+
+
+@torch.no_grad()
+def allocate(
+    runs: Sequence[Run],
+    chain: Chain,
+    batches: Sequence[BatchInFlight],
+    gradient_store: GradientStore,
+    group: Group,
+    progress: Progress,
+) -> None:
+    """Set the allocation of each run that has an allocator and no allocation yet.
+
+    Args:
+        runs: The runs, which share one pass of the dense model for what their allocators measure.
+        chain: The dense model.
+        batches: Its captured batches, at the first block's input; they stay there.
+        gradient_store: Holds the gradient statistics that the metrics require.
+        group: The processes that share the batches.
+        progress: Shows progress.
+
+    Raises:
+        PruneForgeError: An allocator leaves out a layer, or returns something that is not a sparsity.
+    """
+    waiting: list[tuple[Run, dict[str, Any]]] = [
+        (run, {}) for run in runs if run.allocator is not None and run.allocation is None
+    ]
+    measured = [(run, measures) for run, measures in waiting if run.allocator and run.allocator.measures]
+    if measured:
+        with runs[0].profile.stage("allocate"):
+            _measure(measured, chain, batches, gradient_store, group, progress)
+    sizes = {block.name: {layer.name: layer.parameter.numel() for layer in block.layers} for block in chain.blocks}
+    layers = [layer for block in chain.blocks for layer in block.layers]
+    for run, measures in waiting:
+        assert run.allocator is not None
+        asked = run.allocator.allocate(measures, sizes, run.pattern.sparsity)
+        _check(run.allocator.name, asked, layers)
+        run.allocation = within_budget(asked, layers, run.pattern)
+        run.output.allocated(run.allocation)
+
+
+def within_budget(asked: Mapping[str, float], layers: Sequence[Layer], pattern: Pattern) -> dict[str, int]:
+    """Return how many steps of a pattern each layer is pruned by, so that together they meet its sparsity exactly.
+
+    A step is the fewest weights that the pattern prunes of a layer at a time: one, one of each row, or one of each
+    group. The sparsities asked for are shifted by the same amount until their sum is right, and rounded down; what is
+    left over goes to the layers with the largest remainders.
+
+    Args:
+        asked: Sparsity of each layer, by name.
+        layers: The layers.
+        pattern: The run's pattern.
+    """
+    steps = {layer.name: pattern.steps(layer.shape) for layer in layers}  # most of them, and weights in each
+    sizes = {layer.name: layer.parameter.numel() for layer in layers}
+    budget = pruned_count(sum(sizes.values()), pattern.sparsity)
+
+    def wanted(shift: float) -> dict[str, float]:
+        return {
+            name: min(max(asked[name] + shift, 0.0), most * each / sizes[name]) for name, (most, each) in steps.items()
+        }
+
+    low, high = -1.0, 1.0
+    for _ in range(60):  # halves the interval to less than a float's resolution
+        middle = (low + high) / 2
+        pruned = sum(sizes[name] * share for name, share in wanted(middle).items())
+        low, high = (middle, high) if pruned < budget else (low, middle)
+    exact = {name: share * sizes[name] / steps[name][1] for name, share in wanted(high).items()}
+    whole = {name: int(value + 1e-9) for name, value in exact.items()}
+    left = budget - sum(whole[name] * each for name, (_, each) in steps.items())
+    for name in sorted(exact, key=lambda name: (whole[name] - exact[name], name)):
+        most, each = steps[name]
+        if each <= left and whole[name] < most:
+            whole[name] += 1
+            left -= each
+    return whole
+
+
+def _check(allocator: str, asked: Mapping[str, float], layers: Sequence[Layer]) -> None:
+    """Raise unless an allocator gives every layer a sparsity."""
+    for layer in layers:
+        share = asked.get(layer.name)
+        if not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise PruneForgeError(
+                f"allocator {allocator!r} gives layer {layer.name!r} the sparsity {share!r}; it must be from 0 to 1"
+            )
+
+
+def _measure(
+    waiting: Sequence[tuple[Run, dict[str, Any]]],
+    chain: Chain,
+    batches: Sequence[BatchInFlight],
+    gradient_store: GradientStore,
+    group: Group,
+    progress: Progress,
+) -> None:
+    """Have each run's allocator measure every block of the dense model, in one pass."""
+    kinds = list(dict.fromkeys(kind for run, _ in waiting for kind in _needed(run)))
+    input_kinds = [kind for kind in kinds if issubclass(kind, InputStatistic)]
+    gradient_kinds = [kind for kind in kinds if issubclass(kind, GradientStatistic)]
+    inputs = [in_flight.handle for in_flight in batches] if input_kinds else []
+    for index, block in enumerate(progress.track(chain.blocks, "allocating sparsity")):
+        recorder = InputRecorder(block, input_kinds)
+        with chain.residency.visit(block):
+            check_weights(block)
+            outputs = []
+            for hidden, in_flight in zip(chain.hidden_states.each(inputs), batches, strict=False):
+                with recorder.recording(in_flight.batch):
+                    outputs.append(chain.hidden_states.keep(chain.run_block(index, hidden, in_flight)))
+            recorder.merge(group)
+            stats = {layer.name: LayerStatistics(*recorder.statistics(layer)) for layer in block.layers}
+            if gradient_kinds:
+                gradients = gradient_store.get(block, gradient_kinds, chain.residency.device)
+                stats = {name: of_layer.joined(gradients[name]) for name, of_layer in stats.items()}
+            for run, measures in waiting:
+                assert run.allocator is not None
+                measures[block.name] = run.allocator.measure(block, stats, partial(_score, run, stats))
+        with chain.between(index) as continues:
+            if continues and outputs:
+                outputs = [
+                    chain.hidden_states.keep(chain.transition(index, output, in_flight))
+                    for output, in_flight in zip(chain.hidden_states.each(outputs), batches, strict=True)
+                ]
+        inputs = outputs
+
+
+def _needed(run: Run) -> Sequence[type[Statistic]]:
+    assert run.allocator is not None
+    return [*run.allocator.requires, *(run.metric.requires if run.allocator.uses_scores else ())]
+
+
+def _score(run: Run, stats: BlockStatistics, layer: Layer) -> Tensor:
+    return metric_score(run, layer, stats[layer.name])

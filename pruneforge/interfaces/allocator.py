@@ -1,0 +1,56 @@
+"""The interface of allocators, which give each layer its sparsity."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from pruneforge.interfaces.adapter import Block
+from pruneforge.interfaces.layer import Layer
+from pruneforge.interfaces.options import Configurable
+from pruneforge.interfaces.statistics import InputStatistic, LayerStatistics
+
+Sizes = Mapping[str, Mapping[str, int]]
+"""Number of weights of each layer, by name, for each block, by name."""
+
+
+class Allocator(Configurable, ABC):
+    """Decides, before the first block is pruned, how many weights each layer loses.
+
+    A subclass overrides `allocate`, and `measure` if it looks at the model. The engine brings what `allocate` returns
+    to exactly the number of weights that the run's sparsity says.
+
+    Attributes:
+        requires: Statistics of the dense model's inputs that `measure` needs.
+        measures: Whether `measure` is called, in a pass through the dense model.
+        uses_scores: Whether `measure` calls `score`.
+    """
+
+    requires: Sequence[type[InputStatistic]] = ()
+    measures: ClassVar[bool] = False
+    uses_scores: ClassVar[bool] = False
+
+    def measure(
+        self, block: Block, stats: Mapping[str, LayerStatistics], score: Callable[[Layer], Tensor]
+    ) -> dict[str, Any]:
+        """Return what `allocate` needs to know of a block, in numbers that JSON holds.
+
+        Args:
+            block: The block, dense.
+            stats: The statistics that `requires` names, by layer name; with `uses_scores` also the metric's.
+            score: Returns a layer's scores [out, in] by the run's metric.
+        """
+        return {}
+
+    @abstractmethod
+    def allocate(self, measures: Mapping[str, Mapping[str, Any]], sizes: Sizes, sparsity: float) -> dict[str, float]:
+        """Return a sparsity for each layer, by name.
+
+        Args:
+            measures: What `measure` returned, by block name; empty without `measures`.
+            sizes: The blocks' layers.
+            sparsity: Share of all weights to prune. A result with another mean is shifted, the same for all layers.
+        """

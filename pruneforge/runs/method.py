@@ -1,0 +1,227 @@
+"""Methods as a user composes them: a metric, an allocator and refiners, by name or made, with their options."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pruneforge.data.calibration import Data
+from pruneforge.errors import PruneForgeError, unknown_name
+from pruneforge.interfaces.allocator import Allocator
+from pruneforge.interfaces.metric import Metric
+from pruneforge.interfaces.patterns import NM, Pattern, parse_pattern
+from pruneforge.interfaces.recipe import PruneRecipe
+from pruneforge.interfaces.refiner import Refiner
+from pruneforge.interfaces.registry import Registry
+from pruneforge.interfaces.run import Run
+from pruneforge.interfaces.statistics import GradientStatistic, InputStatistic
+from pruneforge.plugins import Plugins
+from pruneforge.runs.recipe_file import validated
+
+Metrics = str | Metric | Sequence[str | Metric] | Mapping[str, str | Metric]
+"""One metric or several: by name or made, in a list or by a label of the user's."""
+
+
+def by_label(metric: Metrics) -> dict[str, str | Metric]:
+    """Return metrics by what the user calls them: a label, or else their names.
+
+    Raises:
+        PruneForgeError: There is none, or a name comes twice.
+    """
+    if isinstance(metric, str | Metric):
+        metric = [metric]
+    if isinstance(metric, Mapping):
+        labelled = dict(metric)
+    else:
+        labelled = {}
+        for each in metric:
+            label = each if isinstance(each, str) else each.name
+            if label in labelled:
+                raise PruneForgeError(f"metric {label!r} is asked for twice; give each a label, as a mapping")
+            labelled[label] = each
+    if not labelled:
+        raise PruneForgeError("no metric is asked for")
+    for label in labelled:
+        if not re.fullmatch(r"[\w.+-]+", label):
+            raise PruneForgeError(f"label {label!r} of a metric cannot be part of a folder's name")
+    return labelled
+
+
+def options_by_label(labels: Iterable[str], options: Mapping[str, Any], what: str) -> dict[str, dict[str, Any]]:
+    """Return the options of each of several plugins: those of one plainly, those of several by label.
+
+    Raises:
+        PruneForgeError: Options of several are not a mapping by label.
+    """
+    names = list(labels)
+    if len(names) == 1:
+        return {names[0]: dict(options)}
+    for name, value in options.items():
+        if name not in names:
+            raise unknown_name(f"{what} in options of several (write {what.upper()}: OPTIONS):", name, names)
+        if not isinstance(value, Mapping):
+            raise PruneForgeError(f"options of {name!r} must be a mapping of names to values, not {value!r}")
+    return {name: dict(options.get(name, {})) for name in names}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What prunes: a metric, and the allocator and the refiners that go with it."""
+
+    metric: Metric
+    allocator: Allocator | None
+    refiners: tuple[Refiner, ...]
+
+    def run(self, recipe: PruneRecipe, folder: Path | None) -> Run:
+        """Return the run that a recipe asks for.
+
+        Raises:
+            PruneForgeError: Sparsity, pattern, scope, allocation and propagation contradict one another.
+        """
+        pattern = make_pattern(self.metric, recipe.sparsity, recipe.pattern)
+        run = Run(recipe, self.metric, pattern, folder, self.allocator, self.refiners)
+        if run.scope == "model" and recipe.propagate == "pruned" and sees_activations(run):
+            raise PruneForgeError(
+                "scope=model compares scores of all blocks, so none can be pruned before the last is calibrated; "
+                "add `propagate` dense"
+            )
+        if run.scope == "model" and run.allocator is not None:
+            raise PruneForgeError(
+                f"scope=model chooses each layer's sparsity itself, and so does allocator {run.allocator.name!r}"
+            )
+        return run
+
+
+def make_metric(metric: str | Metric, options: Mapping[str, Any], registry: Registry) -> Metric:
+    """Return the metric of a name, with its options; a `Metric` is returned as it is.
+
+    Raises:
+        PruneForgeError: No metric has that name, it has no such option, or it requires what nothing feeds.
+    """
+    made: Metric = _made("metric", metric, options, registry)
+    _check_requires("metric", made.name, made.requires, (InputStatistic, GradientStatistic))
+    return made
+
+
+def make_allocator(
+    allocator: str | Allocator | None, options: Mapping[str, Any], registry: Registry
+) -> Allocator | None:
+    """Return the allocator of a name, with its options; an `Allocator` is returned as it is.
+
+    Raises:
+        PruneForgeError: As `make_metric` does, or there are options and no allocator.
+    """
+    if allocator is None:
+        if options:
+            raise PruneForgeError("allocator options need an `allocator`")
+        return None
+    made: Allocator = _made("allocator", allocator, options, registry)
+    _check_requires("allocator", made.name, made.requires, (InputStatistic,))
+    return made
+
+
+def make_refiners(
+    refiners: Sequence[str | Refiner], options: Mapping[str, Any], registry: Registry
+) -> tuple[Refiner, ...]:
+    """Return the refiners of some names, with their options; a `Refiner` is returned as it is.
+
+    Raises:
+        PruneForgeError: As `make_metric` does, or there are options and no refiner.
+    """
+    if not refiners:
+        if options:
+            raise PruneForgeError("refine options need a refiner; name it with `refine`")
+        return ()
+    names = [refiner if isinstance(refiner, str) else refiner.name for refiner in refiners]
+    of_each = options_by_label(names, options, "refiner")
+    made = tuple(_made("refiner", each, of_each[name], registry) for each, name in zip(refiners, names, strict=True))
+    for refiner in made:
+        _check_requires("refiner", refiner.name, refiner.requires, (InputStatistic, GradientStatistic))
+    return made
+
+
+def _made(kind: str, asked: Any, options: Mapping[str, Any], registry: Registry) -> Any:
+    """Return the plugin of a name, or one that is made already."""
+    if isinstance(asked, str):
+        return registry.create(kind, asked, options)
+    if options:
+        raise PruneForgeError(f"options need the name of a {kind}; give {asked.name!r} its options when you make it")
+    return asked
+
+
+def _check_requires(kind: str, name: str, requires: Sequence[type], fed: tuple[type, ...]) -> None:
+    """Raise if something requires a statistic that nothing feeds."""
+    for statistic in requires:
+        if not issubclass(statistic, fed):
+            raise PruneForgeError(
+                f"{kind} {name!r} requires {statistic.__name__}, which is not one of "
+                f"{', '.join(base.__name__ for base in fed)}, so nothing would feed it"
+            )
+
+
+def make_pattern(metric: Metric, sparsity: float | None, pattern: str | None) -> Pattern:
+    """Return the pattern asked for, with the metric's scope.
+
+    Raises:
+        PruneForgeError: Sparsity, pattern and scope contradict one another.
+    """
+    asked = parse_pattern(sparsity, pattern, metric.comparison_group() or "layer")
+    chosen = getattr(metric.options, "scope", None)
+    if isinstance(asked, NM) and chosen is not None:
+        raise PruneForgeError(f"scope={chosen} does not go with pattern {asked}, which compares within groups")
+    return asked
+
+
+def sees_activations(run: Run) -> bool:
+    """Return whether a run's masks depend on how earlier blocks were pruned."""
+    return any(issubclass(kind, InputStatistic) for kind in run.requires)
+
+
+def make_methods(
+    model: str | Path | nn.Module,
+    metric: Metrics,
+    calibration: Data | None,
+    settings: dict[str, Any],
+    installed: Plugins,
+) -> tuple[dict[str, PruneRecipe], dict[str, Method]]:
+    """Return the recipe and the method of each metric, by label.
+
+    Raises:
+        PruneForgeError: A setting, a name or an option is wrong.
+    """
+    registry, options = installed.registry, settings.pop("options", {})
+    given_allocator, given_refiners = settings.pop("allocator", None), settings.pop("refine", ())
+    if isinstance(given_refiners, str | Refiner):
+        given_refiners = [given_refiners]
+    allocator = make_allocator(given_allocator, settings.get("allocator_options", {}), registry)
+    refiners = make_refiners(given_refiners, settings.get("refine_options", {}), registry)
+    named = by_label(metric)
+    recipes: dict[str, PruneRecipe] = {}
+    methods: dict[str, Method] = {}
+    for label, own_options in options_by_label(named, options, "metric").items():
+        asked = named[label]
+        recipes[label] = validated(
+            PruneRecipe,
+            model=str(model) if isinstance(model, str | Path) else type(model).__name__,
+            metric=asked if isinstance(asked, str) else asked.name,
+            calibration=str(calibration) if isinstance(calibration, str | Path) else None,
+            options=own_options if isinstance(asked, str) else asked.options.model_dump(),
+            plugins=[plugin.origin for plugin in installed.loaded if plugin.from_file],
+            **_described(given_allocator, given_refiners),
+            **settings,
+        )
+        methods[label] = Method(make_metric(asked, own_options, registry), allocator, refiners)
+    return recipes, methods
+
+
+def _described(allocator: str | Allocator | None, refiners: Sequence[str | Refiner]) -> dict[str, Any]:
+    """Return the recipe's entries of an allocator and refiners; those that were made already bring their options."""
+    described: dict[str, Any] = {"refine": [each if isinstance(each, str) else each.name for each in refiners]}
+    if isinstance(allocator, Allocator):
+        return described | {"allocator": allocator.name, "allocator_options": allocator.options.model_dump()}
+    return described | {"allocator": allocator}

@@ -1,0 +1,112 @@
+"""Further methods against what their papers write: RIA, random, SparseSwaps."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import reference
+import torch
+from conftest import tiny_llama, tokens
+
+import pruneforge
+from pruneforge import NM, Gram, Layer, LayerStatistics, Pruned, Unstructured
+from pruneforge.plugins import loaded_plugins
+
+
+def samples():
+    return [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in tokens()]
+
+
+@pytest.mark.parametrize(("scope", "pattern"), [("layer", None), ("row", None), (None, "2:4")])
+def test_ria_selects_what_the_paper_writes(scope, pattern):
+    model, kind = tiny_llama(), reference.LanguageModel
+    options = {"scope": scope} if scope else {}
+    found = pruneforge.prune(
+        tiny_llama(), "ria", None if pattern else 0.5, pattern, tokens().split(3), options=options, propagate="dense"
+    )
+    for name, block in kind.blocks(model):
+        layers = reference.linears(name, block)
+        inputs = reference.layer_inputs(kind, model, layers, samples())
+        for layer, module in layers:
+            weight = module.weight.detach().abs()
+            norm = (torch.cat(inputs[layer]).square().sum(0) / len(tokens())).sqrt()
+            scores = (weight / weight.sum(0) + weight / weight.sum(1, keepdim=True)) * norm**0.5
+            expected = reference.mask_by_sorting(scores, 0.5, (2, 4) if pattern else None, scope or "row")
+            assert torch.equal(found.masks[layer], expected), layer
+
+
+def test_random_masks_come_from_the_seed_and_differ_from_layer_to_layer():
+    first, same, other = (pruneforge.prune(tiny_llama(), "random", 0.5, seed=seed).masks for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert all(not torch.equal(first[name], other[name]) for name in first)
+    assert not torch.equal(first["model.layers.0.self_attn.q_proj"], first["model.layers.1.self_attn.q_proj"])
+    shares = torch.stack([mask.double().mean(0) for name, mask in first.items() if name.endswith("q_proj")])
+    assert (shares - 0.5).abs().max() < 0.3  # no column is preferred
+
+
+def layer_and_statistics(rows=6, columns=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    inputs = torch.randn(50, columns, generator=generator, dtype=torch.float64)
+    inputs = inputs @ torch.randn(columns, columns, generator=generator, dtype=torch.float64)  # correlated
+    gram = Gram((rows, columns), torch.float64, torch.device("cpu"))
+    gram.update(inputs, 5)
+    return Layer("layer", torch.nn.Parameter(weight)), LayerStatistics({Gram: gram}, {}), inputs
+
+
+def row_errors(layer, mask, inputs):
+    return (inputs @ (layer.weight * ~mask).T).square().sum(0)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.25, "layer"), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("seed", range(5))
+def test_sparseswaps_ends_where_no_swap_lowers_a_rows_error(pattern, seed):
+    layer, stats, inputs = layer_and_statistics(seed=seed)
+    start = pattern.select(torch.rand(6, 8, generator=torch.Generator().manual_seed(seed)))  # far from the best
+    refiner = loaded_plugins().registry.create("refiner", "sparseswaps")
+    found = refiner.refine(layer, stats, Pruned(start), pattern).mask
+    before, after = row_errors(layer, start, inputs), row_errors(layer, found, inputs)
+    assert torch.equal(found.sum(1), start.sum(1))
+    assert pattern.fits(found)
+    assert (after <= before * (1 + 1e-12)).all()
+    assert (after < before).any()
+    for row, kept, pruned in itertools.product(range(6), range(8), range(8)):
+        allowed = isinstance(pattern, Unstructured) or kept // pattern.m == pruned // pattern.m
+        if allowed and found[row, kept] and not found[row, pruned]:
+            swapped = found.clone()
+            swapped[row, kept], swapped[row, pruned] = False, True
+            assert row_errors(layer, swapped, inputs)[row] >= after[row] * (1 - 1e-5)
+
+
+def test_sparseswaps_stops_after_its_steps_and_each_takes_the_best_swap():
+    layer, stats, inputs = layer_and_statistics(rows=1, seed=3)
+    start = Unstructured(0.5).select(-layer.weight.abs())  # the worst by magnitude
+    refiner = loaded_plugins().registry.create("refiner", "sparseswaps", {"steps": 1})
+    found = refiner.refine(layer, stats, Pruned(start), Unstructured(0.5)).mask
+    swaps = []
+    for kept, pruned in itertools.product(range(8), range(8)):
+        if start[0, kept] and not start[0, pruned]:
+            swapped = start.clone()
+            swapped[0, kept], swapped[0, pruned] = False, True
+            swaps.append((row_errors(layer, swapped, inputs).item(), swapped))
+    assert torch.equal(found, min(swaps, key=lambda swap: swap[0])[1])
+
+
+def test_weights_that_a_metric_updated_stay_with_their_mask():
+    plain = pruneforge.prune(tiny_llama(), "sparsegpt", 0.5, None, tokens().split(3))
+    refined = pruneforge.prune(tiny_llama(), "sparsegpt", 0.5, None, tokens().split(3), refine="sparseswaps")
+    assert all(torch.equal(refined.masks[name], mask) for name, mask in plain.masks.items())
+    assert any("its mask was not refined" in warning for warning in refined.report["warnings"])
+
+
+def test_refined_masks_lower_the_loss_of_a_trained_model(checkpoint):
+    data = {"calibration": "python-docs", "samples": 16, "seqlen": 128}
+    losses = [
+        pruneforge.evaluate(pruned, "perplexity", data="python-docs", window=128, limit=20)["loss"]
+        for pruned in (
+            pruneforge.prune(checkpoint, "wanda", 0.6, **data),
+            pruneforge.prune(checkpoint, "wanda", 0.6, refine="sparseswaps", **data),
+        )
+    ]
+    assert losses[1] < losses[0] - 0.05
