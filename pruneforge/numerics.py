@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -43,12 +45,19 @@ def exact_arithmetic(seed: int, device: torch.device) -> Iterator[None]:
         settings.enter_context(_precision(CUDA.matmul, "ieee"))
         settings.enter_context(_precision(MKLDNN.matmul, "ieee"))
         settings.enter_context(_convolutions())
+        others = random.getstate(), np.random.get_state()
         seed_random_numbers(seed, device)
-        yield
+        try:
+            yield
+        finally:
+            random.setstate(others[0])
+            np.random.set_state(others[1])
 
 
 def seed_random_numbers(seed: int, device: torch.device) -> None:
-    """Seed the random number generators of the CPU and of `device` only, unlike `torch.manual_seed`."""
+    """Seed the generators of torch on the CPU and on `device` only, unlike `torch.manual_seed`, of Python and numpy."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(seed)

@@ -40,6 +40,7 @@ class Plugin:
         name: Entry-point name, or the file's path.
         origin: Distribution name, or the file's path.
         version: Version of the distribution; empty for a file.
+        from_file: Whether it was loaded with `-p` from a single file.
         error: Traceback when it failed to load, else `None`.
     """
 
@@ -47,11 +48,7 @@ class Plugin:
     origin: str
     version: str
     error: str | None = None
-
-    @property
-    def from_file(self) -> bool:
-        """Whether it was loaded with `-p` from a single file."""
-        return self.name == self.origin
+    from_file: bool = False
 
 
 class Plugins:
@@ -102,7 +99,7 @@ class Plugins:
         origin = str(file)
         if any(plugin.origin == origin for plugin in self.loaded):
             return
-        self._load(origin, origin, "", lambda: _import_file(file))
+        self._load(origin, origin, "", lambda: _import_file(file), from_file=True)
         error = self.loaded[-1].error
         if error is not None:
             raise PruneForgeError(f"plugin file {origin!r} failed to load: {error.strip().splitlines()[-1]}")
@@ -120,11 +117,13 @@ class Plugins:
         """Remove an object that `register` added."""
         self._manager.unregister(observer)
 
-    def _load(self, name: str, origin: str, version: str, load: object) -> None:
+    def _load(self, name: str, origin: str, version: str, load: object, from_file: bool = False) -> None:
         # A plugin may fail in any way at all; it is reported, and the others go on working.
         if self._manager.has_plugin(name):
             taken = next(plugin.origin for plugin in self.loaded if plugin.name == name)
-            self.loaded.append(Plugin(name, origin, version, f"the name is taken by the plugin of {taken!r}"))
+            self.loaded.append(
+                Plugin(name, origin, version, f"the name is taken by the plugin of {taken!r}", from_file)
+            )
             return
         try:
             module = load()  # type: ignore[operator]
@@ -139,9 +138,9 @@ class Plugins:
             self.registry.drop(name)
             if self._manager.has_plugin(name):
                 self._manager.unregister(name=name)
-            self.loaded.append(Plugin(name, origin, version, traceback.format_exc()))
+            self.loaded.append(Plugin(name, origin, version, traceback.format_exc(), from_file))
         else:
-            self.loaded.append(Plugin(name, origin, version))
+            self.loaded.append(Plugin(name, origin, version, None, from_file))
         finally:
             self.registry.plugin, self.registry.distribution = "python", ""
 
@@ -176,6 +175,9 @@ def _import_file(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ImportError(f"{file} is no Python file")
+    folder = str(file.absolute().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # last, so that a helper beside it is found and hides nothing
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # pydantic and pickle look annotations up there
     spec.loader.exec_module(module)

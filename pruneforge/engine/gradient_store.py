@@ -161,10 +161,30 @@ class FileGradientStore:
 
 @cache
 def _source(kind: Kind) -> str:
-    """Return a hash of the file that defines a statistic, so that files of a changed definition are not reused."""
+    """Return a hash of what defines a statistic, so that files of another definition are not reused.
+
+    That is the file of its class, and the values that a class made by a function has from there: an option, say.
+    """
     file = inspect.getsourcefile(kind)
     text = Path(file).read_bytes() if file else b""
-    return hashlib.sha256(kind.__module__.encode() + text).hexdigest()[:12]
+    return hashlib.sha256(kind.__module__.encode() + text + repr(_values(kind)).encode()).hexdigest()[:12]
+
+
+def _values(kind: Kind) -> list[tuple[str, str]]:
+    """Return the plain values among a class's attributes, and those that its functions refer to outside of them."""
+    values: list[tuple[str, str]] = []
+    if "<locals>" in kind.__qualname__ or hasattr(kind, "parameters"):
+        for name, value in sorted(vars(kind).items()):
+            if inspect.isfunction(value):
+                outside = inspect.getclosurevars(value).nonlocals
+                values += [(f"{name}.{inner}", repr(held)) for inner, held in sorted(outside.items()) if _plain(held)]
+            elif _plain(value) and not name.startswith("__"):
+                values.append((name, repr(value)))
+    return values
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool | tuple | dict | frozenset | None)
 
 
 def cache_folder() -> Path:

@@ -18,7 +18,7 @@ from pruneforge.engine.chain import Chain
 from pruneforge.engine.gradient_store import GradientStore, InMemoryGradientStore
 from pruneforge.engine.gradients import gradient_statistics
 from pruneforge.engine.hidden_states import BatchInFlight, with_hidden_states
-from pruneforge.engine.masking import Applier, BlockStatistics
+from pruneforge.engine.masking import Applier, BlockStatistics, check_count
 from pruneforge.engine.processes import Group
 from pruneforge.engine.recorder import InputRecorder, check_weights
 from pruneforge.errors import PruneForgeError
@@ -171,6 +171,9 @@ class _Loop:
             with self.chain.residency.visit(block):
                 self.prune(self.runs, index, self.with_gradients(block, inputs))
             yield
+        for run in self.runs:
+            if run.scope == "model":
+                check_count(run, layers, sum(run.pruned.values()), "the model")
 
     @torch.no_grad()
     def calibrate(self, index: int, through: int | None = None) -> BlockStatistics:

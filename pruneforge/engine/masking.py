@@ -5,15 +5,16 @@ The metric scores and the pattern selects (`interfaces/patterns.py`); over sever
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pruneforge.engine.chain import Chain
+from pruneforge.engine.guard import check_pruned, guarded
 from pruneforge.engine.processes import Group
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Block
@@ -23,7 +24,6 @@ from pruneforge.interfaces.patterns import Unstructured, pruned_count
 from pruneforge.interfaces.run import BlockResult, Run
 from pruneforge.interfaces.selection import Threshold, smallest
 from pruneforge.interfaces.statistics import LayerStatistics
-from pruneforge.numerics import all_finite, seed_random_numbers
 
 BlockStatistics = dict[str, LayerStatistics]
 """The statistics of the layers of one block, by layer name."""
@@ -67,6 +67,8 @@ class Applier:
         pruned = {name: mask.numel() - int(mask.count_nonzero()) for name, mask in masks.items()}
         run.warnings += notes
         run.pruned.update(pruned)
+        if run.scope == "block":
+            check_count(run, block.layers, sum(pruned.values()), f"block {block.name!r}")
         result = BlockResult(index, block, masks, pruned, notes, updated)
         run.output.add(result)
         self.block_pruned(run, result)
@@ -138,56 +140,52 @@ class Applier:
         return mask
 
     def _prune_layer(self, run: Run, layer: Layer, stats: LayerStatistics, threshold: Threshold | None) -> Pruned:
-        """Return the metric's result for a layer, or the mask of a threshold over several layers."""
-        pattern = run.pattern_for(layer)
+        """Return the metric's result for a layer, or the mask of a threshold over several layers, refined."""
+        pattern, who = run.pattern_for(layer), f"metric {run.metric.name!r}"
         if threshold is not None:
             pruned = Pruned(threshold.select(self.score(run, layer, stats)))
         else:
-            _reseed(run, layer)
-            pruned = run.metric.prune_layer(layer, stats, pattern)
-        _check(run, layer, pruned, f"metric {run.metric.name!r}")
+            pruned = guarded(run, layer, stats, who, lambda: run.metric.prune_layer(layer, stats, pattern))
+        check_pruned(run, layer, pruned, who)
         for refiner in run.refiners:
-            _reseed(run, layer)
-            refined = refiner.refine(layer, stats, pruned, pattern)
-            _check(run, layer, refined, f"refiner {refiner.name!r}")
+            refined = guarded(
+                run,
+                layer,
+                stats,
+                f"refiner {refiner.name!r}",
+                partial(refiner.refine, layer, stats, pruned, pattern),
+            )
+            check_pruned(run, layer, refined, f"refiner {refiner.name!r}")
             pruned = replace(refined, notes=(*pruned.notes, *refined.notes))
         return pruned
 
 
 def metric_score(run: Run, layer: Layer, stats: LayerStatistics) -> Tensor:
     """Return a layer's scores [out, in]; equal at each call, since random numbers are seeded by layer."""
-    _reseed(run, layer)
-    return run.metric.checked_score(layer, stats)
+    who = f"metric {run.metric.name!r}"
+    return guarded(run, layer, stats, who, lambda: run.metric.checked_score(layer, stats))
 
 
-def _check(run: Run, layer: Layer, pruned: Pruned, who: str) -> None:
-    """Raise unless a mask fits the layer's pattern and the weights are finite; `who` made them."""
-    mask = pruned.mask
-    if mask.dtype != torch.bool or mask.shape != layer.shape:
-        raise PruneForgeError(
-            f"{who} made a mask of {mask.dtype} {tuple(mask.shape)} for layer {layer.name!r}; "
-            f"it must be boolean {layer.shape}"
-        )
-    # With comparison groups of its own, a method rounds the count in each of them, and the total may differ from the
-    # layer's. N:M patterns leave no such freedom.
-    own_groups = isinstance(run.pattern, Unstructured) and (run.metric.scope is None or run.scope in ("block", "model"))
-    pattern = run.pattern_for(layer)
-    if not own_groups and not pattern.fits(mask):
-        raise PruneForgeError(f"{who} made a mask for layer {layer.name!r} that does not fit {pattern}")
-    if pruned.weight is not None and not all_finite(pruned.weight):
-        raise PruneForgeError(f"{who} made non-finite weights in layer {layer.name!r}")
+def check_count(run: Run, layers: Sequence[Layer], pruned: int, of: str) -> None:
+    """Raise unless layers that are compared together have lost exactly the weights asked for.
+
+    Raises:
+        PruneForgeError: They have not; `of` says whose weights they are.
+    """
+    asked = _count(run, layers)
+    if pruned != asked:
+        raise PruneForgeError(f"{pruned} weights of {of} are pruned, where {asked} were asked for")
+
+
+def _count(run: Run, layers: Sequence[Layer]) -> int:
+    """Return how many weights of several layers, compared together, a run prunes."""
+    assert isinstance(run.pattern, Unstructured)
+    if run.allocation is not None:
+        return sum(run.allocation[layer.name] for layer in layers)
+    return pruned_count(sum(layer.parameter.numel() for layer in layers), run.pattern.sparsity)
 
 
 def _exact_threshold(run: Run, layers: Sequence[Layer], scores: Callable[[], Iterable[Tensor]]) -> Threshold:
     """Return the threshold that prunes exactly the pattern's share of the weights of several layers."""
-    assert isinstance(run.pattern, Unstructured)
-    if run.allocation is None:
-        count = pruned_count(sum(layer.parameter.numel() for layer in layers), run.pattern.sparsity)
-    else:
-        count = sum(run.allocation[layer.name] for layer in layers)
+    count = _count(run, layers)
     return smallest(scores, count) if count else Threshold(-torch.inf, 0)
-
-
-def _reseed(run: Run, layer: Layer) -> None:
-    """Seed random numbers by layer, so that they do not depend on the layers before it in this process."""
-    seed_random_numbers(run.seed * 0x9E3779B1 + zlib.crc32(layer.name.encode()), layer.parameter.device)

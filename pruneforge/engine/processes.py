@@ -62,6 +62,12 @@ class Group:
         """
         if self.size == 1:
             return
+        states_of_own = [name for name, value in vars(statistic).items() if isinstance(value, Tensor)]
+        if type(statistic).merge is Statistic.merge and len(states_of_own) > 1:
+            raise PruneForgeError(
+                f"statistic {type(statistic).__name__} holds {', '.join(states_of_own)}, and the inherited merge adds "
+                "up one tensor; it must override merge, state_dict and load_state_dict"
+            )
         with _others():
             # The inherited `merge` adds sums, which all-reduce does in place. A subclass that overrides it merges in
             # its own way, which takes every process's state.

@@ -27,8 +27,8 @@ class Layer:
     parameter: nn.Parameter = field(repr=False)
 
     def matrix(self) -> Tensor:
-        """Return a view of the parameter's data as a matrix [out, in]."""
-        return self.parameter.data
+        """Return a view of the parameter as a matrix [out, in], without gradients."""
+        return self.parameter.detach()  # not `.data`, whose changes in place torch does not count
 
     @property
     def weight(self) -> Tensor:
@@ -79,8 +79,8 @@ class PointwiseConvLayer(Layer):
     """The weight [out, in, 1, 1] of a 1x1 convolution; its tokens are the positions of the image."""
 
     def matrix(self) -> Tensor:
-        """Return a view of the parameter's data as a matrix [out, in]."""
-        return self.parameter.data.flatten(1)
+        """Return a view of the parameter as a matrix [out, in], without gradients."""
+        return self.parameter.detach().flatten(1)
 
     def inputs(self, value: Tensor, samples: int) -> Tensor:
         """View an image [samples, in, height, width] as [samples, tokens, in]."""

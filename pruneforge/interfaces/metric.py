@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 from pydantic import Field
@@ -81,6 +81,11 @@ class Metric(options.Configurable):
             PruneForgeError: The score differs from the weight in shape, or contains NaN, which cannot be compared.
         """
         score = self.score(layer, stats)
+        if not isinstance(score, Tensor) or score.is_complex() or score.dtype == torch.bool:
+            what = str(score.dtype) if isinstance(score, Tensor) else type(score).__name__
+            raise PruneForgeError(
+                f"metric {self.name!r} scored layer {layer.name!r} with {what}; it must return a tensor of real numbers"
+            )
         if score.shape != layer.shape:
             raise PruneForgeError(
                 f"metric {self.name!r} scored layer {layer.name!r} with shape {tuple(score.shape)}, "
@@ -92,5 +97,14 @@ class Metric(options.Configurable):
         return score.to(layer.parameter.device, dtype).contiguous()
 
     def comparison_group(self) -> Scope | None:
-        """Return the scope option, or else the metric's own scope."""
-        return getattr(self.options, "scope", None) or self.scope
+        """Return the scope option, or else the metric's own scope.
+
+        Raises:
+            PruneForgeError: The metric's own is not a scope.
+        """
+        scope = getattr(self.options, "scope", None) or self.scope
+        if scope is not None and scope not in get_args(Scope):
+            raise PruneForgeError(
+                f"metric {self.name!r} has the scope {scope!r}; it must be None or one of {', '.join(get_args(Scope))}"
+            )
+        return scope

@@ -65,6 +65,11 @@ class Entry:
                 f"{type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
 
+    @property
+    def module(self) -> str:
+        """Name of the module that the class is in."""
+        return self.target.partition(":")[0] if isinstance(self.target, str) else self.target.__module__
+
     def summary(self) -> str:
         """Return the first line of the class's own docstring, or why the class cannot be used as far as that shows.
 

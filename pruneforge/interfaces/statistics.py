@@ -241,6 +241,10 @@ class LayerStatistics:
         except KeyError:
             raise KeyError(f"{kind.__name__} is not among the metric's `requires`") from None
 
+    def items(self) -> Iterable[tuple[type[Statistic], Statistic]]:
+        """Return the statistics with their classes."""
+        return self._statistics.items()
+
     @property
     def input_key(self) -> int:
         """A number that is equal for layers with the same input."""

@@ -90,6 +90,11 @@ class Method:
                 "scope=model compares scores of all blocks, so none can be pruned before the last is calibrated; "
                 "add `propagate` dense"
             )
+        if run.scope in ("block", "model") and type(self.metric).score is Metric.score:
+            raise PruneForgeError(
+                f"scope={run.scope} compares scores of several layers, and metric {self.metric.name!r} has none: it "
+                "prunes each layer for itself"
+            )
         if run.scope == "model" and run.allocator is not None:
             raise PruneForgeError(
                 f"scope=model chooses each layer's sparsity itself, and so does allocator {run.allocator.name!r}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from pruneforge.interfaces.adapter import Adapter
+from pruneforge.interfaces.registry import KINDS
 from pruneforge.interfaces.run import Run
-from pruneforge.plugins import DISTRIBUTION
+from pruneforge.plugins import DISTRIBUTION, loaded_plugins
 
 if TYPE_CHECKING:
     from pruneforge.runs.session import Session
@@ -78,6 +81,7 @@ def run_identity(session: Session, run: Run) -> dict[str, Any]:
     return {
         "recipe": run.recipe.model_dump(mode="json"),
         "plugin file": {path: _hash(Path(path)) for path in run.recipe.plugins},
+        "plugin": {name: plugin["sha256"] for name, plugin in plugin_sources(run, session.loaded.adapter).items()},
         "model": {"fingerprint": session.fingerprint},
         "batch size": data.get("batch_size"),
         "calibration data": {"fingerprint": data.get("fingerprint")},
@@ -100,6 +104,35 @@ def gradient_identity(session: Session) -> dict[str, Any]:
         "device": device_name(session.device),
         "version of": _versions(VERSIONED_FOR_GRADIENTS),
     }
+
+
+def plugin_sources(run: Run, adapter: Adapter) -> dict[str, dict[str, str]]:
+    """Return distribution, version and a hash of the sources of each package whose classes make a run's method.
+
+    A plugin that was edited between a stop and resuming would go on with another method otherwise.
+    """
+    parts = [run.metric, adapter, *run.refiners, *([run.allocator] if run.allocator is not None else [])]
+    installed = loaded_plugins()
+    origins = {plugin.name: (plugin.origin, plugin.version) for plugin in installed.loaded}
+    entries = [entry for kind in KINDS for entry in installed.registry.entries(kind)]
+    of_module = {entry.module.partition(".")[0]: origins.get(entry.plugin, ("", "")) for entry in entries}
+    sources = {}
+    for name in sorted({type(part).__module__.partition(".")[0] for part in parts}):
+        files = _files(name)
+        if files:
+            digest = hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files))
+            origin, version = of_module.get(name, ("", ""))
+            sources[name] = {"distribution": origin, "version": version, "sha256": digest.hexdigest()}
+    return sources
+
+
+def _files(module: str) -> list[Path]:
+    """Return the Python files of a top-level package or module; none of what was typed at a prompt."""
+    loaded = sys.modules.get(module)
+    if loaded is None or not getattr(loaded, "__file__", None):
+        return []
+    file = Path(str(loaded.__file__))
+    return sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
 
 
 def device_name(device: torch.device) -> str:

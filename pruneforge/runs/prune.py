@@ -107,10 +107,10 @@ def prune_each(
     Args:
         model: A folder or hub id.
         metric: As for `prune`, or several: in a list, or by labels of your own, such as
-            `{"weak": GBLM(alpha=1), "wanda": "wanda"}`. `options` then holds each one's options by its label.
+            `{"weak": Mine(alpha=1), "other": "NAME"}`. `options` then holds each one's options by its label.
         patterns: Sparsities, such as 0.5, and "N:M".
         calibration: As for `prune`.
-        output: Folder for the runs' folders, which are named "0.5" or "2of4", and "wanda-0.5" if there are several
+        output: Folder for the runs' folders, which are named "0.5" or "2of4", and "other-0.5" if there are several
             metrics.
         propagate: "dense", or "pruned" for a metric that uses no activations, where both are the same.
         settings: Every other argument of `prune`, by name.
