@@ -24,9 +24,16 @@ MAY_IMPORT = {
     "checkpoint": SMALL | {"interfaces", "checkpoint"},
     "engine": SMALL | {"interfaces", "checkpoint", "engine"},
     "runs": SMALL | {"plugins", "interfaces", "data", "checkpoint", "engine", "runs"},
-    "cli": SMALL | {"plugins", "interfaces", "data", "checkpoint", "engine", "runs", "cli"},
+    "testing": SMALL | {"interfaces", "engine", "testing"},
+    "cli": SMALL | {"plugins", "interfaces", "data", "checkpoint", "engine", "runs", "testing", "cli"},
 }
-PUBLIC_MODULES = {"pruneforge", "pruneforge.data.images", "pruneforge.data.overlap", "pruneforge.data.text"}
+PUBLIC_MODULES = {
+    "pruneforge",
+    "pruneforge.data.images",
+    "pruneforge.data.overlap",
+    "pruneforge.data.text",
+    "pruneforge.testing",
+}
 """What the documentation promises to plugin authors."""
 
 

@@ -290,3 +290,24 @@ def test_the_first_mistake_is_named_whatever_else_is_wrong(checkpoint, tmp_path)
         pruneforge.prune_each(checkpoint, "magnitude", [0.5], output=tmp_path / "out", plugins=[])
     with pytest.raises(pruneforge.PruneForgeError, match="an estimate is for one pattern"):
         pruneforge.estimate(checkpoint, "magnitude", patterns=[0.3, 0.5])
+
+
+def test_check_prints_what_a_plugin_breaks_and_says_so_by_its_exit_code(tmp_path):
+    done = run("check", "wanda")
+    assert done.exit_code == 0, done.output
+    assert "wanda: 14 of 14 checks pass" in done.output
+    file = tmp_path / "unsteady.py"
+    file.write_text(
+        "from pruneforge import Gram, Metric\n"
+        "class Unsteady(Metric):\n"
+        "    requires = (Gram,)\n"
+        "    def score(self, layer, stats):\n"
+        "        return layer.weight.abs()\n"
+    )
+    done = run("check", "unsteady", "-p", file)
+    assert done.exit_code == 1
+    assert "Gram is required and not used" in done.output
+    results = json.loads(run("check", "unsteady", "-p", file, "--json").output)
+    assert [result["check"] for result in results if result["error"]] == ["the statistics required are used"]
+    done = run("check", "unstead")
+    assert (done.exit_code, "did you mean 'unsteady'" in done.output) == (2, True)

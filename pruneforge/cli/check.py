@@ -1,0 +1,57 @@
+"""`pruneforge check`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from pruneforge.cli import common
+
+EXAMPLES = """[bold]Examples[/bold]
+
+pruneforge check NAME
+
+pruneforge check mine -p mine.py --option power=0.5
+"""
+
+FAILED = 1
+"""Exit code if a promise is broken."""
+
+
+def check(
+    name: Annotated[str, typer.Argument(help="Name of a metric, an allocator or a refiner.", metavar="NAME")],
+    options: Annotated[
+        list[str] | None, typer.Option("--option", help="Option of the plugin. Repeatable.", metavar="NAME=VALUE")
+    ] = None,
+    as_json: common.Json = False,
+    plugins: common.PluginFiles = None,
+    config: common.Config = None,
+) -> None:
+    """Check that a plugin keeps its promises, on small layers of made-up data, and print what it breaks."""
+    from pruneforge.errors import unknown_name
+    from pruneforge.plugins import loaded_plugins
+    from pruneforge.testing import run_checks
+
+    registry = loaded_plugins().registry
+    kinds = ("metric", "allocator", "refiner")
+    named = [kind for kind in kinds if name in {entry.name for entry in registry.entries(kind)}]
+    if not named:
+        raise unknown_name("plugin", name, [entry.name for kind in kinds for entry in registry.entries(kind)])
+    given = common.assignments(options, "--option")
+    results = list(run_checks(registry.create(kind, name, given) for kind in named))
+    failed = [said for _, said in results if said is not None]
+    if as_json:
+        print(json.dumps([{"check": each.name, "error": said} for each, said in results], indent=2))
+    else:
+        table = Table(title=f"{name}: {len(results) - len(failed)} of {len(results)} checks pass", title_justify="left")
+        table.add_column("check", overflow="fold")
+        table.add_column("result", overflow="fold")
+        for each, said in results:
+            table.add_row(each.name, "passes" if said is None else escape(said))
+        common.console.print(table)
+    if failed:
+        raise typer.Exit(FAILED)

@@ -1,0 +1,229 @@
+"""What every metric promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruneforge.interfaces.metric import Metric, Pruned
+from pruneforge.interfaces.patterns import NM, Pattern, Unstructured, pruned_count
+from pruneforge.interfaces.selection import smallest
+from pruneforge.interfaces.statistics import LayerStatistics, Statistic
+from pruneforge.numerics import all_finite, seed_random_numbers
+from pruneforge.testing.samples import Sample, sample
+
+HALF = 0.5
+
+
+def scores(metric: Metric) -> bool:
+    """Return whether a metric scores, rather than pruning layers for itself."""
+    return type(metric).score is not Metric.score
+
+
+def prune(metric: Metric, made: Sample, pattern: Pattern, parts: int = 1) -> Pruned:
+    """Prune a sample as the engine does: seeded, without gradients."""
+    seed_random_numbers(0, torch.device("cpu"))
+    with torch.no_grad():
+        return metric.prune_layer(made.layer(), made.statistics(metric.requires, parts), pattern)
+
+
+def unstructured(metric: Metric, sparsity: float = HALF) -> Unstructured:
+    """Return the pattern that the engine would ask the metric for."""
+    scope = metric.comparison_group() or "layer"
+    return Unstructured(sparsity, "layer" if scope in ("block", "model") else scope)
+
+
+def patterns(metric: Metric) -> Iterator[Pattern]:
+    """Yield patterns of every kind."""
+    for sparsity in (0.0, 0.37, HALF, 0.97):
+        yield unstructured(metric, sparsity)
+    yield from (NM(2, 4), NM(4, 8), NM(1, 4))
+
+
+def masks_are_boolean_and_of_the_weights_shape(metric: Metric) -> None:
+    """Check dtype, shape and device of the mask and of an updated weight."""
+    pruned = prune(metric, sample(), unstructured(metric))
+    assert pruned.mask.dtype == torch.bool, f"the mask is {pruned.mask.dtype}"
+    assert pruned.mask.shape == (12, 32), f"the mask is {tuple(pruned.mask.shape)}, the weight (12, 32)"
+    assert pruned.mask.device == torch.device("cpu"), f"the mask is on {pruned.mask.device}, the weight on the CPU"
+    if pruned.weight is not None:
+        assert pruned.weight.shape == (12, 32), f"the new weight is {tuple(pruned.weight.shape)}"
+
+
+def exactly_as_many_weights_are_pruned_as_asked_for(metric: Metric) -> None:
+    """Check the count at several sparsities and N:M patterns."""
+    for pattern in patterns(metric):
+        _check_count(metric, sample(), pattern)
+
+
+def ties_change_no_count(metric: Metric) -> None:
+    """Check the count where all scores are equal."""
+    equal = torch.ones(12, 32)
+    made = sample(weight=equal, inputs=torch.ones(6, 16, 32), gradients=torch.ones(6, 12, 32))
+    for pattern in (unstructured(metric), NM(2, 4)):
+        _check_count(metric, made, pattern)
+
+
+def _check_count(metric: Metric, made: Sample, pattern: Pattern) -> None:
+    mask = prune(metric, made, pattern).mask
+    if metric.scope is None and isinstance(pattern, Unstructured):  # its own groups round down
+        reached = 1 - mask.double().mean().item()
+        assert 0.85 * pattern.sparsity <= reached <= pattern.sparsity + 0.05, f"{pattern}: {reached:.1%} is pruned"
+    else:
+        assert pattern.fits(mask), f"the mask does not fit {pattern}"
+
+
+def nothing_pruned_leaves_the_weights(metric: Metric) -> None:
+    """Check sparsity 0."""
+    made = sample()
+    pruned = prune(metric, made, unstructured(metric, 0.0))
+    assert pruned.mask.all(), "weights are pruned at sparsity 0"
+    if pruned.weight is not None:
+        assert torch.allclose(pruned.weight, made.weight, atol=1e-8), "weights change although none is pruned"
+
+
+def results_are_finite(metric: Metric) -> None:
+    """Check scores and updated weights."""
+    made = sample()
+    if scores(metric):
+        seed_random_numbers(0, torch.device("cpu"))
+        assert all_finite(metric.score(made.layer(), made.statistics(metric.requires))), "a score is not finite"
+    weight = prune(metric, made, unstructured(metric)).weight
+    assert weight is None or all_finite(weight), "a weight is not finite"
+
+
+def dead_inputs_are_no_error(metric: Metric) -> None:
+    """Check the count with an input that is always zero, which makes a Gram matrix singular."""
+    for pattern in (unstructured(metric), NM(2, 4)):
+        _check_count(metric, _with_a_dead_column(), pattern)
+
+
+def _with_a_dead_column() -> Sample:
+    made = sample()
+    inputs, gradients = made.inputs.clone(), made.gradients.clone()
+    inputs[..., 3], gradients[..., 3] = 0, 0
+    return sample(inputs=inputs, gradients=gradients)
+
+
+def the_same_twice(metric: Metric) -> None:
+    """Check that random numbers come from torch, which the engine seeds."""
+    first, second = (prune(metric, sample(), unstructured(metric)) for _ in range(2))
+    assert torch.equal(first.mask, second.mask), "two calls give two masks; seed random numbers through torch alone"
+    if first.weight is not None and second.weight is not None:
+        assert torch.equal(first.weight, second.weight), "two calls give two weights"
+
+
+def the_order_in_memory_has_no_say(metric: Metric) -> None:
+    """Check a weight that lies transposed in memory, as those of some checkpoints do."""
+    made = sample()
+    transposed = sample(weight=made.weight.T.contiguous().T)
+    assert torch.equal(
+        prune(metric, made, unstructured(metric)).mask, prune(metric, transposed, unstructured(metric)).mask
+    ), "a weight that lies transposed in memory gets another mask"
+
+
+def narrow_dtypes_work(metric: Metric) -> None:
+    """Check float32, bfloat16 and float16."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        _check_count(metric, sample(dtype=dtype), unstructured(metric))
+
+
+def rows_are_pruned_alike(metric: Metric) -> None:
+    """Check that permuted output rows get the permuted mask."""
+    made, order = sample(), torch.arange(11, -1, -1)
+    permuted = sample(weight=made.weight[order], gradients=made.gradients[:, order])
+    pattern = unstructured(metric)
+    expected, found = prune(metric, made, pattern).mask[order], prune(metric, permuted, pattern).mask
+    assert torch.equal(found, expected), "permuting the output rows gives another mask than the permuted one"
+
+
+def the_split_into_batches_has_no_say(metric: Metric) -> None:
+    """Check that merged statistics of several batches, or processes, do as well as those of one."""
+    pattern = unstructured(metric)
+    whole, parts = (prune(metric, sample(), pattern, parts).mask for parts in (1, 3))
+    assert torch.equal(whole, parts), "statistics of three batches, merged, give another mask than those of one"
+
+
+def weights_and_statistics_are_not_changed(metric: Metric) -> None:
+    """Check that nothing given is changed in place: other runs of the pass use it too."""
+    made = sample()
+    layer, stats = made.layer(), made.statistics(metric.requires)
+    before = [layer.weight.clone(), *(statistic.total.clone() for _, statistic in stats.items())]
+    seed_random_numbers(0, torch.device("cpu"))
+    with torch.no_grad():
+        metric.prune_layer(layer, stats, unstructured(metric))
+    after = [layer.weight, *(statistic.total for _, statistic in stats.items())]
+    names = ["the weight", *(f"statistic {kind.__name__}" for kind, _ in stats.items())]
+    for name, value, was in zip(names, after, before, strict=True):
+        assert torch.equal(value, was), f"{name} is changed in place; work on a copy"
+
+
+def the_statistics_required_are_used(metric: Metric) -> None:
+    """Check that every statistic in `requires` is looked at."""
+    made = sample()
+    watched = _Watched(made.statistics(metric.requires))
+    seed_random_numbers(0, torch.device("cpu"))
+    with torch.no_grad():
+        metric.prune_layer(made.layer(), watched, unstructured(metric))
+    unused = [kind.__name__ for kind in metric.requires if kind not in watched.used]
+    assert not unused, f"{', '.join(unused)} is required and not used; collecting it costs time and memory"
+
+
+class _Watched(LayerStatistics):
+    """Statistics that note which of them are looked at."""
+
+    def __init__(self, stats: LayerStatistics) -> None:
+        super().__init__(dict(stats.items()), {})
+        self.used: set[type[Statistic]] = set()
+
+    def __getitem__(self, kind: Any) -> Any:
+        self.used.add(kind)
+        return super().__getitem__(kind)
+
+
+def scores_compare_over_several_layers(metric: Metric) -> None:
+    """Check the count where several layers are one comparison group."""
+    if not scores(metric):
+        return
+    made = [sample(seed=seed) for seed in range(3)]
+
+    def each() -> Iterator[Tensor]:
+        for one in made:
+            seed_random_numbers(0, torch.device("cpu"))
+            yield metric.checked_score(one.layer(), one.statistics(metric.requires))
+
+    count = pruned_count(sum(one.weight.numel() for one in made), HALF)
+    threshold = smallest(each, count)
+    pruned = sum(int((~threshold.select(score)).sum()) for score in each())
+    assert pruned == count, f"{pruned} weights of three layers are pruned together, where {count} were asked for"
+
+
+def _named(function: Callable[[Metric], None]) -> tuple[str, Callable[[Metric], None]]:
+    return function.__name__.replace("_", " ").replace("weights shape", "weight's shape"), function
+
+
+CHECKS: dict[str, Callable[[Metric], None]] = dict(
+    map(
+        _named,
+        (
+            masks_are_boolean_and_of_the_weights_shape,
+            exactly_as_many_weights_are_pruned_as_asked_for,
+            ties_change_no_count,
+            nothing_pruned_leaves_the_weights,
+            results_are_finite,
+            dead_inputs_are_no_error,
+            the_same_twice,
+            the_order_in_memory_has_no_say,
+            narrow_dtypes_work,
+            rows_are_pruned_alike,
+            the_split_into_batches_has_no_say,
+            weights_and_statistics_are_not_changed,
+            the_statistics_required_are_used,
+            scores_compare_over_several_layers,
+        ),
+    )
+)
+"""The checks, by what they say."""

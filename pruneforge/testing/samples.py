@@ -1,0 +1,85 @@
+"""Small layers with statistics of made-up data, for checks without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruneforge.interfaces.layer import Layer
+from pruneforge.interfaces.statistics import (
+    GradientStatistic,
+    InputStatistic,
+    LayerStatistics,
+    Statistic,
+    empty_statistics,
+)
+
+SAMPLES, TOKENS = 6, 16
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A layer, what calibration would have shown to it, and how to collect that.
+
+    Attributes:
+        weight: [out, in].
+        inputs: [samples, tokens, in].
+        gradients: [samples, out, in].
+    """
+
+    weight: Tensor
+    inputs: Tensor
+    gradients: Tensor
+
+    def layer(self) -> Layer:
+        """Return the layer, with a copy of the weight in the same order in memory."""
+        return Layer("layer", nn.Parameter(self.weight.clone(memory_format=torch.preserve_format), requires_grad=False))
+
+    def statistics(self, requires: Sequence[type[Statistic]], parts: int = 1) -> LayerStatistics:
+        """Return statistics of the data, collected in `parts` that are then merged."""
+        merged: dict[type[Statistic], Statistic] = {}
+        for part in torch.arange(SAMPLES).chunk(parts):
+            collected = empty_statistics(self.layer(), requires)
+            for statistic in collected.values():
+                self._collect(statistic, part)
+            for kind, statistic in collected.items():
+                if kind in merged:
+                    merged[kind].merge(statistic)
+                else:
+                    merged[kind] = statistic
+        return LayerStatistics(merged, {})
+
+    def _collect(self, statistic: Statistic, part: Tensor) -> None:
+        if isinstance(statistic, InputStatistic):
+            statistic.update(self.inputs[part].flatten(0, 1), len(part))
+        elif isinstance(statistic, GradientStatistic):
+            for gradient in self.gradients[part]:
+                statistic.add(gradient.to(statistic.total.dtype))
+            statistic.samples += len(part)
+
+
+def sample(
+    shape: tuple[int, int] = (12, 32), dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any
+) -> Sample:
+    """Return a random layer and correlated inputs with outliers, the same for the same arguments.
+
+    Args:
+        shape: (out, in).
+        dtype: Dtype of the weight and the inputs.
+        seed: Seed of the numbers.
+        changes: Other values of the sample's attributes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def numbers(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    mixing = torch.eye(shape[1], dtype=torch.float64) + 0.3 * numbers(shape[1], shape[1])
+    inputs = numbers(SAMPLES, TOKENS, shape[1]) @ mixing
+    inputs[..., 1] *= 5  # a channel of outliers, as language models have
+    values = {"weight": numbers(*shape), "inputs": inputs, "gradients": 0.1 * numbers(SAMPLES, *shape)} | changes
+    return Sample(**{name: value.to(dtype) for name, value in values.items()})
