@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from pruneforge.cli import check, common, compare, demo, doctor, evaluate, plugins, prune, settings
+from pruneforge.cli import check, common, compare, demo, doctor, evaluate, new, plugins, prune, settings
 from pruneforge.errors import PruneForgeError
 
 USER_ERROR = 2
@@ -48,6 +48,7 @@ app.command(cls=evaluate.Command, name="eval", epilog=evaluate.EXAMPLES)(evaluat
 app.command(cls=compare.Command, epilog=compare.EXAMPLES)(compare.compare)
 app.command(cls=settings.SettingsCommand, epilog=plugins.EXAMPLES)(plugins.plugins)
 app.command(cls=settings.SettingsCommand, epilog=check.EXAMPLES)(check.check)
+app.command(cls=settings.SettingsCommand, epilog=new.EXAMPLES)(new.new)
 app.command(cls=demo.Command, epilog=demo.EXAMPLES)(demo.demo)
 app.command(cls=settings.SettingsCommand, epilog=doctor.EXAMPLES)(doctor.doctor)
 
