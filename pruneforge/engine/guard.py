@@ -72,23 +72,41 @@ def check_pruned(run: Run, layer: Layer, pruned: Pruned, who: str) -> None:
     # With comparison groups of its own, a method rounds the count in each of them, and the total may differ from the
     # layer's. N:M patterns leave no such freedom, and counts over several layers are checked when all are done.
     unstructured = isinstance(pattern, Unstructured)
-    if unstructured and run.metric.scope is None:
-        reached, asked = 1 - float(mask.count_nonzero()) / mask.numel(), pattern.sparsity
-        if not LEAST_OF_ASKED * asked <= reached <= asked + (1 - LEAST_OF_ASKED) * (1 - asked):
-            raise PruneForgeError(
-                f"{who} pruned {reached:.1%} of layer {layer.name!r}, where {asked:.1%} was asked for"
-            )
-    elif not (unstructured and run.scope in ("block", "model")) and not pattern.fits(mask):
+    own_groups = unstructured and (run.metric.scope is None or run.scope in ("block", "model"))
+    if not own_groups and not pattern.fits(mask):
         raise PruneForgeError(f"{who} made a mask for layer {layer.name!r} that does not fit {pattern}")
     if pruned.weight is not None:
         if pruned.weight.shape != layer.shape:
             raise PruneForgeError(f"{who} made weights of {tuple(pruned.weight.shape)} for layer {layer.name!r}")
-        if not all_finite(pruned.weight):
-            raise PruneForgeError(f"{who} made non-finite weights in layer {layer.name!r}")
         if not all_finite(pruned.weight.to(layer.parameter.dtype)):
-            raise PruneForgeError(
-                f"{who} made weights in layer {layer.name!r} that are too large for {layer.parameter.dtype}"
-            )
+            if all_finite(pruned.weight):
+                dtype = layer.parameter.dtype
+                raise PruneForgeError(f"{who} made weights in layer {layer.name!r} that are too large for {dtype}")
+            raise PruneForgeError(f"{who} made non-finite weights in layer {layer.name!r}")
+
+
+def check_share(run: Run, layer: Layer, mask: Tensor) -> None:
+    """Raise if a method with comparison groups of its own prunes far fewer or more weights than asked for.
+
+    Args:
+        run: The run.
+        layer: The layer.
+        mask: Its mask on the CPU, where counting makes no device wait.
+
+    Raises:
+        PruneForgeError: Naming the layer.
+    """
+    pattern = run.pattern_for(layer)
+    if run.metric.scope is not None or not isinstance(pattern, Unstructured):
+        return
+    pruned, total = mask.numel() - int(mask.count_nonzero()), mask.numel()
+    least = LEAST_OF_ASKED * pattern.sparsity * total - layer.shape[1]  # each group, of a column or more, rounds down
+    most = total - LEAST_OF_ASKED * (1 - pattern.sparsity) * total
+    if not least <= pruned <= most:
+        raise PruneForgeError(
+            f"metric {run.metric.name!r} pruned {pruned / total:.1%} of layer {layer.name!r}, "
+            f"where {pattern.sparsity:.1%} was asked for"
+        )
 
 
 def _versions(layer: Layer, stats: LayerStatistics) -> dict[str, int]:

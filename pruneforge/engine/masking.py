@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pruneforge.engine.chain import Chain
-from pruneforge.engine.guard import check_pruned, guarded
+from pruneforge.engine.guard import check_pruned, check_share, guarded
 from pruneforge.engine.processes import Group
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Block
@@ -103,8 +103,9 @@ class Applier:
             for layer in block.layers:
                 if owners[layer.name] == self.group.rank:
                     pruned = self._prune_layer(run, layer, stats[layer.name], threshold)
-                    layer.write(pruned.mask, pruned.weight)
                     masks[layer.name] = pruned.mask.cpu()
+                    check_share(run, layer, masks[layer.name])
+                    layer.write(pruned.mask, pruned.weight)
                     outcomes[layer.name] = _Outcome(pruned.notes, pruned.weight is not None)
         except Exception as raised:  # of any kind, since metrics are plugins; `agree` raises it in all processes
             error = raised
