@@ -21,7 +21,6 @@ class OWL(Allocator):
     """
 
     requires = (ColumnSquares,)
-    measures = True
 
     class Options(Options):
         """Options of OWL."""

@@ -168,6 +168,9 @@ def _by_name(options: dict[str, Any], flag: str) -> dict[str, dict[str, Any]]:
     """Return `NAME.OPTION` and its value as a mapping of options by name."""
     nested: dict[str, dict[str, Any]] = {}
     for text, value in options.items():
+        if isinstance(value, dict):  # as a recipe writes them
+            nested.setdefault(text, {}).update(value)
+            continue
         name, dot, option = text.partition(".")
         if not dot:
             raise PruneForgeError(f"{flag} {text}=... is for several; write {flag} NAME.{text}=...")

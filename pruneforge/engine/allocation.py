@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,11 +12,14 @@ from torch import Tensor
 
 from pruneforge.engine.chain import Chain
 from pruneforge.engine.gradient_store import GradientStore
+from pruneforge.engine.guard import named, seed_for
 from pruneforge.engine.hidden_states import BatchInFlight
 from pruneforge.engine.masking import BlockStatistics, metric_score
 from pruneforge.engine.processes import Group
 from pruneforge.engine.recorder import InputRecorder, check_weights
 from pruneforge.errors import PruneForgeError
+from pruneforge.interfaces.adapter import Block
+from pruneforge.interfaces.allocator import measures_blocks
 from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.patterns import Pattern, pruned_count
 from pruneforge.interfaces.run import Run
@@ -48,18 +52,40 @@ def allocate(
     waiting: list[tuple[Run, dict[str, Any]]] = [
         (run, {}) for run in runs if run.allocator is not None and run.allocation is None
     ]
-    measured = [(run, measures) for run, measures in waiting if run.allocator and run.allocator.measures]
+    measured = [(run, measures) for run, measures in waiting if run.allocator and measures_blocks(run.allocator)]
     if measured:
         with runs[0].profile.stage("allocate"):
             _measure(measured, chain, batches, gradient_store, group, progress)
     sizes = {block.name: {layer.name: layer.parameter.numel() for layer in block.layers} for block in chain.blocks}
     layers = [layer for block in chain.blocks for layer in block.layers]
     for run, measures in waiting:
-        assert run.allocator is not None
-        asked = run.allocator.allocate(measures, sizes, run.pattern.sparsity)
-        _check(run.allocator.name, asked, layers)
-        run.allocation = within_budget(asked, layers, run.pattern)
+        allocation: dict[str, int] = {}
+        error: Exception | None = None
+        try:
+            if group.first:  # decides for all: what an allocator measures may differ in the last digit
+                allocation = _allocation(run, measures, sizes, layers)
+        except Exception as raised:  # `agree` raises it in all processes
+            error = raised
+        group.agree(error, {})
+        run.allocation = group.gather(allocation)[0]
         run.output.allocated(run.allocation)
+
+
+def _allocation(
+    run: Run, measures: dict[str, Any], sizes: dict[str, dict[str, int]], layers: Sequence[Layer]
+) -> dict[str, int]:
+    """Ask a run's allocator, and return the steps of its pattern by which each layer is pruned."""
+    allocator = run.allocator
+    assert allocator is not None
+    who = f"allocator {allocator.name!r}"
+    seed_for(run, "allocate", torch.device("cpu"))
+    asked = named(who, "to allocate", lambda: allocator.allocate(measures, sizes, run.pattern.sparsity))
+    if not isinstance(asked, Mapping):
+        raise PruneForgeError(
+            f"{who} returned {type(asked).__name__}; it must return a mapping of layers to sparsities"
+        )
+    _check(allocator.name, asked, layers)
+    return within_budget(asked, layers, run.pattern)
 
 
 def within_budget(asked: Mapping[str, float], layers: Sequence[Layer], pattern: Pattern) -> dict[str, int]:
@@ -136,8 +162,7 @@ def _measure(
                 gradients = gradient_store.get(block, gradient_kinds, chain.residency.device)
                 stats = {name: of_layer.joined(gradients[name]) for name, of_layer in stats.items()}
             for run, measures in waiting:
-                assert run.allocator is not None
-                measures[block.name] = run.allocator.measure(block, stats, partial(_score, run, stats))
+                measures[block.name] = _measured(run, block, stats, chain.residency.device)
         with chain.between(index) as continues:
             if continues and outputs:
                 outputs = [
@@ -145,6 +170,27 @@ def _measure(
                     for output, in_flight in zip(chain.hidden_states.each(outputs), batches, strict=True)
                 ]
         inputs = outputs
+
+
+def _measured(run: Run, block: Block, stats: BlockStatistics, device: torch.device) -> dict[str, Any]:
+    """Return what a run's allocator measures of a block, as the journal would give it back."""
+    allocator = run.allocator
+    assert allocator is not None
+    who = f"allocator {allocator.name!r}"
+    seed_for(run, block.name, device)
+    before = [layer.parameter._version for layer in block.layers]
+    own = {name: of_layer.owned_by(allocator) for name, of_layer in stats.items()}
+    measured = named(
+        who, f"on block {block.name!r}", lambda: allocator.measure(block, own, partial(_score, run, stats))
+    )
+    for layer, version in zip(block.layers, before, strict=True):
+        if layer.parameter._version != version:
+            raise PruneForgeError(f"{who} changed the weight of layer {layer.name!r} in place; it must work on a copy")
+    try:
+        json.dumps(measured)
+    except (TypeError, ValueError) as error:
+        raise PruneForgeError(f"{who} measured of block {block.name!r} what JSON cannot hold: {error}") from error
+    return measured
 
 
 def _needed(run: Run) -> Sequence[type[Statistic]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.metric import Pruned
-from pruneforge.interfaces.patterns import Unstructured
+from pruneforge.interfaces.patterns import Pattern, Unstructured
 from pruneforge.interfaces.run import Run
 from pruneforge.interfaces.statistics import LayerStatistics
 from pruneforge.numerics import all_finite, seed_random_numbers
@@ -23,10 +23,10 @@ LEAST_OF_ASKED = 0.9
 """Share of the weights asked for that a method with its own comparison groups must prune; each group rounds down."""
 
 
-def guarded(run: Run, layer: Layer, stats: LayerStatistics, who: str, work: Callable[[], T]) -> T:
+def guarded(run: Run, layer: Layer, stats: LayerStatistics, who: str, work: Callable[[], T], part: int = 0) -> T:
     """Return what a plugin's code gives for a layer.
 
-    Its random numbers are the layer's own, whichever layers came before it in this process.
+    Its random numbers are the layer's and the part's own, whichever layers came before it in this process.
 
     Args:
         run: The run.
@@ -34,46 +34,68 @@ def guarded(run: Run, layer: Layer, stats: LayerStatistics, who: str, work: Call
         stats: Its statistics.
         who: What messages call the plugin: "metric 'mine'".
         work: Calls the plugin.
+        part: Position among the run's metric and refiners.
 
     Raises:
         PruneForgeError: The plugin fails, or changes the layer's weight or a statistic.
     """
-    seed_random_numbers(run.seed * 0x9E3779B1 + zlib.crc32(layer.name.encode()), layer.parameter.device)
+    seed_for(run, layer.name, layer.parameter.device, part)
     before = _versions(layer, stats)
-    try:
-        result = work()
-    except (PruneForgeError, torch.OutOfMemoryError):
-        raise
-    except (Exception, SystemExit) as error:  # a plugin may fail in any way
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
-        raise PruneForgeError(f"{who} failed on layer {layer.name!r}: {reason}") from error
+    result = named(who, f"on layer {layer.name!r}", work)
     for changed, (name, version) in zip(_versions(layer, stats).values(), before.items(), strict=True):
         if changed != version:
             raise PruneForgeError(f"{who} changed {name} of layer {layer.name!r} in place; it must work on a copy")
     return result
 
 
-def check_pruned(run: Run, layer: Layer, pruned: Pruned, who: str) -> None:
-    """Raise unless a mask fits the layer's pattern and the weights are finite in the layer's dtype.
+def seed_for(run: Run, name: str, device: torch.device, part: int = 0) -> None:
+    """Seed random numbers for what a part of a run does with a layer or block."""
+    seed_random_numbers(run.seed * 0x9E3779B1 + zlib.crc32(name.encode()) + 0x85EBCA6B * part, device)
+
+
+def named(who: str, where: str, work: Callable[[], T]) -> T:
+    """Return what a plugin's code gives; an error of any kind becomes one line that names the plugin.
 
     Raises:
-        PruneForgeError: Naming `who` made them, and the layer.
+        PruneForgeError: The plugin fails.
+    """
+    try:
+        return work()
+    except (PruneForgeError, torch.OutOfMemoryError):
+        raise
+    except (Exception, SystemExit) as error:  # a plugin may fail in any way
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+        raise PruneForgeError(f"{who} failed {where}: {reason}") from error
+
+
+def check_pruned(run: Run, layer: Layer, pruned: Pruned, pattern: Pattern | None, who: str) -> None:
+    """Raise unless a mask fits the layer's pattern and the weights are finite in the layer's dtype.
+
+    Args:
+        run: The run.
+        layer: The layer.
+        pruned: The mask and maybe weights.
+        pattern: What the mask has to fit; `None` for comparison groups that are checked otherwise.
+        who: What messages call the plugin that made them.
+
+    Raises:
+        PruneForgeError: Naming the plugin and the layer.
     """
     if not isinstance(pruned, Pruned):
         raise PruneForgeError(f"{who} returned {type(pruned).__name__} for layer {layer.name!r}; it must return Pruned")
-    if isinstance(pruned.notes, str):
-        raise PruneForgeError(f"{who} gave notes for layer {layer.name!r} as one text; they must be a tuple of texts")
-    mask, pattern = pruned.mask, run.pattern_for(layer)
-    if mask.dtype != torch.bool or mask.shape != layer.shape:
-        raise PruneForgeError(
-            f"{who} made a mask of {mask.dtype} {tuple(mask.shape)} for layer {layer.name!r}; "
-            f"it must be boolean {layer.shape}"
-        )
-    # With comparison groups of its own, a method rounds the count in each of them, and the total may differ from the
-    # layer's. N:M patterns leave no such freedom, and counts over several layers are checked when all are done.
-    unstructured = isinstance(pattern, Unstructured)
-    own_groups = unstructured and (run.metric.scope is None or run.scope in ("block", "model"))
-    if not own_groups and not pattern.fits(mask):
+    if not isinstance(pruned.notes, tuple | list) or not all(isinstance(note, str) for note in pruned.notes):
+        raise PruneForgeError(f"{who} gave notes for layer {layer.name!r} that are not a tuple of texts")
+    mask, device = pruned.mask, layer.parameter.device
+    for what, tensor in (("a mask", mask), ("weights", pruned.weight)):
+        if tensor is not None and (not isinstance(tensor, Tensor) or tensor.device != device):
+            what_it_is = f"a tensor on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise PruneForgeError(
+                f"{who} made {what} for layer {layer.name!r} as {what_it_is}; it must be a tensor on {device}"
+            )
+    if mask is None or mask.dtype != torch.bool or mask.shape != layer.shape:
+        made = "nothing" if mask is None else f"{mask.dtype} {tuple(mask.shape)}"
+        raise PruneForgeError(f"{who} made a mask of {made} for layer {layer.name!r}; it must be boolean {layer.shape}")
+    if pattern is not None and not pattern.fits(mask):
         raise PruneForgeError(f"{who} made a mask for layer {layer.name!r} that does not fit {pattern}")
     if pruned.weight is not None:
         if pruned.weight.shape != layer.shape:

@@ -145,18 +145,23 @@ class Applier:
         pattern, who = run.pattern_for(layer), f"metric {run.metric.name!r}"
         if threshold is not None:
             pruned = Pruned(threshold.select(self.score(run, layer, stats)))
+            if run.refiners:  # what the threshold gave this layer is what they have to keep
+                count = pruned.mask.numel() - int(pruned.mask.count_nonzero())
+                pattern = Unstructured(0.0, "layer").at(count, layer.shape)
         else:
-            pruned = guarded(run, layer, stats, who, lambda: run.metric.prune_layer(layer, stats, pattern))
-        check_pruned(run, layer, pruned, who)
-        for refiner in run.refiners:
-            refined = guarded(
-                run,
-                layer,
-                stats,
-                f"refiner {refiner.name!r}",
-                partial(refiner.refine, layer, stats, pruned, pattern),
-            )
-            check_pruned(run, layer, refined, f"refiner {refiner.name!r}")
+            own = stats.owned_by(run.metric)
+            pruned = guarded(run, layer, own, who, lambda: run.metric.prune_layer(layer, own, pattern))
+            # With comparison groups of its own, a method rounds the count in each of them; N:M leaves no such freedom.
+            own_groups = run.metric.scope is None and isinstance(pattern, Unstructured)
+            check_pruned(run, layer, pruned, None if own_groups else pattern, who)
+            if own_groups and run.refiners:
+                count = pruned.mask.numel() - int(pruned.mask.count_nonzero())
+                pattern = Unstructured(0.0, "layer").at(count, layer.shape)
+        for part, refiner in enumerate(run.refiners, 1):
+            who, own = f"refiner {refiner.name!r}", stats.owned_by(refiner)
+            work = partial(refiner.refine, layer, own, pruned, pattern)
+            refined = guarded(run, layer, own, who, work, part)
+            check_pruned(run, layer, refined, pattern, who)
             pruned = replace(refined, notes=(*pruned.notes, *refined.notes))
         return pruned
 
@@ -164,7 +169,8 @@ class Applier:
 def metric_score(run: Run, layer: Layer, stats: LayerStatistics) -> Tensor:
     """Return a layer's scores [out, in]; equal at each call, since random numbers are seeded by layer."""
     who = f"metric {run.metric.name!r}"
-    return guarded(run, layer, stats, who, lambda: run.metric.checked_score(layer, stats))
+    own = stats.owned_by(run.metric)
+    return guarded(run, layer, own, who, lambda: run.metric.checked_score(layer, own))
 
 
 def check_count(run: Run, layers: Sequence[Layer], pruned: int, of: str) -> None:

@@ -20,17 +20,16 @@ Sizes = Mapping[str, Mapping[str, int]]
 class Allocator(Configurable, ABC):
     """Decides, before the first block is pruned, how many weights each layer loses.
 
-    A subclass overrides `allocate`, and `measure` if it looks at the model. The engine brings what `allocate` returns
+    A subclass overrides `allocate`, and `measure` if it looks at the model: it is then called in a
+    pass through the dense model. The engine brings what `allocate` returns
     to exactly the number of weights that the run's sparsity says.
 
     Attributes:
         requires: Statistics of the dense model's inputs that `measure` needs.
-        measures: Whether `measure` is called, in a pass through the dense model.
         uses_scores: Whether `measure` calls `score`.
     """
 
     requires: Sequence[type[InputStatistic]] = ()
-    measures: ClassVar[bool] = False
     uses_scores: ClassVar[bool] = False
 
     def measure(
@@ -50,7 +49,12 @@ class Allocator(Configurable, ABC):
         """Return a sparsity for each layer, by name.
 
         Args:
-            measures: What `measure` returned, by block name; empty without `measures`.
+            measures: What `measure` returned, by block name; empty unless `measure` is overridden.
             sizes: The blocks' layers.
             sparsity: Share of all weights to prune. A result with another mean is shifted, the same for all layers.
         """
+
+
+def measures_blocks(allocator: Allocator) -> bool:
+    """Return whether an allocator looks at the model's blocks."""
+    return type(allocator).measure is not Allocator.measure

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pruneforge.interfaces.layer import Layer
+from pruneforge.interfaces.options import Configurable
 from pruneforge.numerics import accumulation_dtype, products_of
 
 S = TypeVar("S", bound="Statistic")
@@ -226,9 +227,12 @@ def empty_statistics(layer: Layer, kinds: Iterable[type[K]], device: torch.devic
 class LayerStatistics:
     """The statistics of one layer that the metric requires, by class: `stats[ColumnSquares].total`."""
 
-    def __init__(self, statistics: Mapping[type[Statistic], Statistic], shared: dict[Any, Any]) -> None:
+    def __init__(
+        self, statistics: Mapping[type[Statistic], Statistic], shared: dict[Any, Any], owner: object = None
+    ) -> None:
         self._statistics = dict(statistics)
         self._shared = shared
+        self._owner = owner
 
     def __getitem__(self, kind: type[S]) -> S:
         """Return the statistic of class `kind`.
@@ -252,7 +256,14 @@ class LayerStatistics:
 
     def joined(self, others: Mapping[Any, Statistic]) -> LayerStatistics:
         """Return these statistics together with others of the same layer."""
-        return LayerStatistics({**self._statistics, **others}, self._shared)
+        return LayerStatistics({**self._statistics, **others}, self._shared, self._owner)
+
+    def owned_by(self, part: Configurable) -> LayerStatistics:
+        """Return these statistics for a metric or refiner, whose shared values are apart from those of others.
+
+        The same class with the same options shares them, at several patterns.
+        """
+        return LayerStatistics(self._statistics, self._shared, (type(part), repr(part.options)))
 
     def shared(self, key: Any, compute: Callable[[], T]) -> T:
         """Return `compute()`, called once for all layers that share this layer's input.
@@ -261,6 +272,7 @@ class LayerStatistics:
             key: Identifies the value among those of this input.
             compute: Derives the value from input statistics only, without random numbers and whatever the pattern.
         """
-        if key not in self._shared:
-            self._shared[key] = compute()
-        return self._shared[key]
+        of_owner = self._shared.setdefault(self._owner, {})
+        if key not in of_owner:
+            of_owner[key] = compute()
+        return of_owner[key]

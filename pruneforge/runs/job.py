@@ -143,7 +143,9 @@ def make_job(
     folder = Path(output) if output is not None else None
     recipes, methods = make_methods(model, metric, calibration, given, installed)
     if patterns is None:
-        label = next(iter(methods))
+        label, *others = methods
+        if others:
+            raise PruneForgeError("several metrics are for prune_each; prune and estimate take one")
         runs = [methods[label].run(recipes[label], folder)]
     else:
         assert folder is not None

@@ -46,7 +46,7 @@ def by_label(metric: Metrics) -> dict[str, str | Metric]:
             labelled[label] = each
     if not labelled:
         raise PruneForgeError("no metric is asked for")
-    for label in labelled:
+    for label in labelled if len(labelled) > 1 else ():
         if not re.fullmatch(r"[\w.+-]+", label):
             raise PruneForgeError(f"label {label!r} of a metric cannot be part of a folder's name")
     return labelled
@@ -201,10 +201,12 @@ def make_methods(
     """
     registry, options = installed.registry, settings.pop("options", {})
     given_allocator, given_refiners = settings.pop("allocator", None), settings.pop("refine", ())
+    allocator_options = dict(settings.pop("allocator_options", {}))
+    refine_options = dict(settings.pop("refine_options", {}))
     if isinstance(given_refiners, str | Refiner):
         given_refiners = [given_refiners]
-    allocator = make_allocator(given_allocator, settings.get("allocator_options", {}), registry)
-    refiners = make_refiners(given_refiners, settings.get("refine_options", {}), registry)
+    allocator = make_allocator(given_allocator, allocator_options, registry)
+    refiners = make_refiners(given_refiners, refine_options, registry)
     named = by_label(metric)
     recipes: dict[str, PruneRecipe] = {}
     methods: dict[str, Method] = {}
@@ -217,16 +219,25 @@ def make_methods(
             calibration=str(calibration) if isinstance(calibration, str | Path) else None,
             options=own_options if isinstance(asked, str) else asked.options.model_dump(),
             plugins=[plugin.origin for plugin in installed.loaded if plugin.from_file],
-            **_described(given_allocator, given_refiners),
+            **_described(given_allocator, allocator_options, given_refiners, refine_options),
             **settings,
         )
         methods[label] = Method(make_metric(asked, own_options, registry), allocator, refiners)
     return recipes, methods
 
 
-def _described(allocator: str | Allocator | None, refiners: Sequence[str | Refiner]) -> dict[str, Any]:
+def _described(
+    allocator: str | Allocator | None,
+    allocator_options: Mapping[str, Any],
+    refiners: Sequence[str | Refiner],
+    refine_options: Mapping[str, Any],
+) -> dict[str, Any]:
     """Return the recipe's entries of an allocator and refiners; those that were made already bring their options."""
-    described: dict[str, Any] = {"refine": [each if isinstance(each, str) else each.name for each in refiners]}
+    names = [each if isinstance(each, str) else each.name for each in refiners]
+    described: dict[str, Any] = {"refine": names, "refine_options": refine_options}
+    made = {each.name: each.options.model_dump() for each in refiners if isinstance(each, Refiner)}
+    if made:
+        described["refine_options"] = next(iter(made.values())) if len(names) == 1 else {**refine_options, **made}
     if isinstance(allocator, Allocator):
         return described | {"allocator": allocator.name, "allocator_options": allocator.options.model_dump()}
-    return described | {"allocator": allocator}
+    return described | {"allocator": allocator, "allocator_options": allocator_options}

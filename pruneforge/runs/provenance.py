@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import platform
 import sys
@@ -116,23 +117,39 @@ def plugin_sources(run: Run, adapter: Adapter) -> dict[str, dict[str, str]]:
     origins = {plugin.name: (plugin.origin, plugin.version) for plugin in installed.loaded}
     entries = [entry for kind in KINDS for entry in installed.registry.entries(kind)]
     of_module = {entry.module.partition(".")[0]: origins.get(entry.plugin, ("", "")) for entry in entries}
-    sources = {}
-    for name in sorted({type(part).__module__.partition(".")[0] for part in parts}):
-        files = _files(name)
-        if files:
-            digest = hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files))
-            origin, version = of_module.get(name, ("", ""))
-            sources[name] = {"distribution": origin, "version": version, "sha256": digest.hexdigest()}
+    classes = [cls for part in parts for cls in type(part).__mro__]
+    classes += [cls for kind in run.requires for cls in kind.__mro__]
+    sources: dict[str, dict[str, str]] = {}
+    for name in sorted({cls.__module__.partition(".")[0] for cls in classes} - _NOT_PLUGINS):
+        origin, version = of_module.get(name, ("", ""))
+        text = _source(name, [cls for cls in classes if cls.__module__.partition(".")[0] == name], name in of_module)
+        sources[name] = {"distribution": origin, "version": version, "sha256": hashlib.sha256(text).hexdigest()}
     return sources
 
 
-def _files(module: str) -> list[Path]:
-    """Return the Python files of a top-level package or module; none of what was typed at a prompt."""
-    loaded = sys.modules.get(module)
-    if loaded is None or not getattr(loaded, "__file__", None):
-        return []
-    file = Path(str(loaded.__file__))
-    return sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
+_NOT_PLUGINS = frozenset({"abc", "builtins", "pruneforge", "pydantic", "typing"})
+"""Where base classes come from whose versions the identity holds otherwise."""
+
+
+def _source(package: str, classes: Sequence[type], registered: bool) -> bytes:
+    """Return the sources of a plugin's whole package; of classes that nobody registered, their modules' or own."""
+    file = getattr(sys.modules.get(package), "__file__", None)
+    if registered and file is not None and Path(file).name == "__init__.py":
+        folder = Path(file).parent
+        files = sorted(folder.rglob("*.py"))
+        return b"".join(path.relative_to(folder).as_posix().encode() + path.read_bytes() for path in files)
+    if package == "__main__":  # a script: what else it does has no say
+        return b"".join(_own_source(cls) for cls in dict.fromkeys(classes))
+    modules = sorted({cls.__module__ for cls in classes})
+    files = [Path(path) for path in (getattr(sys.modules.get(name), "__file__", None) for name in modules) if path]
+    return b"".join(path.name.encode() + path.read_bytes() for path in files)
+
+
+def _own_source(cls: type) -> bytes:
+    try:
+        return inspect.getsource(cls).encode()
+    except (OSError, TypeError):  # typed at a prompt
+        return b""
 
 
 def device_name(device: torch.device) -> str:

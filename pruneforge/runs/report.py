@@ -90,7 +90,12 @@ def _composition(run: Run) -> dict[str, Any]:
     """Return what goes with the metric, as far as anything does."""
     parts: dict[str, Any] = {}
     if run.allocator is not None:
-        parts["allocator"] = {"name": run.allocator.name, "options": run.allocator.options.model_dump(mode="json")}
+        layers = [layer for block in run.blocks for layer in block.layers]
+        parts["allocator"] = {
+            "name": run.allocator.name,
+            "options": run.allocator.options.model_dump(mode="json"),
+            "sparsity": {layer.name: round(run.pattern_for(layer).sparsity, 6) for layer in layers},
+        }
     if run.refiners:
         parts["refiners"] = [
             {"name": refiner.name, "options": refiner.options.model_dump(mode="json")} for refiner in run.refiners

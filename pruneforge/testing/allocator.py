@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pruneforge.engine.allocation import within_budget
 from pruneforge.interfaces.adapter import Block
-from pruneforge.interfaces.allocator import Allocator
+from pruneforge.interfaces.allocator import Allocator, measures_blocks
 from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.patterns import NM, Pattern, Unstructured, pruned_count
 from pruneforge.testing.samples import sample
@@ -35,7 +35,7 @@ def blocks() -> list[Block]:
 def measured(allocator: Allocator, made: list[Block]) -> dict[str, dict[str, Any]]:
     """Return what an allocator measures, as the journal would hold it."""
     measures = {}
-    for index, block in enumerate(made if allocator.measures else ()):
+    for index, block in enumerate(made if measures_blocks(allocator) else ()):
         data = sample(seed=index)
         stats = {
             layer.name: replace(data, weight=layer.weight).statistics(allocator.requires) for layer in block.layers

@@ -340,3 +340,16 @@ def test_a_new_plugin_works_and_its_tests_pass_at_once(kind, tmp_path, monkeypat
     ):
         done = run("new", *wrong)
         assert (done.exit_code, said in done.output) == (2, True), done.output
+
+
+def test_a_recipe_of_several_refiners_repeats_the_run(checkpoint, tmp_path):
+    common = ("prune", checkpoint, "--metric", "wanda", *CALIBRATED)
+    file = tmp_path / "twice.py"
+    file.write_text("from pruneforge_sparseswaps.refiner import SparseSwaps\nclass Twice(SparseSwaps):\n    pass\n")
+    refine = ("-p", file, "--refine", "sparseswaps", "--refine", "twice", "--refine-option", "twice.steps=3")
+    done = run(*common, *refine, "--output", tmp_path / "first")
+    assert done.exit_code == 0, done.output
+    done = run("prune", "--config", tmp_path / "first" / "recipe.yaml", "--output", tmp_path / "second")
+    assert done.exit_code == 0, done.output
+    first, second = (pruneforge.load(tmp_path / name).report["recipe"] for name in ("first", "second"))
+    assert first["refine_options"].keys() == second["refine_options"].keys() == {"twice"}

@@ -137,7 +137,9 @@ def test_streaming_gives_what_a_run_in_memory_gives(metric, propagate, model, tm
     expected = pruneforge.prune(model, metric, 0.6, None, batches(), **asked)
     found = pruneforge.prune(model, metric, 0.6, None, batches(), output=tmp_path / "out", memory_budget="1TB", **asked)
     assert all(torch.equal(found.masks[name], mask) for name, mask in expected.masks.items())
-    assert found.report["allocator"] == {"name": "owl", "options": {"lam": 0.08, "m": 1.5}}
+    allocator = found.report["allocator"]
+    assert (allocator["name"], allocator["options"]) == ("owl", {"lam": 0.08, "m": 1.5})
+    assert allocator["sparsity"].keys() == found.masks.keys()
     assert [refiner["name"] for refiner in found.report["refiners"]] == ["sparseswaps"]
 
 
@@ -215,3 +217,104 @@ class Halves(Allocator):
 def test_what_does_not_go_together_is_named(asked, said, model):
     with pytest.raises(PruneForgeError, match=said):
         pruneforge.prune(model, "magnitude", 0.5, **{"calibration": batches(), **asked})
+
+
+class Drawn(Allocator):
+    """Sparsities at random, and a measure that is drawn too."""
+
+    def measure(self, block, stats, score):
+        return {"drawn": float(torch.rand(1))}
+
+    def allocate(self, measures, sizes, sparsity):
+        return {
+            name: sparsity * (0.5 * measures[block]["drawn"] + float(torch.rand(1)) / 2)
+            for block, layers in sizes.items()
+            for name in layers
+        }
+
+
+def test_random_allocations_do_not_depend_on_what_shares_the_pass(model, tmp_path):
+    asked = {"allocator": Drawn(), "propagate": "dense"}
+    together = pruneforge.prune_each(model, ["random", "magnitude"], [0.5], output=tmp_path / "all", **asked)
+    alone = pruneforge.prune(model, "magnitude", 0.5, output=tmp_path / "alone", **asked)
+    found = together["magnitude-0.5"]
+    assert all(torch.equal(found.masks[name], mask) for name, mask in alone.masks.items())
+
+
+def test_one_solver_with_two_options_in_one_pass_gives_what_each_gives_alone(model, tmp_path):
+    metrics = {"little": "sparsegpt", "much": "sparsegpt"}
+    options = {"little": {"damping": 0.01}, "much": {"damping": 1.0}}
+    together = pruneforge.prune_each(model, metrics, [0.5], batches(), output=tmp_path / "all", options=options)
+    for label in metrics:
+        alone = pruneforge.prune(
+            model, "sparsegpt", 0.5, None, batches(), options=options[label], propagate="dense", output=tmp_path / label
+        )
+        assert outcome(together[f"{label}-0.5"].folder) == outcome(alone.folder)
+    weights = [(tmp_path / "all" / f"{label}-0.5" / "pruneforge.json").exists() for label in metrics]
+    assert weights == [True, True]
+
+
+def test_options_of_a_refiner_object_are_in_the_recipe_and_make_another_run(model, tmp_path):
+    refiner = loaded_plugins().registry.get("refiner", "sparseswaps").load()
+    asked = (model, "wanda", 0.5, None, batches())
+    first = pruneforge.prune(*asked, refine=refiner(steps=1), output=tmp_path / "out")
+    assert first.report["recipe"]["refine_options"]["steps"] == 1
+    with pytest.raises(PruneForgeError, match="is another one: recipe refine_options steps was 1 and is 2 now"):
+        pruneforge.prune(*asked, refine=refiner(steps=2), output=tmp_path / "out", resume=True)
+    named = pruneforge.prune(*asked, refine="sparseswaps", refine_options={"steps": 1})
+    assert all(torch.equal(named.masks[name], mask) for name, mask in first.masks.items())
+
+
+def test_prune_and_estimate_take_one_metric(model):
+    for function in (pruneforge.prune, pruneforge.estimate):
+        with pytest.raises(PruneForgeError, match="several metrics are for prune_each"):
+            function(model, ["magnitude", "random"])
+
+
+class Selects(Refiner):
+    """Selects again by the pattern it is given."""
+
+    def refine(self, layer, stats, pruned, pattern):
+        return Pruned(pattern.select(layer.weight.abs()))
+
+
+@pytest.mark.parametrize("scope", ["block", "model"])
+def test_a_refiner_keeps_what_a_threshold_gave_its_layer(scope, model):
+    plain = pruneforge.prune(model, "magnitude", 0.371, options={"scope": scope})
+    refined = pruneforge.prune(model, "magnitude", 0.371, options={"scope": scope}, refine=Selects())
+    assert all(torch.equal(refined.masks[name], mask) for name, mask in plain.masks.items())
+
+
+class Raises(Allocator):
+    def allocate(self, measures, sizes, sparsity):
+        raise ValueError("two\nlines")
+
+
+class Nothing(Allocator):
+    def allocate(self, measures, sizes, sparsity):
+        return None
+
+
+class Zeroes(Nothing):
+    def measure(self, block, stats, score):
+        block.layers[0].weight.mul_(0)
+        return {}
+
+
+class Tensors(Nothing):
+    def measure(self, block, stats, score):
+        return {"x": torch.ones(1)}
+
+
+@pytest.mark.parametrize(
+    ("allocator", "said"),
+    [
+        (Raises(), "allocator 'raises' failed to allocate: ValueError: two lines"),
+        (Nothing(), "allocator 'nothing' returned NoneType; it must return a mapping"),
+        (Zeroes(), "allocator 'zeroes' changed the weight of layer 'model.layers.0.self_attn.q_proj' in place"),
+        (Tensors(), "allocator 'tensors' measured of block 'model.layers.0' what JSON cannot hold"),
+    ],
+)
+def test_a_mistake_of_an_allocator_is_named(allocator, said):
+    with pytest.raises(PruneForgeError, match=said):
+        pruneforge.prune(tiny_llama(torch.float32), "magnitude", 0.5, allocator=allocator)

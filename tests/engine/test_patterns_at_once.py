@@ -225,7 +225,7 @@ def test_several_metrics_resume_together(model, tmp_path):
     [
         (["wanda", "wanda"], {}, "metric 'wanda' is asked for twice; give each a label"),
         ([], {}, "no metric is asked for"),
-        ({"a/b": "wanda"}, {}, "cannot be part of a folder's name"),
+        ({"a/b": "wanda", "c": "gblm"}, {}, "cannot be part of a folder's name"),
         (["wanda", "gblm"], {"alpha": 1}, "unknown metric in options of several"),
         (["wanda", "gblm"], {"gblm": 1}, "options of 'gblm' must be a mapping"),
         (["wanda", "gblm"], {"wanda": {"alpha": 1}}, "unknown option of wanda 'alpha'"),

@@ -160,8 +160,6 @@ class Forgets(Allocator):
 
 
 class Tuples(Allocator):
-    measures = True
-
     def measure(self, block, stats, score):
         return {"pair": (1, 2)}
 
