@@ -107,7 +107,7 @@ def test_a_refiner_may_not_change_what_a_layer_of_a_group_loses(scope):
             mask[0, 0] = ~mask[0, 0]
             return Pruned(mask)
 
-    with pytest.raises(PruneForgeError, match="refiner 'greedy' made a mask for layer .* that does not fit"):
+    with pytest.raises(PruneForgeError, match=r"refiner 'greedy' made a mask for layer .* that does not fit"):
         pruneforge.prune(tiny_llama(), "magnitude", 0.5, options={"scope": scope}, refine=Greedy())
 
 
