@@ -62,4 +62,5 @@ def new(
     if single_file:
         print(f"wrote {first}; try: pruneforge check {title.lower()} -p {first}")
     else:
-        print(f"wrote {first.parent}; next: cd {first.parent} && pip install -e . && pruneforge check {name}")
+        print(f"wrote {first.parent}; next: cd {first.parent} && pip install -e .")
+        print(f"then: pruneforge check {name}")
