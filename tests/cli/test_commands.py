@@ -179,24 +179,30 @@ def test_demo_prunes_both_models_with_a_metric_at_both_patterns():
         assert all((row[result] < dense[result]) == (half == "image") for row in rows)
 
 
+METRICS = ("gblm", "magnitude", "random", "ria", "sparsegpt", "wanda")
+
+
 @pytest.mark.slow
 def test_demo_prunes_with_every_metric_at_both_patterns():
     done = shell("demo", "--json")
     assert done.returncode == 0, done.stderr
     halves = json.loads(done.stdout)
     digits = {(row["metric"], row["pattern"]): row["top1"] for row in halves["image"]["rows"]}
-    assert len(digits) == 9
+    assert len(digits) == 13
     assert digits["dense", ""] > 0.95
-    assert all(digits["dense", ""] > accuracy > 0.8 for key, accuracy in digits.items() if key[0] != "dense")
+    methods = {key: accuracy for key, accuracy in digits.items() if key[0] not in ("dense", "random")}
+    assert all(digits["dense", ""] > accuracy > 0.8 for accuracy in methods.values())
+    assert all(digits["random", pattern] < 0.5 < digits["dense", ""] for pattern in ("0.5", "2:4"))  # the control
     rows = halves["text"]["rows"]
     assert [(row["metric"], row["pattern"]) for row in rows] == [
         ("dense", ""),
-        *((metric, pattern) for pattern in ("0.5", "2:4") for metric in ("gblm", "magnitude", "sparsegpt", "wanda")),
+        *((metric, pattern) for pattern in ("0.5", "2:4") for metric in METRICS),
     ]
     dense = rows[0]["perplexity"]
     for row in rows[1:]:
         assert row["sparsity"] == 0.5
-        assert dense < row["perplexity"] < 3 * dense
+        assert dense < row["perplexity"]
+        assert (row["perplexity"] < 3 * dense) == (row["metric"] != "random")
         assert row["seconds"] > 0
         assert row["peak_memory_bytes"] > 0
 
