@@ -13,7 +13,7 @@ test: .venv/ready
 # With the slow ones, and the coverage.
 test-all: .venv/ready
 	$(BIN)/python -m pytest --cov --cov-report=
-	$(BIN)/python tests/rooms.py
+	$(BIN)/python tests/coverage_by_room.py
 
 # On a machine with a GPU; fails where there is none instead of skipping everything.
 test-cuda: .venv/ready

@@ -14,12 +14,26 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 LONGEST = 600
 """Seconds that a command may take."""
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["warm"])
+
+
+SETTINGS = ("--metric", "wanda", "--sparsity", "0.5", "--calibration", "python-docs", "--samples", 4, "--seqlen", 64)
+"""A quick `pruneforge prune`."""
+
+
+def invoke(*arguments: object) -> Any:
+    """Run a command in this process, and return typer's result of it."""
+    from typer.testing import CliRunner
+
+    from pruneforge.cli import app  # asks for the width of the terminal
+
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
 
 
 class Command:

@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pruneforge import Block, Metric
 from pruneforge.interfaces.recipe import PruneRecipe
 from pruneforge.interfaces.run import Run
+from pruneforge.plugins import loaded_plugins
 from pruneforge.runs.method import Method
 
 DATA = Path(os.environ.get("PRUNEFORGE_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -81,6 +82,14 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_plugin_files_stay() -> Iterator[None]:
+    """Plugins that a test loaded from files are there for that test alone."""
+    yield
+    if any(plugin.from_file for plugin in loaded_plugins().loaded):
+        loaded_plugins.cache_clear()
 
 
 @pytest.fixture

@@ -34,10 +34,10 @@ def check(
     """Check that a plugin keeps its promises, on small layers of made-up data, and print what it breaks."""
     from pruneforge.errors import unknown_name
     from pruneforge.plugins import loaded_plugins
-    from pruneforge.testing import run_checks
+    from pruneforge.testing import checked_kinds, run_checks
 
     registry = loaded_plugins().registry
-    kinds = ("metric", "allocator", "refiner")
+    kinds = checked_kinds()
     named = [kind for kind in kinds if name in {entry.name for entry in registry.entries(kind)}]
     if not named:
         raise unknown_name("plugin", name, [entry.name for kind in kinds for entry in registry.entries(kind)])

@@ -55,10 +55,15 @@ def new(
     taken = [path for path in files if path.exists()]
     if taken:
         raise PruneForgeError(f"{str(taken[0])!r} is there already; name another place with `output`")
-    for path, text in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(Template(text).substitute(values), encoding="utf-8")
     first = next(iter(files))
+    try:
+        for path, text in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(Template(text).substitute(values), encoding="utf-8")
+    except OSError as error:
+        raise PruneForgeError(
+            f"{str(first)!r} cannot be written: {error.strerror}; name another place with `output`"
+        ) from error
     if single_file:
         print(f"wrote {first}; try: pruneforge check {title.lower()} -p {first}")
     else:

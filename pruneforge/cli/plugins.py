@@ -28,7 +28,7 @@ def plugins(
     plugins: common.PluginFiles = None,
     config: common.Config = None,
 ) -> None:
-    """List every metric, adapter, source, evaluator and demo, with its plugin; for those named also the options."""
+    """List everything that plugins register, by kind, with its plugin; for those named also the options."""
     from pruneforge.errors import unknown_name
     from pruneforge.interfaces.registry import KINDS
     from pruneforge.plugins import loaded_plugins

@@ -101,7 +101,8 @@ def prune(
     --output. A single sparsity and a single pattern must agree. Options of several metrics are written
     --option NAME.OPTION=VALUE.
 
-    Options of the metric and of the calibration source are options of the command: --metric NAME --help lists them.
+    Options of the metric, the allocator and the calibration source are options of the command: --metric NAME --help
+    lists them.
     """
     asked = settings(ctx) | {"progress": True}
     if len(asked.get("refine", ())) > 1:

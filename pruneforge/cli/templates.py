@@ -48,7 +48,7 @@ class $title(Allocator):
 ''',
     "refiner": '''import torch
 from pydantic import Field
-from pruneforge import ColumnSquares, NM, Pruned, Refiner
+from pruneforge import ColumnSquares, Pruned, Refiner
 
 
 class $title(Refiner):
@@ -67,7 +67,7 @@ class $title(Refiner):
         """Return a mask [out, in] that fits the pattern."""
         score = layer.weight.abs() * stats[ColumnSquares].per_sample().sqrt()
         return Pruned(pattern.select(score * torch.where(pruned.mask, 1 + self.options.margin, 1.0)), pruned.weight)
-'''.replace(", NM", ""),
+''',
 }
 """A method of each kind that works."""
 

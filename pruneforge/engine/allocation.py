@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pruneforge.engine.chain import Chain
 from pruneforge.engine.gradient_store import GradientStore
-from pruneforge.engine.guard import named, seed_for
+from pruneforge.engine.guard import named, seed_for, unchanged
 from pruneforge.engine.hidden_states import BatchInFlight
 from pruneforge.engine.masking import BlockStatistics, metric_score
 from pruneforge.engine.processes import Group
@@ -66,8 +66,7 @@ def allocate(
                 allocation = _allocation(run, measures, sizes, layers)
         except Exception as raised:  # `agree` raises it in all processes
             error = raised
-        group.agree(error, {})
-        run.allocation = group.gather(allocation)[0]
+        run.allocation = group.agree(error, allocation)
         run.output.allocated(run.allocation)
 
 
@@ -173,19 +172,19 @@ def _measure(
 
 
 def _measured(run: Run, block: Block, stats: BlockStatistics, device: torch.device) -> dict[str, Any]:
-    """Return what a run's allocator measures of a block, as the journal would give it back."""
+    """Return what a run's allocator measures of a block.
+
+    Raises:
+        PruneForgeError: It fails, changes what it is given, or returns what JSON cannot hold.
+    """
     allocator = run.allocator
     assert allocator is not None
     who = f"allocator {allocator.name!r}"
     seed_for(run, block.name, device)
-    before = [layer.parameter._version for layer in block.layers]
     own = {name: of_layer.owned_by(allocator) for name, of_layer in stats.items()}
-    measured = named(
-        who, f"on block {block.name!r}", lambda: allocator.measure(block, own, partial(_score, run, stats))
-    )
-    for layer, version in zip(block.layers, before, strict=True):
-        if layer.parameter._version != version:
-            raise PruneForgeError(f"{who} changed the weight of layer {layer.name!r} in place; it must work on a copy")
+    score = partial(_score, run, stats)
+    with unchanged(who, [(layer, own[layer.name]) for layer in block.layers]):
+        measured = named(who, f"on block {block.name!r}", lambda: allocator.measure(block, own, score))
     try:
         json.dumps(measured)
     except (TypeError, ValueError) as error:

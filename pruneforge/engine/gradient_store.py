@@ -173,7 +173,7 @@ def _source(kind: Kind) -> str:
 def _values(kind: Kind) -> list[tuple[str, str]]:
     """Return the plain values among a class's attributes, and those that its functions refer to outside of them."""
     values: list[tuple[str, str]] = []
-    if "<locals>" in kind.__qualname__ or hasattr(kind, "parameters"):
+    if "<locals>" in kind.__qualname__:
         for name, value in sorted(vars(kind).items()):
             if inspect.isfunction(value):
                 outside = inspect.getclosurevars(value).nonlocals

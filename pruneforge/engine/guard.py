@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -40,12 +41,23 @@ def guarded(run: Run, layer: Layer, stats: LayerStatistics, who: str, work: Call
         PruneForgeError: The plugin fails, or changes the layer's weight or a statistic.
     """
     seed_for(run, layer.name, layer.parameter.device, part)
-    before = _versions(layer, stats)
-    result = named(who, f"on layer {layer.name!r}", work)
-    for changed, (name, version) in zip(_versions(layer, stats).values(), before.items(), strict=True):
-        if changed != version:
-            raise PruneForgeError(f"{who} changed {name} of layer {layer.name!r} in place; it must work on a copy")
-    return result
+    with unchanged(who, [(layer, stats)]):
+        return named(who, f"on layer {layer.name!r}", work)
+
+
+@contextmanager
+def unchanged(who: str, layers: Sequence[tuple[Layer, LayerStatistics]]) -> Iterator[None]:
+    """Raise at the end of the context if a layer's weight or a statistic was changed in place, as torch counts it.
+
+    Raises:
+        PruneForgeError: Naming `who` did it, and the layer.
+    """
+    before = [_versions(layer, stats) for layer, stats in layers]
+    yield
+    for (layer, stats), versions in zip(layers, before, strict=True):
+        for name, version in _versions(layer, stats).items():
+            if version != versions[name]:
+                raise PruneForgeError(f"{who} changed {name} of layer {layer.name!r} in place; it must work on a copy")
 
 
 def seed_for(run: Run, name: str, device: torch.device, part: int = 0) -> None:
@@ -68,11 +80,10 @@ def named(who: str, where: str, work: Callable[[], T]) -> T:
         raise PruneForgeError(f"{who} failed {where}: {reason}") from error
 
 
-def check_pruned(run: Run, layer: Layer, pruned: Pruned, pattern: Pattern | None, who: str) -> None:
+def check_pruned(layer: Layer, pruned: Pruned, pattern: Pattern | None, who: str) -> None:
     """Raise unless a mask fits the layer's pattern and the weights are finite in the layer's dtype.
 
     Args:
-        run: The run.
         layer: The layer.
         pruned: The mask and maybe weights.
         pattern: What the mask has to fit; `None` for comparison groups that are checked otherwise.
@@ -119,7 +130,7 @@ def check_share(run: Run, layer: Layer, mask: Tensor) -> None:
         PruneForgeError: Naming the layer.
     """
     pattern = run.pattern_for(layer)
-    if run.metric.scope is not None or not isinstance(pattern, Unstructured):
+    if run.metric.scope is not None or run.scope in ("block", "model") or not isinstance(pattern, Unstructured):
         return
     pruned, total = mask.numel() - int(mask.count_nonzero()), mask.numel()
     least = LEAST_OF_ASKED * pattern.sparsity * total - layer.shape[1]  # each group, of a column or more, rounds down

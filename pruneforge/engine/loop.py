@@ -18,7 +18,7 @@ from pruneforge.engine.chain import Chain
 from pruneforge.engine.gradient_store import GradientStore, InMemoryGradientStore
 from pruneforge.engine.gradients import gradient_statistics
 from pruneforge.engine.hidden_states import BatchInFlight, with_hidden_states
-from pruneforge.engine.masking import Applier, BlockStatistics, check_count
+from pruneforge.engine.masking import Applier, BlockStatistics, check_count, metric_score
 from pruneforge.engine.processes import Group
 from pruneforge.engine.recorder import InputRecorder, check_weights
 from pruneforge.errors import PruneForgeError
@@ -242,4 +242,4 @@ class _Loop:
             with self.chain.residency.visit(block):
                 stats = self.with_gradients(block, inputs)
                 for layer in block.layers:
-                    yield self.apply.score(run, layer, stats[layer.name])
+                    yield metric_score(run, layer, stats[layer.name])

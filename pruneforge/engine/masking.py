@@ -59,7 +59,7 @@ class Applier:
                 # prunes, block by block.
                 if threshold is not None:
                     for layer in block.layers:
-                        threshold.select(self.score(run, layer, stats[layer.name]))
+                        threshold.select(metric_score(run, layer, stats[layer.name]))
                 return
             masks, outcomes = self._masks(run, block, stats, threshold)
         notes = [f"{layer.name}: {note}" for layer in block.layers for note in outcomes[layer.name].notes]
@@ -79,15 +79,11 @@ class Applier:
         with run.profile.stage("prune"):
             run.threshold = _exact_threshold(run, layers, scores)
 
-    def score(self, run: Run, layer: Layer, stats: LayerStatistics) -> Tensor:
-        """Return a layer's scores [out, in]; equal at each call, since random numbers are seeded by layer."""
-        return metric_score(run, layer, stats)
-
     def _threshold(self, run: Run, block: Block, stats: BlockStatistics) -> Threshold | None:
         """Return the threshold over several layers, or `None` for runs whose scope is within a layer."""
         if run.scope != "block":
             return run.threshold
-        scores = [self.score(run, layer, stats[layer.name]) for layer in block.layers]
+        scores = [metric_score(run, layer, stats[layer.name]) for layer in block.layers]
         return _exact_threshold(run, block.layers, lambda: scores)
 
     def _masks(
@@ -143,25 +139,21 @@ class Applier:
     def _prune_layer(self, run: Run, layer: Layer, stats: LayerStatistics, threshold: Threshold | None) -> Pruned:
         """Return the metric's result for a layer, or the mask of a threshold over several layers, refined."""
         pattern, who = run.pattern_for(layer), f"metric {run.metric.name!r}"
+        # With comparison groups over layers, or of its own, a method rounds the count elsewhere; N:M leaves no freedom.
+        other_groups = threshold is not None or (run.metric.scope is None and isinstance(pattern, Unstructured))
         if threshold is not None:
-            pruned = Pruned(threshold.select(self.score(run, layer, stats)))
-            if run.refiners:  # what the threshold gave this layer is what they have to keep
-                count = pruned.mask.numel() - int(pruned.mask.count_nonzero())
-                pattern = Unstructured(0.0, "layer").at(count, layer.shape)
+            pruned = Pruned(threshold.select(metric_score(run, layer, stats)))
         else:
             own = stats.owned_by(run.metric)
             pruned = guarded(run, layer, own, who, lambda: run.metric.prune_layer(layer, own, pattern))
-            # With comparison groups of its own, a method rounds the count in each of them; N:M leaves no such freedom.
-            own_groups = run.metric.scope is None and isinstance(pattern, Unstructured)
-            check_pruned(run, layer, pruned, None if own_groups else pattern, who)
-            if own_groups and run.refiners:
-                count = pruned.mask.numel() - int(pruned.mask.count_nonzero())
-                pattern = Unstructured(0.0, "layer").at(count, layer.shape)
+            check_pruned(layer, pruned, None if other_groups else pattern, who)
+        if other_groups and run.refiners:  # they have to keep what this layer lost
+            count = pruned.mask.numel() - int(pruned.mask.count_nonzero())
+            pattern = Unstructured(0.0, "layer").at(count, layer.shape)
         for part, refiner in enumerate(run.refiners, 1):
             who, own = f"refiner {refiner.name!r}", stats.owned_by(refiner)
-            work = partial(refiner.refine, layer, own, pruned, pattern)
-            refined = guarded(run, layer, own, who, work, part)
-            check_pruned(run, layer, refined, pattern, who)
+            refined = guarded(run, layer, own, who, partial(refiner.refine, layer, own, pruned, pattern), part)
+            check_pruned(layer, refined, pattern, who)
             pruned = replace(refined, notes=(*pruned.notes, *refined.notes))
         return pruned
 

@@ -71,6 +71,7 @@ class Run:
         blocks: The model's blocks in the order they run.
         excluded: Layers of the blocks that the user left out; they stay dense.
         warnings: Warnings for the user, one line each.
+        plugins: Distribution, version and source hash of each package that makes the method, as the run began.
         profile: Time and memory by stage and block; runs that share forward passes share it.
         output: What takes the finished blocks.
         finished: Number of blocks, from the first, that an earlier process of the same run has finished.
@@ -92,6 +93,7 @@ class Run:
     blocks: list[Block] = field(default_factory=list)
     excluded: list[Layer] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    plugins: dict[str, dict[str, str]] = field(default_factory=dict)
     profile: Profile = field(default_factory=Profile)
     output: Output = field(default_factory=Output)
     finished: int = 0

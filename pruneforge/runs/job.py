@@ -28,6 +28,7 @@ from pruneforge.runs.in_memory import prune_in_memory
 from pruneforge.runs.loading import in_evaluation_mode, load_model, parse_device, parse_dtype
 from pruneforge.runs.method import Metrics, make_methods
 from pruneforge.runs.plan import make_runs, split_excluded
+from pruneforge.runs.provenance import plugin_sources
 from pruneforge.runs.recipe_file import validated
 from pruneforge.runs.resources import Resources
 from pruneforge.runs.result import PruneResult
@@ -101,6 +102,7 @@ class Job:
         profile = Profile(self.device, self.resources.profile)
         for run in self.runs:
             run.blocks, run.excluded, run.profile = blocks, excluded, profile
+            run.plugins = plugin_sources(run, loaded.adapter)
             run.warnings += [loaded.note] if loaded.note else []
             run.warnings += data.warnings if run.uses_data else []
         return Session(self.runs, loaded, data, self.device, self.resources, group, progress, peak, self.plugins.hook)

@@ -82,7 +82,7 @@ def run_identity(session: Session, run: Run) -> dict[str, Any]:
     return {
         "recipe": run.recipe.model_dump(mode="json"),
         "plugin file": {path: _hash(Path(path)) for path in run.recipe.plugins},
-        "plugin": {name: plugin["sha256"] for name, plugin in plugin_sources(run, session.loaded.adapter).items()},
+        "plugin": {name: plugin["sha256"] for name, plugin in run.plugins.items()},
         "model": {"fingerprint": session.fingerprint},
         "batch size": data.get("batch_size"),
         "calibration data": {"fingerprint": data.get("fingerprint")},

@@ -17,7 +17,7 @@ from pruneforge.checkpoint.durable import write_text
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import LoadedModel
 from pruneforge.interfaces.run import Run
-from pruneforge.runs.provenance import machine, plugin_sources, versions
+from pruneforge.runs.provenance import machine, versions
 
 REPORT_FILE = "pruneforge.json"
 FORMAT = 1
@@ -73,7 +73,7 @@ def make_report(
         "evaluation": [],
         "identity": dict(identity),
         "versions": versions(),
-        "plugins": plugin_sources(run, model.adapter),
+        "plugins": run.plugins,
         "measured": {
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "seconds": {stage: round(seconds, 3) for stage, seconds in run.profile.seconds().items()},

@@ -1,5 +1,5 @@
 """Checks that a plugin keeps its promises, for its author's own tests and for `pruneforge check`."""
 
-from pruneforge.testing.checks import Check, checks_for, parametrize_with_checks, run_checks
+from pruneforge.testing.checks import Check, checked_kinds, checks_for, parametrize_with_checks, run_checks
 
-__all__ = ["Check", "checks_for", "parametrize_with_checks", "run_checks"]
+__all__ = ["Check", "checked_kinds", "checks_for", "parametrize_with_checks", "run_checks"]

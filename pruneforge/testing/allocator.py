@@ -33,7 +33,7 @@ def blocks() -> list[Block]:
 
 
 def measured(allocator: Allocator, made: list[Block]) -> dict[str, dict[str, Any]]:
-    """Return what an allocator measures, as the journal would hold it."""
+    """Return what an allocator measures, by block name."""
     measures = {}
     for index, block in enumerate(made if measures_blocks(allocator) else ()):
         data = sample(seed=index)
@@ -85,8 +85,8 @@ def the_budget_can_be_met(allocator: Allocator) -> None:
         )
 
 
-def measures_survive_the_journal(allocator: Allocator) -> None:
-    """Check that measures are numbers that JSON holds, as a resumed run reads them."""
+def measures_are_what_json_holds(allocator: Allocator) -> None:
+    """Check that measures mean the same once they were written as JSON and read again."""
     made = blocks()
     measures = measured(allocator, made)
     read = json.loads(json.dumps(measures))
@@ -104,7 +104,7 @@ CHECKS: dict[str, Callable[[Allocator], None]] = {
     for check in (
         every_layer_has_a_sparsity,
         the_budget_can_be_met,
-        measures_survive_the_journal,
+        measures_are_what_json_holds,
         the_same_twice,
     )
 }

@@ -11,6 +11,7 @@ from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.allocator import Allocator
 from pruneforge.interfaces.metric import Metric
 from pruneforge.interfaces.refiner import Refiner
+from pruneforge.interfaces.registry import KINDS, imported
 from pruneforge.testing import allocator, metric, refiner
 
 CHECKS: dict[type, dict[str, Callable[[Any], None]]] = {
@@ -18,6 +19,11 @@ CHECKS: dict[type, dict[str, Callable[[Any], None]]] = {
     Allocator: allocator.CHECKS,
     Refiner: refiner.CHECKS,
 }
+
+
+def checked_kinds() -> list[str]:
+    """Return the kinds of plugins that there are checks of."""
+    return [kind for kind, base in KINDS.items() if imported(base) in CHECKS]
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ def checks_for(plugin: Any) -> list[Check]:
     for kind, checks in CHECKS.items():
         if isinstance(plugin, kind):
             return [Check(plugin, name, partial(check, plugin)) for name, check in checks.items()]
-    raise PruneForgeError(f"there are no checks of {type(plugin).__name__}; it is no metric, allocator or refiner")
+    kinds = ", ".join(checked_kinds())
+    raise PruneForgeError(f"there are no checks of {type(plugin).__name__}; it is not one of {kinds}")
 
 
 def run_checks(plugins: Iterable[Any]) -> Iterator[tuple[Check, str | None]]:

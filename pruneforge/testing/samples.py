@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,20 @@ class Sample:
             for gradient in self.gradients[part]:
                 statistic.add(gradient.to(statistic.total.dtype))
             statistic.samples += len(part)
+
+
+@contextmanager
+def nothing_changed(layer: Layer, stats: LayerStatistics, **others: Tensor) -> Iterator[None]:
+    """Assert at the end of the context that a weight, statistics and other tensors hold what they held before."""
+
+    def values() -> dict[str, Tensor]:
+        totals = {f"statistic {kind.__name__}": statistic.total for kind, statistic in stats.items()}
+        return {"the weight": layer.weight, **totals, **{f"the {name}": tensor for name, tensor in others.items()}}
+
+    before = {name: value.clone() for name, value in values().items()}
+    yield
+    for name, value in values().items():
+        assert torch.equal(value, before[name]), f"{name} is changed in place; work on a copy"
 
 
 def sample(

@@ -12,17 +12,11 @@ import commands
 import pytest
 import torch
 import yaml
-from typer.testing import CliRunner
+from commands import SETTINGS, invoke
 
 import pruneforge
-from pruneforge.cli import app
 from pruneforge.interfaces.registry import KINDS
 from pruneforge.plugins import loaded_plugins
-
-
-def run(*arguments: object):
-    """Run a command in this process."""
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def shell(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -30,12 +24,9 @@ def shell(*arguments: object, **environment: str) -> subprocess.CompletedProcess
     return commands.run(*arguments, COLUMNS="200", **environment)
 
 
-PRUNE = ("--metric", "wanda", "--sparsity", "0.5", "--calibration", "python-docs", "--samples", 4, "--seqlen", 64)
-
-
 def test_prune_then_eval(checkpoint, tmp_path):
     out = tmp_path / "out"
-    done = shell("prune", checkpoint, *PRUNE, "--option", "scope=layer", "--output", out)
+    done = shell("prune", checkpoint, *SETTINGS, "--option", "scope=layer", "--output", out)
     assert done.returncode == 0, done.stderr
     assert "weights (50.00%)" in done.stdout
     assert done.stdout.rstrip().endswith(f"wrote {out}")
@@ -51,19 +42,19 @@ def test_prune_then_eval(checkpoint, tmp_path):
     printed = json.loads(done.stdout)
     assert printed == json.loads(results.read_text())
     assert printed["windows"] == 3
-    assert run("eval", "--config", results, "--json").exit_code == 0
+    assert invoke("eval", "--config", results, "--json").exit_code == 0
 
 
 def test_a_recipe_repeats_a_run_and_the_command_line_wins(checkpoint, tmp_path):
-    assert run("prune", checkpoint, *PRUNE, "--option", "scope=layer", "--output", tmp_path / "a").exit_code == 0
+    assert invoke("prune", checkpoint, *SETTINGS, "--option", "scope=layer", "--output", tmp_path / "a").exit_code == 0
     for config in ("recipe.yaml", "pruneforge.json"):
         again = tmp_path / f"b-{config}"
-        assert run("prune", "--config", tmp_path / "a" / config, "--output", again).exit_code == 0
+        assert invoke("prune", "--config", tmp_path / "a" / config, "--output", again).exit_code == 0
         first, second = pruneforge.load(tmp_path / "a"), pruneforge.load(again)
         assert all(torch.equal(first.masks[name], mask) for name, mask in second.masks.items())
         assert first.report["recipe"] == second.report["recipe"]
     assert (
-        run(
+        invoke(
             "prune", "--config", tmp_path / "a" / "recipe.yaml", "--sparsity", 0.25, "--output", tmp_path / "c"
         ).exit_code
         == 0
@@ -79,11 +70,11 @@ def test_bad_recipes_are_named(checkpoint, tmp_path):
         ("a: [", "cannot be read"),
     ]:
         recipe.write_text(content)
-        done = run("prune", checkpoint, *PRUNE, "--config", recipe, "--output", tmp_path / "out")
+        done = invoke("prune", checkpoint, *SETTINGS, "--config", recipe, "--output", tmp_path / "out")
         assert done.exit_code == 2
         assert said in done.output
         assert len(done.output.strip().splitlines()) == 1
-    assert run("prune", "--config", tmp_path / "none.yaml", "--output", tmp_path / "out").exit_code == 2
+    assert invoke("prune", "--config", tmp_path / "none.yaml", "--output", tmp_path / "out").exit_code == 2
 
 
 def test_a_single_file_metric_is_used_and_recorded(checkpoint, tmp_path):
@@ -96,7 +87,7 @@ def test_a_single_file_metric_is_used_and_recorded(checkpoint, tmp_path):
         "        return torch.rand(layer.shape)\n"
     )
     for name in ("a", "b"):
-        done = run("prune", checkpoint, "-p", file, "--metric", "mine", "--output", tmp_path / name)
+        done = invoke("prune", checkpoint, "-p", file, "--metric", "mine", "--output", tmp_path / name)
         assert done.exit_code == 0, done.output
     first, second = pruneforge.load(tmp_path / "a"), pruneforge.load(tmp_path / "b")
     assert first.report["recipe"]["plugins"] == [str(file)]
@@ -119,7 +110,7 @@ def test_plugins_lists_options_types_defaults_origin_and_version():
     assert "float │ 100.0" in table
     assert "l1|l2" in table
     assert "python-docs" not in table
-    assert run("plugins", "gbml").output == "pruneforge: unknown plugin name 'gbml'; did you mean 'gblm'?\n"
+    assert invoke("plugins", "gbml").output == "pruneforge: unknown plugin name 'gbml'; did you mean 'gblm'?\n"
     limited = json.loads(shell("plugins", "--json", PRUNEFORGE_PLUGINS="wanda").stdout)
     assert [item["name"] for item in limited["registered"]] == ["wanda"]
 
@@ -207,101 +198,6 @@ def test_demo_prunes_with_every_metric_at_both_patterns():
         assert row["peak_memory_bytes"] > 0
 
 
-BAD = [
-    ({"--metric": "wander"}, "unknown metric 'wander'; did you mean 'wanda'?"),
-    ({"--sparsity": "1.0"}, "sparsity 1.0 is outside [0, 1)"),
-    ({"--sparsity": "-0.5"}, "sparsity -0.5 is outside [0, 1)"),
-    ({"--sparsity": None, "--pattern": "5:4"}, "N must lie between 1 and M"),
-    ({"--sparsity": None, "--pattern": "3:7"}, "layer 'model.layers.0.self_attn.q_proj' has 128"),
-    ({"--calibration": "missing.txt"}, "there is no file or folder 'missing.txt'"),
-    ({"--calibration": None}, "metric 'wanda' needs calibration data"),
-    ({"--option": "alpha=1"}, "unknown option of wanda 'alpha'"),
-    ({"--option": "scope=everywhere"}, "option scope='everywhere' of wanda"),
-    ({"--option": "scope"}, "is not of the form name=value"),
-    ({"--option": "scope=model"}, "add --propagate dense"),
-    ({"--option": "scope=row", "--sparsity": None, "--pattern": "2:4"}, "does not go with pattern 2:4"),
-    ({"--exclude": "*.typo"}, "exclude='*.typo' matches no layer; layers have names such as 'model.layers.0."),
-    ({"--exclude": "*"}, "leaves no layer to prune"),
-    ({"--seqlen": "4096"}, "longer than the model's context of 256"),
-    ({"--samples": "0"}, "Invalid value for '--samples'"),
-    ({"--metric": None}, "Missing option '--metric'"),
-    ({"--sparsity": ""}, "Invalid value for --sparsity: '' is not a number"),
-    ({"--sparsity": "0.3,half"}, "Invalid value for --sparsity: 'half' is not a number"),
-    ({"--sparsity": "0.3,0.5"}, "add --propagate dense"),
-    ({"--sparsity": "0.3,0.30", "--propagate": "dense"}, "pattern 0.3 is asked for twice"),
-    ({"--propagate": "sideways"}, "Invalid value for '--propagate'"),
-    ({"--colour": "red"}, "No such option: --colour"),
-    ({"--metric": "sparsegpt", "--option": "damping=inf"}, "option damping='inf' of sparsegpt"),
-    ({"--metric": "magnitude", "--calibration": "missing.txt"}, "there is no file or folder 'missing.txt'"),
-    ({"--device": "tpu"}, "device 'tpu' is not one of"),
-    ({"--device": "cuda:99"}, "there is no device 'cuda:99'"),
-    ({"--dtype": "int8"}, "unknown dtype 'int8'"),
-    ({"--source-option": "shuffle=1"}, "unknown option of python-docs 'shuffle'"),
-    ({"--samples": "100000"}, "100000 were asked for"),
-    ({"-p": "nowhere.py"}, "plugin file 'nowhere.py' does not exist"),
-]
-
-
-@pytest.mark.parametrize(("changes", "said"), BAD, ids=[said[:30] for _, said in BAD])
-def test_bad_input_is_one_clear_line_and_code_2(checkpoint, tmp_path, changes, said):
-    settings = {str(PRUNE[i]): PRUNE[i + 1] for i in range(0, len(PRUNE), 2)} | changes
-    arguments = [part for name, value in settings.items() if value is not None for part in (name, value)]
-    done = run("prune", checkpoint, *arguments, "--output", tmp_path / "out")
-    assert done.exit_code == 2, done.output
-    assert said in done.output
-    assert len(done.output.strip().splitlines()) == 1, done.output
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_folders_that_are_no_model_are_named(checkpoint, tmp_path):
-    (tmp_path / "empty").mkdir()
-    gpt2 = tmp_path / "gpt2"
-    gpt2.mkdir()
-    (gpt2 / "config.json").write_text('{"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2}')
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "config.json").write_text("{}")
-    for folder, said in [
-        (tmp_path / "nowhere", "does not exist"),
-        (tmp_path / "empty", "llama: the folder has no config.json"),
-        (gpt2, "llama: block transformer.h.0 (GPT2Block) has linear layers none"),
-        (other, "llama: "),
-    ]:
-        done = run("prune", folder, *PRUNE, "--output", tmp_path / "out")
-        assert done.exit_code == 2
-        assert said in done.output
-        assert len(done.output.strip().splitlines()) == 1
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("metric", ["magnitude", "wanda", "gblm"])
-def test_damaged_weights_name_the_layer(checkpoint, tmp_path, metric):
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    damaged = tmp_path / "damaged"
-    shutil.copytree(checkpoint, damaged)
-    tensors = load_file(damaged / "model.safetensors")
-    tensors["model.layers.2.mlp.up_proj.weight"][3, 4] = float("nan")
-    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
-    done = run("prune", damaged, *PRUNE, "--metric", metric, "--output", tmp_path / "out")
-    assert done.exit_code == 2
-    assert "layer 'model.layers.2.mlp.up_proj' has non-finite weights" in done.output
-    tensors["model.layers.2.mlp.up_proj.weight"][3, 4] = 0
-    tensors["model.layers.1.input_layernorm.weight"][0] = float("inf")
-    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
-    calibrated = "sparsegpt" if metric == "magnitude" else metric
-    done = run("prune", damaged, *PRUNE, "--metric", calibrated, "--output", tmp_path / "out")
-    assert done.exit_code == 2
-    assert "non-finite activations reach layer 'model.layers.1.self_attn.q_proj'" in done.output
-    (damaged / "model.safetensors").write_bytes(b"\x00" * 100)
-    done = run("prune", damaged, *PRUNE, "--output", tmp_path / "out")
-    assert done.exit_code == 2
-    assert "cannot be read as safetensors" in done.output
-    assert not (tmp_path / "out").exists()
-
-
 def test_an_interrupted_run_says_how_to_go_on(checkpoint, tmp_path):
     observer = tmp_path / "interrupt.py"
     observer.write_text(
@@ -314,31 +210,31 @@ def test_an_interrupted_run_says_how_to_go_on(checkpoint, tmp_path):
     )
     (tmp_path / "armed").touch()
     out = tmp_path / "out"
-    done = shell("prune", checkpoint, *PRUNE, "-p", observer, "--output", out)
+    done = shell("prune", checkpoint, *SETTINGS, "-p", observer, "--output", out)
     assert done.returncode == 130
     assert done.stderr.strip() == f"pruneforge: interrupted; {out} holds what is finished, go on with --resume"
     (tmp_path / "armed").unlink()
-    done = shell("prune", checkpoint, *PRUNE, "-p", observer, "--output", out)
+    done = shell("prune", checkpoint, *SETTINGS, "-p", observer, "--output", out)
     assert done.returncode == 2
     assert "holds an unfinished run; go on with --resume" in done.stderr
     source = observer.read_text()
     observer.write_text(source + "# another metric, perhaps")
-    done = shell("prune", checkpoint, *PRUNE, "-p", observer, "--output", out, "--resume")
+    done = shell("prune", checkpoint, *SETTINGS, "-p", observer, "--output", out, "--resume")
     assert done.returncode == 2
     assert "is another one: plugin file" in done.stderr
     observer.write_text(source)
-    done = shell("prune", checkpoint, *PRUNE, "-p", observer, "--output", out, "--resume")
+    done = shell("prune", checkpoint, *SETTINGS, "-p", observer, "--output", out, "--resume")
     assert done.returncode == 0, done.stderr
     assert pruneforge.load(out).report["sparsity"]["reached"] == 0.5
 
 
 @pytest.mark.parametrize("metric", ["magnitude", "sparsegpt", "gblm"])
 def test_a_dry_run_counts_and_measures_and_writes_nothing(checkpoint, tmp_path, metric):
-    prune = ("prune", checkpoint, *PRUNE, "--metric", metric)
-    done = run(*prune, "--dry-run", "--json")
+    prune = ("prune", checkpoint, *SETTINGS, "--metric", metric)
+    done = invoke(*prune, "--dry-run", "--json")
     assert done.exit_code == 0, done.output
     found = json.loads(done.output)
-    assert run(*prune, "--output", tmp_path / "out").exit_code == 0
+    assert invoke(*prune, "--output", tmp_path / "out").exit_code == 0
     report = pruneforge.load(tmp_path / "out").report
     assert found["blocks"] == 5
     assert found["layers"] == len(report["layers"])
@@ -349,10 +245,10 @@ def test_a_dry_run_counts_and_measures_and_writes_nothing(checkpoint, tmp_path, 
     assert found["disk_bytes"] == pytest.approx(written + gradients, rel=0.05)
     assert found["host_bytes"] > 100e6
     assert (metric == "gblm") == ("gradients" in found["seconds"])
-    table = run(*prune, "--dry-run")
+    table = invoke(*prune, "--dry-run")
     assert "peak host memory" in table.output
     assert "time, but for writing" in table.output
-    missing = run(*prune)
+    missing = invoke(*prune)
     assert missing.exit_code == 2
     assert "Missing option '--output'" in missing.output
 
@@ -360,7 +256,7 @@ def test_a_dry_run_counts_and_measures_and_writes_nothing(checkpoint, tmp_path, 
 def test_several_patterns_get_a_folder_and_a_line_each(checkpoint, tmp_path):
     few = ["--calibration", "python-docs", "--samples", "4", "--seqlen", "32", "--propagate", "dense", "--profile"]
     several = ["--metric", "wanda", "--sparsity", "0.25,0.5", "--pattern", "2:4"]
-    done = run("prune", checkpoint, *several, *few, "--output", tmp_path / "all")
+    done = invoke("prune", checkpoint, *several, *few, "--output", tmp_path / "all")
     assert done.exit_code == 0, done.output
     assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["0.25", "0.5", "2of4"]
     assert all(f"wrote {tmp_path / 'all' / name}" in done.output for name in ("0.25", "0.5", "2of4"))
@@ -368,11 +264,11 @@ def test_several_patterns_get_a_folder_and_a_line_each(checkpoint, tmp_path):
     assert done.output.count("(50.00%)") == 2
     assert "seconds by block and stage" in done.output
     recipe = tmp_path / "all" / "2of4" / "recipe.yaml"
-    assert run("prune", "--config", recipe, "--output", tmp_path / "again").exit_code == 0
+    assert invoke("prune", "--config", recipe, "--output", tmp_path / "again").exit_code == 0
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == recipe.with_name("model.safetensors").read_bytes()
-    printed = run("prune", checkpoint, *several, *few, "--output", tmp_path / "json", "--json")
+    printed = invoke("prune", checkpoint, *several, *few, "--output", tmp_path / "json", "--json")
     assert [report["pattern"]["pattern"] for report in json.loads(printed.stdout)] == ["0.25", "0.5", "2:4"]
-    dry = run("prune", checkpoint, *several, *few, "--dry-run")
+    dry = invoke("prune", checkpoint, *several, *few, "--dry-run")
     assert dry.exit_code == 2
     assert "--dry-run takes one metric, and one sparsity or pattern" in dry.output
 
@@ -408,7 +304,7 @@ def test_an_image_model_is_pruned_evaluated_and_strict_about_its_images(tmp_path
 
 def test_warnings_reach_the_user_and_the_report(checkpoint, tmp_path):
     done = shell(
-        "prune", checkpoint, *PRUNE, "--metric", "sparsegpt", "--samples", 1, "--option", "damping=1e-30",
+        "prune", checkpoint, *SETTINGS, "--metric", "sparsegpt", "--samples", 1, "--option", "damping=1e-30",
         "--output", tmp_path / "out",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

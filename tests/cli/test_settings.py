@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
-import subprocess
-import sys
 import typing
 from typing import Any, Literal
 
@@ -293,53 +290,6 @@ def test_the_first_mistake_is_named_whatever_else_is_wrong(checkpoint, tmp_path)
         pruneforge.prune_each(checkpoint, "magnitude", [0.5], output=tmp_path / "out", plugins=[])
     with pytest.raises(pruneforge.PruneForgeError, match="an estimate is for one pattern"):
         pruneforge.estimate(checkpoint, "magnitude", patterns=[0.3, 0.5])
-
-
-def test_check_prints_what_a_plugin_breaks_and_says_so_by_its_exit_code(tmp_path):
-    done = run("check", "wanda")
-    assert done.exit_code == 0, done.output
-    assert "wanda: 14 of 14 checks pass" in done.output
-    file = tmp_path / "unsteady.py"
-    file.write_text(
-        "from pruneforge import Gram, Metric\n"
-        "class Unsteady(Metric):\n"
-        "    requires = (Gram,)\n"
-        "    def score(self, layer, stats):\n"
-        "        return layer.weight.abs()\n"
-    )
-    done = run("check", "unsteady", "-p", file)
-    assert done.exit_code == 1
-    assert "Gram is required and not used" in done.output
-    results = json.loads(run("check", "unsteady", "-p", file, "--json").output)
-    assert [result["check"] for result in results if result["error"]] == ["the statistics required are used"]
-    done = run("check", "unstead")
-    assert (done.exit_code, "did you mean 'unsteady'" in done.output) == (2, True)
-
-
-@pytest.mark.parametrize("kind", ["metric", "allocator", "refiner"])
-def test_a_new_plugin_works_and_its_tests_pass_at_once(kind, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    name = f"fresh_{kind}"
-    done = run("new", kind, name)
-    assert done.exit_code == 0, done.output
-    folder = tmp_path / name
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])}
-    tested = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert tested.returncode == 0, tested.stdout
-    assert "passed" in tested.stdout
-    assert f'\n{name} = "pruneforge_{name}"\n' in (folder / "pyproject.toml").read_text()
-    done = run("new", kind, f"single{kind}", "--single-file")
-    assert done.exit_code == 0, done.output
-    checked = run("check", f"single{kind}", "-p", tmp_path / f"single{kind}.py")
-    assert checked.exit_code == 0, checked.output
-    for wrong, said in (
-        ((kind, name), "is there already; name another place with --output"),
-        ((kind, "Not-A-Name"), "cannot be a plugin's name"),
-        (("metrik", "x"), "metric"),
-    ):
-        done = run("new", *wrong)
-        assert (done.exit_code, said in done.output) == (2, True), done.output
 
 
 def test_a_recipe_of_several_refiners_repeats_the_run(checkpoint, tmp_path):

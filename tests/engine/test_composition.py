@@ -114,7 +114,7 @@ def test_an_allocation_holds_at_every_scope_and_pattern(scope, pattern, model, t
         if text is None
         else min(m.numel() for m in found.masks.values()) // 8
     )
-    assert pruned_count(total, found.report["sparsity"]["reached"] if text else 0.55) - pruned < step + 1
+    assert 0 <= pruned_count(total, 0.5 if text else 0.55) - pruned < step
     assert layers["model.layers.0.self_attn.q_proj"]["sparsity"] < layers["model.layers.1.self_attn.q_proj"]["sparsity"]
     if scope != "block":
         assert layers["model.layers.1.mlp.up_proj"]["sparsity"] > layers["model.layers.1.self_attn.q_proj"]["sparsity"]
@@ -250,8 +250,8 @@ def test_one_solver_with_two_options_in_one_pass_gives_what_each_gives_alone(mod
             model, "sparsegpt", 0.5, None, batches(), options=options[label], propagate="dense", output=tmp_path / label
         )
         assert outcome(together[f"{label}-0.5"].folder) == outcome(alone.folder)
-    weights = [(tmp_path / "all" / f"{label}-0.5" / "pruneforge.json").exists() for label in metrics]
-    assert weights == [True, True]
+    little, much = (together[f"{label}-0.5"].masks for label in metrics)
+    assert any(not torch.equal(little[name], mask) for name, mask in much.items())
 
 
 def test_options_of_a_refiner_object_are_in_the_recipe_and_make_another_run(model, tmp_path):

@@ -220,3 +220,17 @@ def test_gradient_statistics_made_by_an_option_have_their_own_files(tmp_path):
             masks.append(found.masks)
     for shared, own in (masks[:2], masks[2:]):
         assert all(torch.equal(shared[name], mask) for name, mask in own.items())
+
+
+@pytest.mark.parametrize("scope", ["block", "model"])
+def test_a_metric_without_a_scope_of_its_own_may_be_given_one_over_layers(scope):
+    """Then the layers' shares differ, which is no mistake."""
+
+    def score(layer, stats):
+        return layer.weight.abs() * (100 if layer.name.endswith("q_proj") else 1)
+
+    metric = type("Mine", (Metric,), {"score": staticmethod(score), "scope": None})(scope=scope)
+    masks = pruneforge.prune(tiny_llama(), metric, 0.5).masks
+    assert masks["model.layers.0.self_attn.q_proj"].double().mean() > 0.9
+    total, kept = (sum(counts) for counts in zip(*((m.numel(), int(m.sum())) for m in masks.values()), strict=True))
+    assert kept == total - total // 2

@@ -179,7 +179,7 @@ class Draws(Allocator):
         (Loses(), "refined masks fit the pattern"),
         (Spoils(), "nothing given is changed"),
         (Forgets(), "every layer has a sparsity"),
-        (Tuples(), "measures survive the journal"),
+        (Tuples(), "measures are what json holds"),
         (Draws(), "the same twice"),
     ],
 )
@@ -190,5 +190,5 @@ def test_a_broken_refiner_or_allocator_is_caught(plugin, name):
 def test_expected_failures_need_a_check_and_a_plugin_a_kind():
     with pytest.raises(PruneForgeError, match="'good' has no check 'rows are square'"):
         parametrize_with_checks([Good()], {"good": {"rows are square": "no reason"}})
-    with pytest.raises(PruneForgeError, match="no metric, allocator or refiner"):
+    with pytest.raises(PruneForgeError, match="not one of metric, allocator, refiner"):
         checks_for(object())

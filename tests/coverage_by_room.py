@@ -1,4 +1,4 @@
-"""Print the coverage that `make test-all` measured, by room and plugin: `python tests/rooms.py`."""
+"""Print the coverage that `make test-all` measured, by room and plugin: `python tests/coverage_by_room.py`."""
 
 from __future__ import annotations
 
