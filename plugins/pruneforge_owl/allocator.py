@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pruneforge import Allocator, Block, ColumnSquares, Layer, LayerStatistics, Options
+from pruneforge import Allocator, Block, ColumnSquares, Layer, LayerStatistics
 
 
 class OWL(Allocator):
@@ -22,7 +22,7 @@ class OWL(Allocator):
 
     requires = (ColumnSquares,)
 
-    class Options(Options):
+    class Options(Allocator.Options):
         """Options of OWL."""
 
         lam: float = Field(0.08, ge=0, le=0.5, description="most that a block's density may differ from the mean's")

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pruneforge import NM, Gram, Layer, LayerStatistics, Options, Pattern, Pruned, Refiner
+from pruneforge import NM, Gram, Layer, LayerStatistics, Pattern, Pruned, Refiner
 
 ROWS = 256
 """Rows that are refined together, which bounds the memory of the swaps compared."""
@@ -22,7 +22,7 @@ class SparseSwaps(Refiner):
 
     requires = (Gram,)
 
-    class Options(Options):
+    class Options(Refiner.Options):
         """Options of SparseSwaps."""
 
         steps: int = Field(100, ge=1, description="most swaps of a row")

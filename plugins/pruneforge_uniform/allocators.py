@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import yaml
 from pydantic import Field
 
-from pruneforge import Allocator, Options, PruneForgeError
+from pruneforge import Allocator, PruneForgeError
 
 
 class Uniform(Allocator):
@@ -33,7 +33,7 @@ class FromFile(Allocator):
 
     argument: ClassVar[str | None] = "path"
 
-    class Options(Options):
+    class Options(Allocator.Options):
         """Options of the file."""
 
         path: str = Field(description="YAML or JSON file of sparsities, or the report of a pruned model")
