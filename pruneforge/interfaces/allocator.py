@@ -8,16 +8,16 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from pruneforge.interfaces import options
 from pruneforge.interfaces.adapter import Block
 from pruneforge.interfaces.layer import Layer
-from pruneforge.interfaces.options import Configurable
 from pruneforge.interfaces.statistics import InputStatistic, LayerStatistics
 
 Sizes = Mapping[str, Mapping[str, int]]
 """Number of weights of each layer, by name, for each block, by name."""
 
 
-class Allocator(Configurable, ABC):
+class Allocator(options.Configurable, ABC):
     """Decides, before the first block is pruned, how many weights each layer loses.
 
     A subclass overrides `allocate`, and `measure` if it looks at the model: it is then called in a
@@ -31,6 +31,9 @@ class Allocator(Configurable, ABC):
 
     requires: Sequence[type[InputStatistic]] = ()
     uses_scores: ClassVar[bool] = False
+
+    class Options(options.Options):
+        """Options of every allocator."""
 
     def measure(
         self, block: Block, stats: Mapping[str, LayerStatistics], score: Callable[[Layer], Tensor]

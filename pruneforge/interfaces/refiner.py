@@ -5,14 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+from pruneforge.interfaces import options
 from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.metric import Pruned
-from pruneforge.interfaces.options import Configurable
 from pruneforge.interfaces.patterns import Pattern
 from pruneforge.interfaces.statistics import LayerStatistics, Statistic
 
 
-class Refiner(Configurable, ABC):
+class Refiner(options.Configurable, ABC):
     """Changes the mask of a layer, or its remaining weights, within the same pattern.
 
     Attributes:
@@ -20,6 +20,9 @@ class Refiner(Configurable, ABC):
     """
 
     requires: Sequence[type[Statistic]] = ()
+
+    class Options(options.Options):
+        """Options of every refiner."""
 
     @abstractmethod
     def refine(self, layer: Layer, stats: LayerStatistics, pruned: Pruned, pattern: Pattern) -> Pruned:
