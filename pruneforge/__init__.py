@@ -31,25 +31,35 @@ if TYPE_CHECKING:
     from pruneforge.interfaces.layer import find_layers as find_layers
     from pruneforge.interfaces.metric import Metric as Metric
     from pruneforge.interfaces.metric import Pruned as Pruned
+    from pruneforge.interfaces.objective import Objective as Objective
     from pruneforge.interfaces.options import Options as Options
     from pruneforge.interfaces.patterns import NM as NM
     from pruneforge.interfaces.patterns import Pattern as Pattern
     from pruneforge.interfaces.patterns import Unstructured as Unstructured
     from pruneforge.interfaces.recipe import PruneRecipe as PruneRecipe
+    from pruneforge.interfaces.recovery import Passing as Passing
+    from pruneforge.interfaces.recovery import Recovery as Recovery
+    from pruneforge.interfaces.recovery import Site as Site
     from pruneforge.interfaces.refiner import Refiner as Refiner
     from pruneforge.interfaces.registry import Registry as Registry
     from pruneforge.interfaces.run import BlockResult as BlockResult
     from pruneforge.interfaces.run import Run as Run
     from pruneforge.interfaces.source import Source as Source
-    from pruneforge.interfaces.statistics import ColumnSquares as ColumnSquares
-    from pruneforge.interfaces.statistics import GradientMagnitude as GradientMagnitude
-    from pruneforge.interfaces.statistics import GradientSquares as GradientSquares
+    from pruneforge.interfaces.statistics import BlockGradientStatistic as BlockGradientStatistic
     from pruneforge.interfaces.statistics import GradientStatistic as GradientStatistic
-    from pruneforge.interfaces.statistics import GradientSum as GradientSum
-    from pruneforge.interfaces.statistics import Gram as Gram
     from pruneforge.interfaces.statistics import InputStatistic as InputStatistic
     from pruneforge.interfaces.statistics import LayerStatistics as LayerStatistics
+    from pruneforge.interfaces.statistics import On as On
+    from pruneforge.interfaces.statistics import OutputStatistic as OutputStatistic
     from pruneforge.interfaces.statistics import Statistic as Statistic
+    from pruneforge.interfaces.summaries import ColumnMoments as ColumnMoments
+    from pruneforge.interfaces.summaries import ColumnSquares as ColumnSquares
+    from pruneforge.interfaces.summaries import ColumnSums as ColumnSums
+    from pruneforge.interfaces.summaries import GradientMagnitude as GradientMagnitude
+    from pruneforge.interfaces.summaries import GradientSquares as GradientSquares
+    from pruneforge.interfaces.summaries import GradientSum as GradientSum
+    from pruneforge.interfaces.summaries import Gram as Gram
+    from pruneforge.interfaces.summaries import OutputSquares as OutputSquares
     from pruneforge.runs.compare import Case as Case
     from pruneforge.runs.compare import compare as compare
     from pruneforge.runs.estimate import Estimate as Estimate
@@ -74,23 +84,33 @@ _MODULES = {
     "interfaces.hookspecs": ("hookimpl",),
     "interfaces.layer": ("Layer", "PointwiseConvLayer", "find_layers"),
     "interfaces.metric": ("Metric", "Pruned"),
+    "interfaces.objective": ("Objective",),
     "interfaces.options": ("Options",),
     "interfaces.patterns": ("NM", "Pattern", "Unstructured"),
     "interfaces.recipe": ("PruneRecipe",),
+    "interfaces.recovery": ("Passing", "Recovery", "Site"),
     "interfaces.refiner": ("Refiner",),
     "interfaces.registry": ("Registry",),
     "interfaces.run": ("BlockResult", "Run"),
     "interfaces.source": ("Source",),
     "interfaces.statistics": (
-        "ColumnSquares",
-        "GradientMagnitude",
-        "GradientSquares",
+        "BlockGradientStatistic",
         "GradientStatistic",
-        "GradientSum",
-        "Gram",
         "InputStatistic",
         "LayerStatistics",
+        "On",
+        "OutputStatistic",
         "Statistic",
+    ),
+    "interfaces.summaries": (
+        "ColumnMoments",
+        "ColumnSquares",
+        "ColumnSums",
+        "GradientMagnitude",
+        "GradientSquares",
+        "GradientSum",
+        "Gram",
+        "OutputSquares",
     ),
     "runs.compare": ("Case", "compare"),
     "runs.estimate": ("Estimate", "estimate"),

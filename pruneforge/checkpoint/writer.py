@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -23,7 +23,11 @@ class Rewrite:
     """A copy of a checkpoint in which some tensors change, with the masks of its layers."""
 
     def __init__(
-        self, source: Checkpoint, folder: Path, layers: Mapping[str, tuple[TensorLocation, tuple[int, int]]]
+        self,
+        source: Checkpoint,
+        folder: Path,
+        layers: Mapping[str, tuple[TensorLocation, tuple[int, int]]],
+        others: Sequence[TensorLocation] = (),
     ) -> None:
         """Describe the files; nothing is written yet.
 
@@ -31,11 +35,12 @@ class Rewrite:
             source: The checkpoint to copy.
             folder: The folder to write to.
             layers: Location of each layer's tensor, and the shape of its mask (out, in), by layer name.
+            others: Locations of further tensors that change.
         """
         self.source = source
         self.folder = folder
         self._layers = dict(layers)
-        self._changing = {location.name for location, _ in layers.values()}
+        self._changing = {location.name for location in [*(location for location, _ in layers.values()), *others]}
         self._head = masks.masks_header({name: shape for name, (_, shape) in layers.items()})
         self._places: dict[str, TensorLocation] = {}
 

@@ -50,6 +50,8 @@ class Command(SettingsCommand):
         "metric": ("metric", "options"),
         "calibration": ("source", "source_options"),
         "allocator": ("allocator", "allocator_options"),
+        "recover": ("recovery", "recover_options"),
+        "objective": ("objective", "objective_options"),
     }
 
     def plugin_named(self, chooser: str, value: Any) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,7 @@ def collect(
     tokens_a_batch: int,
     progress: Progress,
     processes: int = 1,
+    name: str = "",
 ) -> Calibration:
     """Return the calibration data that a recipe asks for.
 
@@ -64,6 +66,7 @@ def collect(
         tokens_a_batch: Tokens that go through a block together when the recipe names no batch size.
         progress: Progress bars.
         processes: Number of processes that share the batches; without a batch size each gets at least one.
+        name: Which of the recipe's streams they are, if they are one; each stream has a draw of its own.
 
     Raises:
         PruneForgeError: The data cannot be loaded, are too few, or longer than the model's context.
@@ -75,9 +78,11 @@ def collect(
             raise PruneForgeError(f"seqlen {length} is longer than the model's context of {context} tokens")
         fitting = tokens_a_batch // (length or TOKENS_AN_IMAGE)
         size = recipe.batch_size or max(1, min(fitting, recipe.samples // processes))
-        request = Request(model.processor, recipe.samples, length, size, recipe.seed, progress)
+        seed = (recipe.seed + zlib.crc32(name.encode())) % 2**32 if name else recipe.seed
+        request = Request(model.processor, recipe.samples, length, size, seed, progress)
         raw: RawBatches = data.calibration(request)
-        origin: dict[str, Any] = {"source": recipe.calibration, **data.describe("calibration")}
+        spec = recipe.streams[name] if name else recipe.calibration
+        origin: dict[str, Any] = {"source": spec, **data.describe("calibration")}
     else:
         raw, origin = data, {"source": "batches from Python"}
     batches = [model.adapter.batch(item, model.module) for item in progress.track(raw, "reading calibration data")]

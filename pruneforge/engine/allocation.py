@@ -10,52 +10,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruneforge.engine.chain import Chain
 from pruneforge.engine.gradient_store import GradientStore
 from pruneforge.engine.guard import named, seed_for, unchanged
 from pruneforge.engine.hidden_states import BatchInFlight
-from pruneforge.engine.masking import BlockStatistics, metric_score
-from pruneforge.engine.processes import Group
-from pruneforge.engine.recorder import InputRecorder, check_weights
+from pruneforge.engine.masking import metric_score
+from pruneforge.engine.stream import BlockStatistics, Flow, Streams
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Block
 from pruneforge.interfaces.allocator import measures_blocks
 from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.patterns import Pattern, pruned_count
 from pruneforge.interfaces.run import Run
-from pruneforge.interfaces.statistics import GradientStatistic, InputStatistic, LayerStatistics, Statistic
+from pruneforge.interfaces.statistics import Requirement
 from pruneforge.progress import Progress
 
 
 @torch.no_grad()
 def allocate(
     runs: Sequence[Run],
-    chain: Chain,
-    batches: Sequence[BatchInFlight],
-    gradient_store: GradientStore,
-    group: Group,
+    captured: Mapping[str, Sequence[BatchInFlight]],
+    flow: Flow,
+    gradient_stores: Mapping[str, GradientStore],
     progress: Progress,
 ) -> None:
     """Set the allocation of each run that has an allocator and no allocation yet.
 
     Args:
         runs: The runs, which share one pass of the dense model for what their allocators measure.
-        chain: The dense model.
-        batches: Its captured batches, at the first block's input; they stay there.
-        gradient_store: Holds the gradient statistics that the metrics require.
-        group: The processes that share the batches.
+        captured: Its captured batches by the data's name, at the first block's input; they stay there.
+        flow: How they pass the dense model.
+        gradient_stores: Hold the gradient statistics that the metrics require, by the data's name.
         progress: Shows progress.
 
     Raises:
         PruneForgeError: An allocator leaves out a layer, or returns something that is not a sparsity.
     """
+    chain, group = flow.chain, flow.group
     waiting: list[tuple[Run, dict[str, Any]]] = [
         (run, {}) for run in runs if run.allocator is not None and run.allocation is None
     ]
     measured = [(run, measures) for run, measures in waiting if run.allocator and measures_blocks(run.allocator)]
     if measured:
-        with runs[0].profile.stage("allocate"):
-            _measure(measured, chain, batches, gradient_store, group, progress)
+        streams = Streams(captured, [each for run, _ in measured for each in _needed(run)], flow)
+        with flow.profile.stage("allocate"):
+            for index, block in enumerate(progress.track(chain.blocks, "allocating sparsity")):
+                with chain.residency.visit(block):
+                    stats = streams.with_model_gradients(block, streams.calibrate(index), gradient_stores)
+                    for run, measures in measured:
+                        measures[block.name] = _measured(run, block, stats, chain.residency.device)
+                streams.advance(index)
     sizes = {block.name: {layer.name: layer.parameter.numel() for layer in block.layers} for block in chain.blocks}
     layers = [layer for block in chain.blocks for layer in block.layers]
     for run, measures in waiting:
@@ -134,43 +137,6 @@ def _check(allocator: str, asked: Mapping[str, float], layers: Sequence[Layer]) 
             )
 
 
-def _measure(
-    waiting: Sequence[tuple[Run, dict[str, Any]]],
-    chain: Chain,
-    batches: Sequence[BatchInFlight],
-    gradient_store: GradientStore,
-    group: Group,
-    progress: Progress,
-) -> None:
-    """Have each run's allocator measure every block of the dense model, in one pass."""
-    kinds = list(dict.fromkeys(kind for run, _ in waiting for kind in _needed(run)))
-    input_kinds = [kind for kind in kinds if issubclass(kind, InputStatistic)]
-    gradient_kinds = [kind for kind in kinds if issubclass(kind, GradientStatistic)]
-    inputs = [in_flight.handle for in_flight in batches] if input_kinds else []
-    for index, block in enumerate(progress.track(chain.blocks, "allocating sparsity")):
-        recorder = InputRecorder(block, input_kinds)
-        with chain.residency.visit(block):
-            check_weights(block)
-            outputs = []
-            for hidden, in_flight in zip(chain.hidden_states.each(inputs), batches, strict=False):
-                with recorder.recording(in_flight.batch):
-                    outputs.append(chain.hidden_states.keep(chain.run_block(index, hidden, in_flight)))
-            recorder.merge(group)
-            stats = {layer.name: LayerStatistics(*recorder.statistics(layer)) for layer in block.layers}
-            if gradient_kinds:
-                gradients = gradient_store.get(block, gradient_kinds, chain.residency.device)
-                stats = {name: of_layer.joined(gradients[name]) for name, of_layer in stats.items()}
-            for run, measures in waiting:
-                measures[block.name] = _measured(run, block, stats, chain.residency.device)
-        with chain.between(index) as continues:
-            if continues and outputs:
-                outputs = [
-                    chain.hidden_states.keep(chain.transition(index, output, in_flight))
-                    for output, in_flight in zip(chain.hidden_states.each(outputs), batches, strict=True)
-                ]
-        inputs = outputs
-
-
 def _measured(run: Run, block: Block, stats: BlockStatistics, device: torch.device) -> dict[str, Any]:
     """Return what a run's allocator measures of a block.
 
@@ -192,7 +158,7 @@ def _measured(run: Run, block: Block, stats: BlockStatistics, device: torch.devi
     return measured
 
 
-def _needed(run: Run) -> Sequence[type[Statistic]]:
+def _needed(run: Run) -> Sequence[Requirement]:
     assert run.allocator is not None
     return [*run.allocator.requires, *(run.metric.requires if run.allocator.uses_scores else ())]
 

@@ -16,7 +16,7 @@ from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Block, LoadedModel
 from pruneforge.interfaces.batch import Batch
 from pruneforge.interfaces.run import Run, required_statistics
-from pruneforge.interfaces.statistics import GradientStatistic, Statistic, empty_statistics
+from pruneforge.interfaces.statistics import GradientStatistic, Statistic, empty_statistics, kind_of
 from pruneforge.memory import resident_bytes, usual_tokens_a_batch
 from pruneforge.numerics import accumulation_dtype
 
@@ -81,13 +81,15 @@ class Budgets:
         Raises:
             PruneForgeError: A given budget is too small for the rest.
         """
-        blocks, kinds = runs[0].blocks, required_statistics(runs)
+        blocks, kinds = runs[0].blocks, [kind_of(required) for required in required_statistics(runs)]
         weights, working = fixed_bytes(blocks, kinds, model.module)
         if any(issubclass(kind, GradientStatistic) for kind in kinds):
             head, attention = gradient_bytes(model, batches, device)
             working = max(working + attention, head)
         if len(runs) > 1:
             working += max(sum(layer.parameter.nbytes for layer in block.layers) for block in blocks)
+        if any(run.recovery is not None for run in runs):
+            working += recovery_bytes(blocks)
         resident = resident_bytes()
         here = _sharing()
         host = resident + SHARE_OF_FREE * free_bytes() / here if self.host is None else self.host / here
@@ -154,6 +156,16 @@ def fixed_bytes(blocks: Sequence[Block], kinds: Sequence[type[Statistic]], modul
             largest = max(largest, 4 * max([matrix, *made]))
         statistics = max(statistics, sum(sizes))
     return block_bytes + max(block_bytes, outside), statistics + largest
+
+
+def recovery_bytes(blocks: Sequence[Block]) -> int:
+    """Estimate the bytes that recovering a block takes.
+
+    They are the weights before pruning and before recovery, the weights in float32 or better, their gradients, and two
+    moments of an optimizer.
+    """
+    parameters = [[*block.module.parameters()] for block in blocks]
+    return 6 * max(sum(p.numel() * accumulation_dtype(p.dtype).itemsize for p in of_block) for of_block in parameters)
 
 
 def bytes_a_token(blocks: Sequence[Block]) -> int:

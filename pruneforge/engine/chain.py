@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruneforge.engine.guard import named
 from pruneforge.engine.hidden_states import BatchInFlight, Call, HiddenStates
 from pruneforge.engine.residency import Residency
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Adapter, Block
 from pruneforge.interfaces.batch import Batch
+from pruneforge.interfaces.objective import Objective
 
 StandIn = Callable[[int, Any, Call], Any]
 """Takes a block's index, its hidden states as the model gives them, and its other arguments."""
@@ -46,12 +48,14 @@ class Chain:
         blocks: Sequence[Block],
         residency: Residency,
         hidden_states: HiddenStates | None = None,
+        objective: Objective | None = None,
     ) -> None:
         self.module = module
         self.adapter = adapter
         self.blocks = blocks
         self.residency = residency
         self.hidden_states = hidden_states or HiddenStates(residency.device)
+        self._objective = objective
         self._transitions: set[int] = set()  # blocks after which the model has code of its own
         self._real_forward: Callable[..., Any]
         self._extras: tuple[Any, ...] | None = None  # what a block returns after its hidden states
@@ -154,7 +158,10 @@ class Chain:
 
     def run_block(self, index: int, hidden: Tensor, in_flight: BatchInFlight) -> Tensor:
         """Return the output of block `index` for `hidden` [samples, ..., hidden]; the block must be on the device."""
-        call = in_flight.calls[index]
+        return self.call_block(index, hidden, in_flight.calls[index])
+
+    def call_block(self, index: int, hidden: Tensor, call: Call) -> Tensor:
+        """Return the output of block `index` for `hidden` and other arguments, as `run_block` does."""
         output = self.blocks[index].module(hidden, *call.args, **call.kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
@@ -193,9 +200,12 @@ class Chain:
         return following[0]
 
     def losses(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Return each sample's mean loss [samples] for the last block's output `hidden`, differentiable.
+        """Return each sample's loss [samples] for the last block's output `hidden`, differentiable.
 
-        The stem and head must be on the device.
+        It is that of the run's objective, or else the adapter's. The stem and head must be on the device.
+
+        Raises:
+            PruneForgeError: The objective fails, or gives something else than one loss a sample.
         """
         last = len(self.blocks) - 1
 
@@ -203,7 +213,15 @@ class Chain:
             return self._as_output(hidden if index == last else passed)
 
         with self._stand_ins(stand_in):
-            return self.adapter.losses(self.adapter.forward(self.module, batch), batch)
+            output = self.adapter.forward(self.module, batch)
+            if self._objective is None:
+                return self.adapter.losses(output, batch)
+            objective, who = self._objective, f"objective {self._objective.name!r}"
+            losses = named(who, "on the model's output", lambda: objective.losses(output, batch))
+            if not isinstance(losses, Tensor) or losses.shape != (batch.size,):
+                made = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+                raise PruneForgeError(f"{who} made {made} for {batch.size} samples; it must be one loss for each")
+            return losses
 
 
 def _reuse(calls: list[Call], earlier: list[Call]) -> list[Call]:

@@ -6,6 +6,8 @@ import hashlib
 import inspect
 import json
 import os
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -156,18 +158,27 @@ class FileGradientStore:
         return statistic
 
     def _path(self, name: str, kind: Kind) -> Path:
-        return self.folder / f"{name}.{kind.__qualname__}-{_source(kind)}.safetensors"
+        readable = re.sub(r"[^\w.=,()-]", "", kind.__qualname__)[:80]
+        return self.folder / f"{name}.{readable}-{_source(kind)}.safetensors"
 
 
 @cache
 def _source(kind: Kind) -> str:
     """Return a hash of what defines a statistic, so that files of another definition are not reused.
 
-    That is the file of its class, and the values that a class made by a function has from there: an option, say.
+    That is the files of its class and of those it inherits from, its parameters, and the values that a class made by a
+    function has from there: an option, say.
     """
-    file = inspect.getsourcefile(kind)
-    text = Path(file).read_bytes() if file else b""
-    return hashlib.sha256(kind.__module__.encode() + text + repr(_values(kind)).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(f"{kind.__module__}{kind.__qualname__}{sorted(kind.parameters.items())}".encode())
+    for file in sorted({_file(cls) for cls in kind.__mro__ if cls.__module__ not in ("abc", "builtins")}):
+        digest.update(Path(file).read_bytes() if file else b"")
+    digest.update(repr(_values(kind)).encode())
+    return digest.hexdigest()[:12]
+
+
+def _file(cls: type) -> str:
+    """Return the file that a class is in; an empty text for one that was typed at a prompt."""
+    return getattr(sys.modules.get(cls.__module__), "__file__", None) or ""
 
 
 def _values(kind: Kind) -> list[tuple[str, str]]:

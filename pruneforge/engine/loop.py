@@ -6,36 +6,37 @@ requires, and the residency that loads blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from pruneforge.engine.allocation import allocate
 from pruneforge.engine.chain import Chain
 from pruneforge.engine.gradient_store import GradientStore, InMemoryGradientStore
 from pruneforge.engine.gradients import gradient_statistics
-from pruneforge.engine.hidden_states import BatchInFlight, with_hidden_states
-from pruneforge.engine.masking import Applier, BlockStatistics, check_count, metric_score
+from pruneforge.engine.masking import Applier, check_count, metric_score
 from pruneforge.engine.processes import Group
-from pruneforge.engine.recorder import InputRecorder, check_weights
+from pruneforge.engine.stream import BlockStatistics, Flow, Streams
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Block
 from pruneforge.interfaces.batch import Batch
 from pruneforge.interfaces.run import BlockResult, Run, required_statistics
-from pruneforge.interfaces.statistics import GradientStatistic, InputStatistic, LayerStatistics
 from pruneforge.progress import Progress
+
+Data = Mapping[str, Sequence[Batch]]
+"""Calibration data by name; the first are those that requirements without a name mean."""
 
 
 def prune_blocks(
     runs: Sequence[Run],
     chain: Chain,
-    batches: Sequence[Batch],
+    data: Data,
     progress: Progress,
     block_pruned: Callable[[Run, BlockResult], object],
-    gradient_store: GradientStore | None = None,
+    gradient_stores: Mapping[str, GradientStore] | None = None,
     group: Group | None = None,
 ) -> None:
     """Prune every block of a model in place, except blocks that a run has finished already.
@@ -45,10 +46,10 @@ def prune_blocks(
             Several runs must have `propagate="dense"` and may differ in pattern and metric. They share forward passes,
             statistics and values derived from statistics; the model ends up as the last run prunes it.
         chain: The model.
-        batches: Calibration data; unused if the metric requires no statistic.
+        data: Calibration data; unused if nothing requires a statistic.
         progress: Shows progress.
         block_pruned: Called with each run and block result, after the run's output and while the block is loaded.
-        gradient_store: Keeps gradient statistics; in memory by default.
+        gradient_stores: Keep the gradient statistics of each set of data; in memory by default.
         group: The processes that share the work; only this one by default. Each is given all batches.
 
     Raises:
@@ -57,8 +58,8 @@ def prune_blocks(
     """
     for run in runs:
         _check(run, chain)
-    gradient_store = gradient_store or InMemoryGradientStore()
-    loop = _Loop(runs, chain, batches, progress, block_pruned, gradient_store, group or Group())
+    gradient_stores = gradient_stores or {name: InMemoryGradientStore() for name in data}
+    loop = _Loop(runs, chain, data, progress, block_pruned, gradient_stores, group or Group())
     model_wide = any(run.scope == "model" for run in runs)
     with closing(loop.with_model_scope() if model_wide else loop.block_by_block()) as finished:
         for _ in progress.track(finished, "pruning blocks", len(chain.blocks)):
@@ -88,34 +89,29 @@ class _Loop:
         self,
         runs: Sequence[Run],
         chain: Chain,
-        batches: Sequence[Batch],
+        data: Data,
         progress: Progress,
         block_pruned: Callable[[Run, BlockResult], object],
-        gradient_store: GradientStore,
+        gradient_stores: Mapping[str, GradientStore],
         group: Group,
     ) -> None:
         self.runs = runs
         self.chain = chain
-        self.gradient_store = gradient_store
-        self.group = group
+        self.gradient_stores = gradient_stores
         self.apply = Applier(chain, group, block_pruned)
         self.profile = runs[0].profile
         self.dense = runs[0].propagate == "dense"
-        requires = required_statistics(runs)
-        self.input_kinds = [kind for kind in requires if issubclass(kind, InputStatistic)]
-        self.gradient_kinds = [kind for kind in requires if issubclass(kind, GradientStatistic)]
-        self.batches_in_flight: list[BatchInFlight] = []
-        if not any(run.uses_data for run in runs):
-            allocate(runs, chain, [], gradient_store, group, progress)
-            return
-        with self.profile.stage("capture"):
-            self.batches_in_flight = chain.capture(group.part(batches))
-        if self.gradient_kinds:
+        targets = next((run.recovery.targets for run in runs if run.recovery is not None), None)
+        flow = Flow(chain, group, self.profile, self.dense, targets)
+        captured = {}
+        if any(run.uses_data for run in runs):
+            with self.profile.stage("capture"):
+                captured = {name: chain.capture(group.part(batches)) for name, batches in data.items()}
+        self.streams = Streams(captured, required_statistics(runs), flow)
+        for name, kinds in self.streams.model_gradients().items():
             with self.profile.stage("gradients"):
-                gradient_statistics(chain, self.batches_in_flight, self.gradient_kinds, gradient_store, group, progress)
-        allocate(runs, chain, self.batches_in_flight, gradient_store, group, progress)
-        if not self.input_kinds:
-            self.batches_in_flight = []
+                gradient_statistics(chain, captured[name], kinds, gradient_stores[name], group, progress)
+        allocate(runs, captured, replace(flow, dense=True, targets=None), gradient_stores, progress)
 
     def block_by_block(self) -> Generator[None, None, None]:
         """Calibrate and prune each block, and compute the next one's inputs; yield after each block.
@@ -131,13 +127,16 @@ class _Loop:
             for index, block in enumerate(self.chain.blocks):
                 # Resumed runs of one pass may have stopped at different blocks.
                 runs = [run for run in self.runs if index >= run.finished]
-                onward = bool(self.batches_in_flight) and index < last
+                onward = bool(self.streams) and index < last
+                if onward and not runs and self.streams.beside:
+                    with self.chain.residency.visit(block):
+                        self.streams.pass_beside(index)
                 if runs or onward:
                     with ExitStack() as here:
                         # A block that all runs have finished is read from the output, unless batches pass it dense.
                         here.enter_context(self.chain.residency.visit(block, pruned=not (runs or self.dense)))
                         if runs:
-                            stats = self.with_gradients(block, self.calibrate(index, through=waiting))
+                            stats = self.with_gradients(block, self.streams.calibrate(index, through=waiting))
                             held.close()  # all batches have passed the block before
                             self.prune(runs, index, stats)
                             del stats  # free this block's statistics before the next block allocates its own
@@ -148,8 +147,8 @@ class _Loop:
                             waiting = index
                             held.push(here.pop_all())  # extend the visit until the next block's calibration
                         elif onward and not (runs and self.dense):
-                            self.propagate(index)
-                self.advance(index)
+                            self.streams.propagate(index)
+                self.streams.advance(index)
                 yield
 
     def with_model_scope(self) -> Generator[None, None, None]:
@@ -161,85 +160,43 @@ class _Loop:
         collected: list[tuple[Block, BlockStatistics]] = []
         for index, block in enumerate(self.chain.blocks):
             with self.chain.residency.visit(block):
-                collected.append((block, self.calibrate(index)))
-            self.advance(index)
+                collected.append((block, self.streams.calibrate(index)))
+            self.streams.advance(index)
         layers = [layer for block, _ in collected for layer in block.layers]
         for run in self.runs:
             if run.scope == "model":
                 self.apply.find_threshold(run, layers, partial(self.visited_scores, run, collected))
-        for index, (block, inputs) in enumerate(collected):
+        for index, (block, of_block) in enumerate(collected):
             with self.chain.residency.visit(block):
-                self.prune(self.runs, index, self.with_gradients(block, inputs))
+                self.prune(self.runs, index, self.with_gradients(block, of_block))
             yield
         for run in self.runs:
             if run.scope == "model":
                 check_count(run, layers, sum(run.pruned.values()), "the model")
 
-    @torch.no_grad()
-    def calibrate(self, index: int, through: int | None = None) -> BlockStatistics:
-        """Run every batch through a dense block and return its layers' input statistics.
-
-        Args:
-            index: The block.
-            through: The pruned block before, if batches still have to pass it.
-        """
-        block = self.chain.blocks[index]
-        check_weights(block)
-        recorder = InputRecorder(block, self.input_kinds, stop=not self.dense)
-        for in_flight, hidden in with_hidden_states(self.batches_in_flight):
-            if through is not None:
-                with self.profile.stage("propagate", through):
-                    hidden = in_flight.hidden = self.chain.run_block(through, hidden, in_flight)
-            if not block.layers and not self.dense:
-                continue  # all layers are excluded, and the outputs will come from the pruned block
-            with self.profile.stage("calibrate", index), recorder.recording(in_flight.batch):
-                output = self.chain.run_block(index, hidden, in_flight)
-                if self.dense:
-                    in_flight.hidden = output
-        self.profile.settle("calibrate", index)
-        recorder.merge(self.group)
-        return {layer.name: LayerStatistics(*recorder.statistics(layer)) for layer in block.layers}
-
-    def with_gradients(self, block: Block, inputs: BlockStatistics) -> BlockStatistics:
-        """Return a block's input statistics joined with its gradient statistics, which are read from the store."""
-        if not self.gradient_kinds:
-            return inputs
-        by_layer = self.gradient_store.get(block, self.gradient_kinds, self.chain.residency.device)
-        return {name: stats.joined(by_layer[name]) for name, stats in inputs.items()}
+    def with_gradients(self, block: Block, stats: BlockStatistics) -> BlockStatistics:
+        """Return a block's statistics joined with those of the model's gradients."""
+        return self.streams.with_model_gradients(block, stats, self.gradient_stores)
 
     def prune(self, runs: Sequence[Run], index: int, stats: BlockStatistics) -> None:
         """Prune a visited block for each run, each time from the dense weights."""
-        layers = self.chain.blocks[index].layers
-        dense = [layer.parameter.detach().clone() for layer in layers] if len(runs) > 1 else []
+        block = self.chain.blocks[index]
+        recovers = any(run.recovery is not None for run in runs)
+        parameters = list(block.module.parameters()) if recovers else [layer.parameter for layer in block.layers]
+        dense = [parameter.detach().clone() for parameter in parameters] if len(runs) > 1 else []
         previous: Run | None = None
         for run in runs:
             if previous is not None:
                 previous.output.settle()  # it may still read the weights that are made dense again
-                for layer, weight in zip(layers, dense, strict=True):
-                    layer.parameter.data.copy_(weight)
-            self.apply.prune(run, index, stats)
+                for parameter, weight in zip(parameters, dense, strict=True):
+                    parameter.data.copy_(weight)
+            self.apply.prune(run, index, stats, self.streams.main)
             previous = run
-
-    @torch.no_grad()
-    def propagate(self, index: int) -> None:
-        """Run every batch through a pruned block, for the next block's inputs."""
-        for in_flight, hidden in with_hidden_states(self.batches_in_flight):
-            with self.profile.stage("propagate", index):
-                in_flight.hidden = self.chain.run_block(index, hidden, in_flight)
-        self.profile.settle("propagate", index)
-
-    @torch.no_grad()
-    def advance(self, index: int) -> None:
-        """Turn a block's outputs into the next block's inputs where the model has code between the two."""
-        if self.batches_in_flight and self.chain.continues(index):
-            with self.profile.stage("propagate", index), self.chain.between(index):
-                for in_flight, hidden in with_hidden_states(self.batches_in_flight):
-                    in_flight.hidden = self.chain.transition(index, hidden, in_flight)
 
     def visited_scores(self, run: Run, collected: Sequence[tuple[Block, BlockStatistics]]) -> Iterator[Tensor]:
         """Yield the scores of every layer in model order, computing one layer at a time."""
-        for block, inputs in collected:
+        for block, of_block in collected:
             with self.chain.residency.visit(block):
-                stats = self.with_gradients(block, inputs)
+                stats = self.with_gradients(block, of_block)
                 for layer in block.layers:
                     yield metric_score(run, layer, stats[layer.name])

@@ -14,19 +14,18 @@ import torch
 from torch import Tensor
 
 from pruneforge.engine.chain import Chain
-from pruneforge.engine.guard import check_pruned, check_share, guarded
+from pruneforge.engine.guard import check_pruned, check_share, guarded, named, seed_for, unchanged
 from pruneforge.engine.processes import Group
+from pruneforge.engine.recovery import PrunedBlock
+from pruneforge.engine.stream import BlockStatistics, Stream
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Block
 from pruneforge.interfaces.layer import Layer
-from pruneforge.interfaces.metric import Pruned
+from pruneforge.interfaces.metric import Pruned, prunes_blocks
 from pruneforge.interfaces.patterns import Unstructured, pruned_count
 from pruneforge.interfaces.run import BlockResult, Run
 from pruneforge.interfaces.selection import Threshold, smallest
 from pruneforge.interfaces.statistics import LayerStatistics
-
-BlockStatistics = dict[str, LayerStatistics]
-"""The statistics of the layers of one block, by layer name."""
 
 
 class _Outcome(NamedTuple):
@@ -45,13 +44,20 @@ class Applier:
         self.block_pruned = block_pruned
 
     @torch.no_grad()
-    def prune(self, run: Run, index: int, stats: BlockStatistics) -> None:
-        """Prune the layers of a block, each in the process that owns it.
+    def prune(self, run: Run, index: int, stats: BlockStatistics, stream: Stream | None) -> None:
+        """Prune the layers of a block, each in the process that owns it, and recover what remains.
+
+        Args:
+            run: The run.
+            index: The block.
+            stats: Its statistics.
+            stream: The batches that recovery learns from.
 
         Raises:
             PruneForgeError: A metric's mask does not fit the pattern, or its scores or weights are not finite.
         """
         block = self.chain.blocks[index]
+        dense = {layer.name: layer.weight.clone() for layer in block.layers} if run.recovery is not None else {}
         with run.profile.stage("prune", index):
             threshold = self._threshold(run, block, stats)
             if index < run.finished:
@@ -64,6 +70,11 @@ class Applier:
             masks, outcomes = self._masks(run, block, stats, threshold)
         notes = [f"{layer.name}: {note}" for layer in block.layers for note in outcomes[layer.name].notes]
         updated = frozenset(name for name, outcome in outcomes.items() if outcome.updated)
+        if run.recovery is not None and block.layers:
+            with run.profile.stage("recover", index):
+                owners = self._owners(block, stats)
+                site = PrunedBlock(run, self.chain, index, stats, masks, dense, owners, stream, self.group)
+                updated |= site.recover()
         pruned = {name: mask.numel() - int(mask.count_nonzero()) for name, mask in masks.items()}
         run.warnings += notes
         run.pruned.update(pruned)
@@ -95,10 +106,16 @@ class Applier:
         # A threshold counts ties from layer to layer, so each process applies it to all layers; it is cheap.
         owners = self._owners(block, stats) if threshold is None else dict.fromkeys(stats, self.group.rank)
         error: Exception | None = None
+        together: dict[str, Pruned] = {}
         try:
+            if block.layers and threshold is None and prunes_blocks(run.metric):
+                owners = dict.fromkeys(stats, 0)
+                if self.group.first:
+                    together = _prune_together(run, block, stats)
             for layer in block.layers:
                 if owners[layer.name] == self.group.rank:
-                    pruned = self._prune_layer(run, layer, stats[layer.name], threshold)
+                    given = together.get(layer.name)
+                    pruned = self._prune_layer(run, layer, stats[layer.name], threshold, given)
                     masks[layer.name] = pruned.mask.cpu()
                     check_share(run, layer, masks[layer.name])
                     layer.write(pruned.mask, pruned.weight)
@@ -136,8 +153,18 @@ class Applier:
         assert mask is not None
         return mask
 
-    def _prune_layer(self, run: Run, layer: Layer, stats: LayerStatistics, threshold: Threshold | None) -> Pruned:
-        """Return the metric's result for a layer, or the mask of a threshold over several layers, refined."""
+    def _prune_layer(
+        self, run: Run, layer: Layer, stats: LayerStatistics, threshold: Threshold | None, given: Pruned | None
+    ) -> Pruned:
+        """Return the metric's result for a layer, or the mask of a threshold over several layers, refined.
+
+        Args:
+            run: The run.
+            layer: The layer, dense.
+            stats: Its statistics.
+            threshold: A threshold over the scores of several layers.
+            given: The result of a metric that has decided over the whole block.
+        """
         pattern, who = run.pattern_for(layer), f"metric {run.metric.name!r}"
         # With comparison groups over layers, or of its own, a method rounds the count elsewhere; N:M leaves no freedom.
         other_groups = threshold is not None or (run.metric.scope is None and isinstance(pattern, Unstructured))
@@ -145,7 +172,7 @@ class Applier:
             pruned = Pruned(threshold.select(metric_score(run, layer, stats)))
         else:
             own = stats.owned_by(run.metric)
-            pruned = guarded(run, layer, own, who, lambda: run.metric.prune_layer(layer, own, pattern))
+            pruned = given or guarded(run, layer, own, who, lambda: run.metric.prune_layer(layer, own, pattern))
             check_pruned(layer, pruned, None if other_groups else pattern, who)
         if other_groups and run.refiners:  # they have to keep what this layer lost
             count = pruned.mask.numel() - int(pruned.mask.count_nonzero())
@@ -156,6 +183,24 @@ class Applier:
             check_pruned(layer, refined, pattern, who)
             pruned = replace(refined, notes=(*pruned.notes, *refined.notes))
         return pruned
+
+
+def _prune_together(run: Run, block: Block, stats: BlockStatistics) -> dict[str, Pruned]:
+    """Return what a metric that decides over whole blocks makes of a block's layers.
+
+    Raises:
+        PruneForgeError: It fails, leaves a layer out, or changes what it is given.
+    """
+    who, layers = f"metric {run.metric.name!r}", block.layers
+    own = {name: of_layer.owned_by(run.metric) for name, of_layer in stats.items()}
+    patterns = {layer.name: run.pattern_for(layer) for layer in layers}
+    seed_for(run, block.name, layers[0].parameter.device)
+    with unchanged(who, [(layer, own[layer.name]) for layer in layers]):
+        made = named(who, f"on block {block.name!r}", lambda: run.metric.prune_block(layers, own, patterns))
+    for layer in layers:
+        if not isinstance(made, dict) or layer.name not in made:
+            raise PruneForgeError(f"{who} made nothing of layer {layer.name!r}; `prune_block` must return each layer")
+    return made
 
 
 def metric_score(run: Run, layer: Layer, stats: LayerStatistics) -> Tensor:

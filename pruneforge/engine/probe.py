@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
+from pruneforge.engine.backward import add_batch, block_gradients
 from pruneforge.engine.chain import Chain
-from pruneforge.engine.gradients import add_batch, block_gradients
+from pruneforge.engine.gradient_store import BlockGradients, InMemoryGradientStore, Kind
 from pruneforge.engine.hidden_states import BatchInFlight
-from pruneforge.engine.recorder import InputRecorder
+from pruneforge.engine.processes import Group
+from pruneforge.engine.recovery import PrunedBlock
 from pruneforge.engine.residency import InMemory, Residency, Streamed
-from pruneforge.interfaces.adapter import LoadedModel
+from pruneforge.engine.stream import BlockStatistics, Flow, Streams
+from pruneforge.interfaces.adapter import Block, LoadedModel
 from pruneforge.interfaces.batch import Batch
 from pruneforge.interfaces.run import Run
-from pruneforge.interfaces.statistics import GradientStatistic, InputStatistic, LayerStatistics, empty_statistics
+from pruneforge.interfaces.statistics import LayerStatistics, On, empty_statistics
 from pruneforge.numerics import seed_random_numbers
+from pruneforge.profile import Profile
 
 T = TypeVar("T")
 
@@ -36,47 +40,46 @@ def probe(
     else:
         residency = InMemory(loaded.module, run.blocks, device)
     timed = partial(_timed, device=device)
-    chain = Chain(loaded.module, loaded.adapter, run.blocks, residency)
+    chain = Chain(loaded.module, loaded.adapter, run.blocks, residency, objective=run.objective)
     block, blocks, count = run.blocks[0], len(run.blocks), len(batches)
     seconds: dict[str, float] = {}
     captured: list[BatchInFlight] = []
     if batches:
         captured, taken = timed(lambda: chain.capture(batches[:1]))
         seconds["capture"] = taken * count
+    names = ["", *dict.fromkeys(each.stream for each in run.requires if isinstance(each, On))] if captured else []
+    targets = run.recovery.targets if run.recovery is not None else None
+    flow = Flow(chain, Group(), Profile(), dense=True, targets=targets)
+    kinds = Streams(dict.fromkeys(names, captured), run.requires, flow).model_gradients()
     start = time.perf_counter()
     with residency.visit(block):
         reading = time.perf_counter() - start
-        recorder = InputRecorder(block, [k for k in run.requires if issubclass(k, InputStatistic)])
 
-        def calibrate() -> torch.Tensor:
-            with recorder.recording(captured[0].batch):
-                return chain.run_block(0, captured[0].hidden, captured[0])
+        def calibrate() -> tuple[Streams, BlockStatistics]:
+            streams = Streams(dict.fromkeys(names, captured), run.requires, flow)
+            return streams, streams.calibrate(0)
 
-        gradients: dict[str, dict[Any, Any]] = {layer.name: {} for layer in block.layers}
-        kinds = [kind for kind in run.requires if issubclass(kind, GradientStatistic)]
+        (streams, stats), taken = timed(calibrate)
         if captured:
-            output, taken = timed(calibrate)
-            _, plain = timed(lambda: chain.run_block(0, captured[0].hidden, captured[0]))
+            output, plain = timed(lambda: chain.run_block(0, captured[0].hidden, captured[0]))
             seconds["calibrate"] = taken * count * blocks
             if run.allocator is not None and run.allocator.requires:
                 seconds["allocate"] = seconds["calibrate"]
             seconds["propagate"] = plain * count * (blocks - 1) if run.propagate == "pruned" else 0.0
             if kinds:
-                taken = _probe_gradients(chain, captured[0], output, kinds, gradients)
+                taken, store = _probe_gradients(chain, captured[0], output, kinds)
                 seconds["gradients"] = (plain + taken) * count * blocks + 2 * reading * blocks
-
-        def prune() -> None:
-            # By input. Empty at each call: on a device the second call is timed, and it must compute these values.
-            shared: dict[int, dict[Any, Any]] = {}
-            for layer in block.layers:
-                statistics, of_input = recorder.statistics(layer)
-                stats = LayerStatistics(statistics, shared.setdefault(id(of_input), {})).joined(gradients[layer.name])
-                seed_random_numbers(run.seed, device)
-                pruned = run.metric.prune_layer(layer, stats, run.pattern)
-                for refiner in run.refiners:
-                    pruned = refiner.refine(layer, stats, pruned, run.pattern)
-
-        seconds["prune"] = timed(prune)[1] * blocks
+                stats = streams.with_model_gradients(block, stats, dict.fromkeys(kinds, store))
+        seconds["prune"] = timed(lambda: _prune(run, block, stats, device))[1] * blocks
+        if run.recovery is not None:
+            dense = {layer.name: layer.weight.clone() for layer in block.layers}
+            masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in dense.items()}
+            owners = dict.fromkeys(masks, 0)
+            site = PrunedBlock(run, chain, 0, stats, masks, dense, owners, streams.main, Group())
+            before = [parameter.detach().clone() for parameter in block.module.parameters()]
+            seconds["recover"] = timed(site.recover)[1] * blocks * (count if targets else 1)
+            for parameter, value in zip(block.module.parameters(), before, strict=True):
+                parameter.data.copy_(value)
     seconds["read"] = reading * blocks
     if isinstance(residency, Streamed):
         residency.close()
@@ -85,23 +88,33 @@ def probe(
     return seconds, held * (blocks + 2 if kinds else 2)
 
 
+def _prune(run: Run, block: Block, stats: BlockStatistics, device: torch.device) -> None:
+    """Make the masks of a block, and drop them."""
+    # By input. Empty at each call: on a device the second call is timed, and it must compute the shared values.
+    shared: dict[int, dict[Any, Any]] = {}
+    for layer in block.layers:
+        of_layer = LayerStatistics(dict(stats[layer.name].items()), shared.setdefault(stats[layer.name].input_key, {}))
+        seed_random_numbers(run.seed, device)
+        pruned = run.metric.prune_layer(layer, of_layer, run.pattern)
+        for refiner in run.refiners:
+            pruned = refiner.refine(layer, of_layer, pruned, run.pattern)
+
+
 def _probe_gradients(
-    chain: Chain,
-    in_flight: BatchInFlight,
-    output: torch.Tensor,
-    kinds: list[Any],
-    statistics: dict[str, dict[Any, Any]],
-) -> float:
-    """Fill `statistics` from one batch with a constant gradient of the block's output; return the seconds taken."""
-    layers = chain.blocks[0].layers
-    for layer in layers:
-        statistics[layer.name] = empty_statistics(layer, kinds)
+    chain: Chain, in_flight: BatchInFlight, output: torch.Tensor, kinds: Mapping[str, Sequence[Kind]]
+) -> tuple[float, InMemoryGradientStore]:
+    """Collect statistics of one batch with a constant gradient of the block's output; return the seconds taken."""
+    block, store = chain.blocks[0], InMemoryGradientStore()
+    wanted = list(dict.fromkeys(kind for of_stream in kinds.values() for kind in of_stream))
+    statistics: BlockGradients = {layer.name: empty_statistics(layer, wanted) for layer in block.layers}
 
     def run() -> None:
         _, gradients = block_gradients(chain, 0, in_flight.hidden, in_flight, torch.full_like(output, 1e-3))
-        add_batch(layers, statistics, gradients, in_flight.batch.size, 1.0)
+        add_batch(block.layers, statistics, gradients, in_flight.batch.size, 1.0)
 
-    return _timed(run, chain.residency.device)[1]
+    taken = _timed(run, chain.residency.device)[1] * len(kinds)
+    store.put(block, statistics)
+    return taken, store
 
 
 def _timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:

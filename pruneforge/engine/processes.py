@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -14,9 +15,12 @@ from torch import distributed as dist
 from torch.utils._pytree import tree_map
 
 from pruneforge.errors import PruneForgeError, UnfinishedError
+from pruneforge.interfaces.batch import Batch
 from pruneforge.interfaces.statistics import Statistic
 
 T = TypeVar("T")
+
+HOST = torch.device("cpu")
 
 PATIENCE = timedelta(hours=2)
 """How long processes wait for one another. The first one reads a whole checkpoint while the others wait; NCCL's default
@@ -79,7 +83,7 @@ class Group:
                 return
             states: list[Any] = [None] * self.size
             # Through host memory: a device tensor would be unpickled on the sender's device.
-            dist.all_gather_object(states, tree_map(_on_host, statistic.state_dict()))
+            dist.all_gather_object(states, tree_map(partial(_moved, device=HOST), statistic.state_dict()))
         statistic.load_state_dict(states[0])
         for state in states[1:]:
             # Without `__init__`, which asks for a shape and would allocate sums that the state replaces anyway.
@@ -128,6 +132,17 @@ class Group:
             with _others():
                 dist.broadcast(tensor, owner)
 
+    def from_owner(self, value: T | None, owner: int, device: torch.device) -> T:
+        """Return the value of process `owner` in every process, with its tensors and batches on `device`."""
+        if self.size == 1:
+            assert value is not None
+            return value
+        held = [tree_map(partial(_moved, device=HOST), value)]
+        with _others():
+            dist.broadcast_object_list(held, owner)
+        moved: T = tree_map(partial(_moved, device=device), held[0])
+        return moved
+
     def spread(self, costs: Sequence[float]) -> list[int]:
         """Return which process takes each task: the dearest tasks first, each to the least loaded process."""
         loads = [0.0] * self.size
@@ -173,8 +188,8 @@ def joined(device: torch.device) -> Iterator[Group]:
         dist.destroy_process_group()
 
 
-def _on_host(value: Any) -> Any:
-    return value.cpu() if isinstance(value, Tensor) else value
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor | Batch) else value
 
 
 @contextmanager

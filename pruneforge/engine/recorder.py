@@ -1,4 +1,4 @@
-"""Collect input statistics during a block's forward passes."""
+"""Collect statistics of inputs and outputs during a block's forward passes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Block
 from pruneforge.interfaces.batch import Batch
 from pruneforge.interfaces.layer import Layer
-from pruneforge.interfaces.statistics import InputStatistic, Statistic, empty_statistics
+from pruneforge.interfaces.statistics import InputStatistic, OutputStatistic, Statistic, empty_statistics
 from pruneforge.numerics import all_finite, finite_flag, first_false
 
 
@@ -44,32 +44,42 @@ class InputRecorder:
     from then on the first layer of each input records for all of them.
     """
 
-    def __init__(self, block: Block, kinds: Sequence[type[InputStatistic]], stop: bool = False) -> None:
+    def __init__(
+        self,
+        block: Block,
+        kinds: Sequence[type[InputStatistic]],
+        output_kinds: Sequence[type[OutputStatistic]] = (),
+        stop: bool = False,
+    ) -> None:
         """Start empty.
 
         Args:
             block: The block.
-            kinds: The statistics to update.
-            stop: Stop each pass at the last layer's input, before its product; the block's output is not needed.
-                Passes stop early only if the first one calls every layer exactly once.
+            kinds: The statistics of inputs to update.
+            output_kinds: The statistics of outputs to update.
+            stop: Stop each pass at the last layer's input, before its product; no output is needed then. Passes stop
+                early only if the first one calls every layer exactly once.
         """
         self._block = block
         self._kinds = kinds
+        self._output_kinds = output_kinds
+        self._outputs: dict[str, dict[type[OutputStatistic], OutputStatistic]] = {}
         self._inputs: dict[str, _Input] = {}
         self._batch: Batch | None = None
         self._seen: dict[int, tuple[Tensor, int, _Input]] = {}
         self._uses: list[str] = []
-        self._stop = stop
+        self._stop = stop and not output_kinds
         self._each_once: bool | None = None  # whether every layer is called exactly once; unknown until the first pass
 
     @contextmanager
     def recording(self, batch: Batch) -> Iterator[None]:
         """Record the layers' inputs while one batch passes the block within the context."""
-        if not self._kinds:
+        if not self._kinds and not self._output_kinds:
             yield
             return
         self._batch, self._seen, self._uses = batch, {}, []
-        with suppress(_Enough), WeightUses(self._block.layers, before=self._record):
+        after = self._record_output if self._output_kinds else None
+        with suppress(_Enough), WeightUses(self._block.layers, before=self._record, after=after):
             yield
         # A layer that is called twice in a pass would miss its second input if the pass stopped early.
         if self._each_once is None:
@@ -92,6 +102,16 @@ class InputRecorder:
         if self._each_once and len(set(self._uses)) == len(self._block.layers):
             raise _Enough
 
+    def _record_output(self, layer: Layer, value: Tensor, output: Tensor) -> None:
+        """Update the statistics of what `layer` puts out."""
+        batch = self._batch
+        assert batch is not None
+        if layer.name not in self._outputs:
+            self._outputs[layer.name] = empty_statistics(layer, self._output_kinds)
+        tokens = valid_tokens(layer.outputs(output, batch.size), batch, layer)
+        for statistic in self._outputs[layer.name].values():
+            statistic.update(tokens, batch.size)
+
     def _update(self, known: _Input, value: Tensor) -> None:
         batch = self._batch
         assert batch is not None
@@ -104,10 +124,12 @@ class InputRecorder:
         done: set[int] = set()
         for layer in self._block.layers:
             known = self._inputs.get(layer.name)
+            of_layer: list[Statistic] = list(self._outputs.get(layer.name, {}).values())
             if known is not None and id(known) not in done:
                 done.add(id(known))
-                for statistic in known.statistics.values():
-                    group.merge(statistic, known.leader.parameter.device)
+                of_layer += known.statistics.values()
+            for statistic in of_layer:
+                group.merge(statistic, layer.parameter.device)
 
     def statistics(self, layer: Layer) -> tuple[dict[type[Statistic], Statistic], dict[Any, Any]]:
         """Return the statistics of `layer`, and the values shared with layers of the same input.
@@ -115,17 +137,19 @@ class InputRecorder:
         Raises:
             PruneForgeError: No batch reached the layer, or a non-finite value did.
         """
-        if not self._kinds:
+        if not self._kinds and not self._output_kinds:
             return {}, {}
         if layer.name not in self._inputs:
             raise PruneForgeError(f"no calibration batch reached layer {layer.name!r}")
         known = self._inputs[layer.name]
-        for statistic in known.statistics.values():
+        found: dict[type[Statistic], Statistic] = dict(known.statistics.items())
+        found.update(self._outputs.get(layer.name, {}).items())
+        for statistic in found.values():
             if not all_finite(statistic.total):
                 raise PruneForgeError(
                     f"non-finite activations reach layer {layer.name!r}; {mend_non_finite(self._batch)}"
                 )
-        return dict(known.statistics.items()), known.shared
+        return found, known.shared
 
 
 def mend_non_finite(batch: Batch | None) -> str:

@@ -26,9 +26,13 @@ class Layer:
     name: str
     parameter: nn.Parameter = field(repr=False)
 
+    def view(self, value: Tensor) -> Tensor:
+        """View a tensor that lies as the parameter does, such as its gradient, as a matrix [out, in]."""
+        return value
+
     def matrix(self) -> Tensor:
         """Return a view of the parameter as a matrix [out, in], without gradients."""
-        return self.parameter.detach()  # not `.data`, whose changes in place torch does not count
+        return self.view(self.parameter.detach())  # not `.data`, whose changes in place torch does not count
 
     @property
     def weight(self) -> Tensor:
@@ -78,9 +82,9 @@ class Layer:
 class PointwiseConvLayer(Layer):
     """The weight [out, in, 1, 1] of a 1x1 convolution; its tokens are the positions of the image."""
 
-    def matrix(self) -> Tensor:
-        """Return a view of the parameter as a matrix [out, in], without gradients."""
-        return self.parameter.detach().flatten(1)
+    def view(self, value: Tensor) -> Tensor:
+        """View a tensor [out, in, 1, 1] as a matrix [out, in]."""
+        return value.flatten(1)
 
     def inputs(self, value: Tensor, samples: int) -> Tensor:
         """View an image [samples, in, height, width] as [samples, tokens, in]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 
@@ -14,7 +14,7 @@ from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces import options
 from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.patterns import Pattern, Scope
-from pruneforge.interfaces.statistics import LayerStatistics, Statistic
+from pruneforge.interfaces.statistics import LayerStatistics, Requirement
 from pruneforge.numerics import accumulation_dtype
 
 
@@ -36,15 +36,16 @@ class Pruned:
 class Metric(options.Configurable):
     """Turns a layer and its statistics into a score, or into a pruned layer.
 
-    Most metrics override `score` and nothing else. A method that also changes weights overrides
-    `prune_layer` instead, and sets `scope = None` if it chooses its own comparison groups.
+    Most metrics override `score` and nothing else. A method that also changes weights overrides `prune_layer` instead,
+    or `prune_block` if it decides over a block's layers together, and sets `scope = None` if it chooses its own
+    comparison groups.
 
     Attributes:
         requires: The statistics it needs; a property if they depend on the options.
         scope: The comparison group that its paper uses.
     """
 
-    requires: Sequence[type[Statistic]] = ()
+    requires: Sequence[Requirement] = ()
     scope: ClassVar[Scope | None] = "row"
 
     class Options(options.Options):
@@ -73,6 +74,23 @@ class Metric(options.Configurable):
             pattern: Selects a mask from scores with `pattern.select`.
         """
         return Pruned(pattern.select(self.checked_score(layer, stats)))
+
+    def prune_block(
+        self, layers: Sequence[Layer], stats: Mapping[str, LayerStatistics], patterns: Mapping[str, Pattern]
+    ) -> dict[str, Pruned]:
+        """Prune the layers of a block together; by default, each for itself by `prune_layer`.
+
+        Override this where what one layer loses depends on another layer of the block.
+
+        Args:
+            layers: The block's layers, dense.
+            stats: Their statistics, by layer name; read only.
+            patterns: The pattern of each layer, by name; they differ where an allocator gives each its own sparsity.
+
+        Returns:
+            The result of each layer, by name.
+        """
+        return {la.name: self.prune_layer(la, stats[la.name], patterns[la.name]) for la in layers}
 
     def checked_score(self, layer: Layer, stats: LayerStatistics) -> Tensor:
         """Return `score` checked and contiguous, in float32 or float64, on the layer's device.
@@ -108,3 +126,8 @@ class Metric(options.Configurable):
                 f"metric {self.name!r} has the scope {scope!r}; it must be None or one of {', '.join(get_args(Scope))}"
             )
         return scope
+
+
+def prunes_blocks(metric: Metric) -> bool:
+    """Return whether a metric decides over a block's layers together."""
+    return type(metric).prune_block is not Metric.prune_block

@@ -50,6 +50,11 @@ class PruneRecipe(Recipe):
         description="Source or file of the calibration data. A metric that looks at weights alone needs none.",
         json_schema_extra={"metavar": "SOURCE|PATH"},
     )
+    streams: dict[str, str] = Field(
+        default_factory=dict,
+        description="Further calibration data by name, each a source or file, for methods that compare several.",
+        json_schema_extra={"metavar": "NAME=SOURCE|PATH"},
+    )
     samples: int = Field(128, ge=1, description="Sequences or images to draw from the source.")
     seqlen: int | None = Field(
         None, ge=1, description="Tokens per sequence; by default the model's context, at most 2048."
@@ -78,6 +83,16 @@ class PruneRecipe(Recipe):
     refine_options: dict[str, Any] = Field(
         default_factory=dict, description="Options of the refiner; of several refiners, by name."
     )
+    recover: str | None = Field(
+        None, description="Name of a recovery, which changes the remaining weights of each block once it is pruned."
+    )
+    recover_options: dict[str, Any] = Field(default_factory=dict, description="Options of the recovery.")
+    objective: str | None = Field(
+        None,
+        description="Name of an objective, the loss whose gradients metrics use; by default the one that the model was "
+        "trained for.",
+    )
+    objective_options: dict[str, Any] = Field(default_factory=dict, description="Options of the objective.")
 
 
 class EvalRecipe(Recipe):

@@ -9,7 +9,7 @@ from pruneforge.interfaces import options
 from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.metric import Pruned
 from pruneforge.interfaces.patterns import Pattern
-from pruneforge.interfaces.statistics import LayerStatistics, Statistic
+from pruneforge.interfaces.statistics import LayerStatistics, Requirement
 
 
 class Refiner(options.Configurable, ABC):
@@ -19,7 +19,7 @@ class Refiner(options.Configurable, ABC):
         requires: The statistics it needs, which join those of the metric.
     """
 
-    requires: Sequence[type[Statistic]] = ()
+    requires: Sequence[Requirement] = ()
 
     class Options(options.Options):
         """Options of every refiner."""

@@ -20,6 +20,8 @@ KINDS = {
     "demo": "pruneforge.interfaces.demo:Demo",
     "allocator": "pruneforge.interfaces.allocator:Allocator",
     "refiner": "pruneforge.interfaces.refiner:Refiner",
+    "recovery": "pruneforge.interfaces.recovery:Recovery",
+    "objective": "pruneforge.interfaces.objective:Objective",
 }
 """What a plugin can register, each kind with its base class; a new kind is a line here and a method of `Registry`."""
 
@@ -108,7 +110,7 @@ def imported(target: str) -> Any:
 
 
 class Registry:
-    """Metrics, allocators, refiners, adapters, sources, evaluators and demos by name.
+    """Metrics, allocators, refiners, recoveries, objectives, adapters, sources, evaluators and demos by name.
 
     A plugin fills it in its `pruneforge_register` hook. What needs a library that a plain installation of the plugin
     does not bring is registered with `library="module", extra="name"`: the module, and the extra that brings it.
@@ -148,6 +150,14 @@ class Registry:
     def refiner(self, name: str, target: str | type[Configurable], **needs: str) -> None:
         """Register a `pruneforge.Refiner`."""
         self._add("refiner", name, target, **needs)
+
+    def recovery(self, name: str, target: str | type[Configurable], **needs: str) -> None:
+        """Register a `pruneforge.Recovery`."""
+        self._add("recovery", name, target, **needs)
+
+    def objective(self, name: str, target: str | type[Configurable], **needs: str) -> None:
+        """Register a `pruneforge.Objective`."""
+        self._add("objective", name, target, **needs)
 
     def _add(
         self,

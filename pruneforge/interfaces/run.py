@@ -13,11 +13,14 @@ from pruneforge.interfaces.adapter import Block
 from pruneforge.interfaces.allocator import Allocator
 from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.metric import Metric
+from pruneforge.interfaces.objective import Objective
+from pruneforge.interfaces.options import Configurable
 from pruneforge.interfaces.patterns import Pattern, Scope, Unstructured
 from pruneforge.interfaces.recipe import Propagate, PruneRecipe
+from pruneforge.interfaces.recovery import Recovery
 from pruneforge.interfaces.refiner import Refiner
 from pruneforge.interfaces.selection import Threshold
-from pruneforge.interfaces.statistics import Statistic
+from pruneforge.interfaces.statistics import Requirement
 from pruneforge.profile import Profile
 
 
@@ -31,7 +34,8 @@ class BlockResult:
         masks: Mask [out, in] of each of its layers on the CPU, by full name; `True` keeps.
         pruned: Number of pruned weights of each layer, by full name.
         notes: Notes of the metric about its layers, one line each.
-        updated: Names of the layers whose remaining weights the metric updated.
+        updated: Names of the layers whose remaining weights were updated, and of other parameters of the block that
+            recovery changed.
     """
 
     index: int
@@ -68,6 +72,8 @@ class Run:
         folder: The output folder, or `None` for a result in memory.
         allocator: Gives each layer its sparsity; by default all have the pattern's.
         refiners: Change each mask after the metric, in this order.
+        recovery: Changes the remaining weights of each block once it is pruned.
+        objective: The loss of gradient statistics; by default the adapter's.
         blocks: The model's blocks in the order they run.
         excluded: Layers of the blocks that the user left out; they stay dense.
         warnings: Warnings for the user, one line each.
@@ -90,6 +96,8 @@ class Run:
     folder: Path | None = None
     allocator: Allocator | None = None
     refiners: tuple[Refiner, ...] = ()
+    recovery: Recovery | None = None
+    objective: Objective | None = None
     blocks: list[Block] = field(default_factory=list)
     excluded: list[Layer] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -115,15 +123,24 @@ class Run:
         return self.recipe.seed
 
     @property
-    def requires(self) -> tuple[type[Statistic], ...]:
-        """The statistics that the metric and the refiners require, each once."""
-        of_refiners = [kind for refiner in self.refiners for kind in refiner.requires]
-        return tuple(dict.fromkeys([*self.metric.requires, *of_refiners]))
+    def requires(self) -> tuple[Requirement, ...]:
+        """The statistics that the metric, the refiners and the recovery require, each once."""
+        of_parts = [self.metric.requires, *(refiner.requires for refiner in self.refiners)]
+        if self.recovery is not None:
+            of_parts.append(self.recovery.requires)
+        return tuple(dict.fromkeys(required for requires in of_parts for required in requires))
+
+    @property
+    def parts(self) -> list[Configurable]:
+        """All plugins that make the method."""
+        others = (self.allocator, *self.refiners, self.recovery, self.objective)
+        return [self.metric, *(part for part in others if part is not None)]
 
     @property
     def uses_data(self) -> bool:
         """Whether calibration data have a say in the result."""
-        return bool(self.requires or (self.allocator is not None and self.allocator.requires))
+        targets = self.recovery.targets if self.recovery is not None else None
+        return bool(self.requires or targets or (self.allocator is not None and self.allocator.requires))
 
     def pattern_for(self, layer: Layer) -> Pattern:
         """Return the pattern of one layer: the run's, with the layer's own share if there is an allocation."""
@@ -137,6 +154,6 @@ class Run:
         return self.pattern.scope if isinstance(self.pattern, Unstructured) else None
 
 
-def required_statistics(runs: Iterable[Run]) -> tuple[type[Statistic], ...]:
+def required_statistics(runs: Iterable[Run]) -> tuple[Requirement, ...]:
     """Return the statistics that any of the runs requires, each once."""
     return tuple(dict.fromkeys(kind for run in runs for kind in run.requires))

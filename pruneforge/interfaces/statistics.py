@@ -1,4 +1,4 @@
-"""Statistics: streaming summaries of the inputs and gradients of layers.
+"""Statistics: streaming summaries of the inputs, outputs and gradients of layers.
 
 A statistic holds raw sums and counts; each metric does its own normalisation. Sums are float32, or float64 in a float64
 model, and merge by addition across batches and processes.
@@ -9,14 +9,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from pruneforge.errors import unknown_name
+from pruneforge.interfaces.batch import Batch
 from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.options import Configurable
-from pruneforge.numerics import accumulation_dtype, products_of
+from pruneforge.numerics import accumulation_dtype
 
 S = TypeVar("S", bound="Statistic")
 T = TypeVar("T")
@@ -32,11 +36,33 @@ class Statistic(ABC):
         total: The raw sum.
         samples: Number of samples (sequences or images) in it.
         tokens: Number of tokens in it.
+        parameters: What `of` has set.
     """
 
     total: Tensor
     samples: int = 0
     tokens: int = 0
+    parameters: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def of(cls: type[S], **parameters: Any) -> type[S]:
+        """Return this statistic with other values of its class attributes, such as `Histogram.of(bins=32)`.
+
+        Equal values give the same class, so `stats[Histogram.of(bins=32)]` finds what `requires` names. They are part
+        of what identifies cached sums.
+
+        Args:
+            parameters: Values that can be hashed, of attributes that the class has.
+
+        Raises:
+            PruneForgeError: The class has no such attribute.
+        """
+        own = {name for base in cls.__mro__ if not _of_framework(base) for name in vars(base)}
+        known = sorted(name for name in own if not name.startswith("_") and not callable(getattr(cls, name)))
+        for name in parameters:
+            if name not in known:
+                raise unknown_name(f"parameter of {cls.__name__}", name, known)
+        return _with_parameters(cls, tuple(sorted(parameters.items())))
 
     @abstractmethod
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
@@ -89,8 +115,29 @@ class InputStatistic(Statistic):
         """Add `inputs` [tokens, in], in the dtype of the sums, to `total`; may be called several times for a batch."""
 
 
+class OutputStatistic(Statistic):
+    """A sum over the tokens that a layer put out, dense, before anything else is done with them."""
+
+    def update(self, outputs: Tensor, samples: int) -> None:
+        """Add one batch.
+
+        Args:
+            outputs: [tokens, out], without padding, in the model's dtype.
+            samples: Number of samples that the tokens come from.
+        """
+        self.add(outputs.to(self.total.dtype))
+        self.samples += samples
+        self.tokens += outputs.shape[0]
+
+    @abstractmethod
+    def add(self, outputs: Tensor) -> None:
+        """Add `outputs` [tokens, out], in the dtype of the sums, to `total`."""
+
+
 class GradientStatistic(Statistic):
     """A sum over samples of a function of each sample's own weight gradient, in the dense model.
+
+    The gradient is that of the sample's mean loss, as the run's objective or else the adapter says.
 
     Attributes:
         by_rows: Whether `add` treats each row of the gradient separately, so that it can receive a few rows at a time.
@@ -111,108 +158,81 @@ class GradientStatistic(Statistic):
 
     @abstractmethod
     def add(self, gradient: Tensor) -> None:
-        """Add the gradient [out, in] of one sample's mean loss, in the dtype of the sums, to `total`.
+        """Add the gradient [out, in] of one sample's loss, in the dtype of the sums, to `total`.
 
         The tensor is reused for the next sample and must not be changed or kept.
         """
 
 
-class ColumnSquares(InputStatistic):
-    """Sum over tokens of the squares of each input column, `total` [in]."""
+class BlockGradientStatistic(GradientStatistic):
+    """A sum over samples of a function of the gradient of a loss on the block's own output.
 
-    in_cache = True
+    It is collected while the block is calibrated: the block is dense, its inputs are those of the other statistics, and
+    nothing passes the rest of the model. A subclass says what is summed by inheriting from another gradient statistic::
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-        self.total = torch.zeros(shape[1], dtype=dtype, device=device)
+        class Regional(BlockGradientStatistic, GradientSquares):
+            @staticmethod
+            def loss(output, batch, target):
+                return output.flatten(1).norm(dim=1)
 
-    def add(self, inputs: Tensor) -> None:
-        """Add the squares of `inputs` [tokens, in]."""
-        self.total += inputs.square().sum(0)
-
-    def per_sample(self) -> Tensor:
-        """Return the sum divided by the number of samples [in]."""
-        return self.total / self.samples
-
-
-class Gram(InputStatistic):
-    """Gram matrix of the inputs, X^T X over all tokens, `total` [in, in].
-
-    The matrix is symmetric, so only its lower half and a little more are summed. Reading `total` mirrors that half;
-    this happens once, after all batches.
+    Attributes:
+        with_target: Whether `loss` compares with the block's output in the dense model, where earlier blocks are dense
+            too. With `propagate="dense"` the two are the same.
     """
 
-    _sum: Tensor
-    _half: bool  # whether the upper half of `_sum` is out of date
-    _source: torch.dtype | None = None  # dtype of the inputs before `update` converted them; narrow products are exact
+    with_target: ClassVar[bool] = False
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-        self.total = torch.zeros(shape[1], shape[1], dtype=dtype, device=device)
+    @staticmethod
+    @abstractmethod
+    def loss(output: Tensor, batch: Batch, target: Tensor | None) -> Tensor:
+        """Return the loss of each sample [samples], differentiable.
+
+        Args:
+            output: The block's output [samples, ..., hidden], padding included.
+            batch: The batch; `batch.valid` says what is padding.
+            target: The block's output in the dense model, if `with_target`.
+        """
+
+
+@cache
+def _with_parameters(cls: type[Any], parameters: tuple[tuple[str, Any], ...]) -> Any:
+    values = dict(parameters)
+    suffix = f"({', '.join(f'{name}={value!r}' for name, value in parameters)})"
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__ + suffix, "__doc__": cls.__doc__}
+    return type(cls.__name__ + suffix, (cls,), {**names, **values, "parameters": {**cls.parameters, **values}})
+
+
+def _of_framework(cls: type) -> bool:
+    return cls.__module__ in (__name__, "abc", "builtins")
+
+
+@dataclass(frozen=True)
+class On(Generic[S]):
+    """A statistic of one of several named sets of calibration data: `On("general", GradientSquares)`.
+
+    Where data are not named, or a name is left out, a statistic is of the first set.
+
+    Attributes:
+        stream: Name of the data.
+        kind: The statistic.
+    """
+
+    stream: str
+    kind: type[S]
 
     @property
-    def total(self) -> Tensor:
-        """The whole matrix [in, in]."""
-        if self._half:
-            for part in self._columns():
-                self._sum[part, part.stop :] = self._sum[part.stop :, part].T
-            self._half = False
-        return self._sum
-
-    @total.setter
-    def total(self, value: Tensor) -> None:
-        self._sum = value
-        self._half = False
-
-    def update(self, inputs: Tensor, samples: int) -> None:
-        """Add one batch; see `InputStatistic.update`."""
-        self._source = inputs.dtype
-        super().update(inputs, samples)
-
-    def add(self, inputs: Tensor) -> None:
-        """Add `inputs` [tokens, in] transposed times itself."""
-        with products_of(self._source or inputs.dtype, inputs.device):
-            for part in self._columns():
-                self._sum[part.start :, part].addmm_(inputs[:, part.start :].T, inputs[:, part])
-        self._half = True
-
-    def _columns(self) -> list[slice]:
-        """Split the columns into at most four parts, each wide enough for fast products."""
-        size = len(self._sum)
-        step = max(256, -(-size // 4))
-        return [slice(start, min(start + step, size)) for start in range(0, size, step)]
-
-    def per_sample(self) -> Tensor:
-        """Return the sum divided by the number of samples [in, in]."""
-        return self.total / self.samples
+    def __name__(self) -> str:
+        """What messages call it."""
+        return f"{self.kind.__name__} on {self.stream!r}"
 
 
-class GradientMagnitude(GradientStatistic):
-    """Sum over samples of the absolute value of the gradient, `total` [out, in]."""
-
-    by_rows = True
-
-    def add(self, gradient: Tensor) -> None:
-        """Add the absolute values."""
-        self.total += gradient.abs()
+Requirement = type[Statistic] | On[Any]
+"""What `requires` may name."""
 
 
-class GradientSquares(GradientStatistic):
-    """Sum over samples of the square of the gradient, `total` [out, in]."""
-
-    by_rows = True
-
-    def add(self, gradient: Tensor) -> None:
-        """Add the squares."""
-        self.total.addcmul_(gradient, gradient)
-
-
-class GradientSum(GradientStatistic):
-    """Sum over samples of the signed gradient, `total` [out, in]."""
-
-    by_rows = True
-
-    def add(self, gradient: Tensor) -> None:
-        """Add the gradient as it is."""
-        self.total += gradient
+def kind_of(required: Requirement) -> type[Statistic]:
+    """Return the statistic that is required, of whatever data."""
+    return required.kind if isinstance(required, On) else required
 
 
 K = TypeVar("K", bound=Statistic)
@@ -225,28 +245,28 @@ def empty_statistics(layer: Layer, kinds: Iterable[type[K]], device: torch.devic
 
 
 class LayerStatistics:
-    """The statistics of one layer that the metric requires, by class: `stats[ColumnSquares].total`."""
+    """The statistics of one layer, by what `requires` names: `stats[ColumnSquares].total`."""
 
     def __init__(
-        self, statistics: Mapping[type[Statistic], Statistic], shared: dict[Any, Any], owner: object = None
+        self, statistics: Mapping[Requirement, Statistic], shared: dict[Any, Any], owner: object = None
     ) -> None:
         self._statistics = dict(statistics)
         self._shared = shared
         self._owner = owner
 
-    def __getitem__(self, kind: type[S]) -> S:
-        """Return the statistic of class `kind`.
+    def __getitem__(self, required: type[S] | On[S]) -> S:
+        """Return a statistic.
 
         Raises:
-            KeyError: `kind` is not in the metric's `requires`.
+            KeyError: It is not in `requires`.
         """
         try:
-            return self._statistics[kind]  # type: ignore[return-value]
+            return self._statistics[required]  # type: ignore[return-value]
         except KeyError:
-            raise KeyError(f"{kind.__name__} is not among the metric's `requires`") from None
+            raise KeyError(f"{required.__name__} is not among the metric's `requires`") from None
 
-    def items(self) -> Iterable[tuple[type[Statistic], Statistic]]:
-        """Return the statistics with their classes."""
+    def items(self) -> Iterable[tuple[Requirement, Statistic]]:
+        """Return the statistics with what names them."""
         return self._statistics.items()
 
     @property

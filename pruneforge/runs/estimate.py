@@ -16,7 +16,7 @@ from pruneforge.engine.probe import probe
 from pruneforge.engine.processes import Group
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.metric import Metric
-from pruneforge.interfaces.statistics import GradientStatistic, empty_statistics
+from pruneforge.interfaces.statistics import BlockGradientStatistic, GradientStatistic, empty_statistics, kind_of
 from pruneforge.memory import one_line_for_full_devices
 from pruneforge.numerics import exact_arithmetic
 from pruneforge.runs.job import make_job
@@ -85,12 +85,13 @@ def estimate(
         seconds, waiting = probe(loaded, batches, run, job.device)
     measured = session.peak.read()
     on_device = job.device.type == "cuda"
-    host_room, device_room = job.resources.budgets.for_activations([run], loaded, batches, job.device)
+    host_room, device_room = session.rooms([run])
     waits_on_device = min(waiting, device_room)
     waits_on_host = min(waiting - waits_on_device, host_room)
     layers = [layer for block in run.blocks for layer in block.layers]
     weights = sum(layer.parameter.numel() for layer in layers)
-    gradients = [kind for kind in run.requires if issubclass(kind, GradientStatistic)]
+    kinds = [kind_of(required) for required in run.requires]
+    gradients = [k for k in kinds if issubclass(k, GradientStatistic) and not issubclass(k, BlockGradientStatistic)]
     statistics = sum(made.total.nbytes for la in layers for made in empty_statistics(la, gradients, META).values())
     disk = waiting - waits_on_device - waits_on_host
     if loaded.checkpoint is not None:

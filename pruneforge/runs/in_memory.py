@@ -41,16 +41,15 @@ def prune_in_memory(session: Session, run: Run) -> PruneResult:
     """
     if run.folder is not None:
         check_output(run.folder)
-    loaded, batches = session.loaded, session.data.batches
+    loaded = session.loaded
     session.fingerprint = provenance.fingerprint(loaded.module)
     run.output = kept = Masks()
     with run.profile.stage("total"):
         residency = InMemory(loaded.module, run.blocks, session.device)
-        budgets = session.resources.budgets
-        host, on_device = budgets.for_activations([run], loaded, batches, session.device)
+        host, on_device = session.rooms([run])
         with closing(HiddenStates(session.device, on_device, host)) as hidden_states:
-            chain = Chain(loaded.module, loaded.adapter, run.blocks, residency, hidden_states)
-            prune_blocks([run], chain, batches, session.progress, session.block_pruned, group=session.group)
+            chain = Chain(loaded.module, loaded.adapter, run.blocks, residency, hidden_states, run.objective)
+            prune_blocks([run], chain, session.batches, session.progress, session.block_pruned, group=session.group)
         run.activations = {name: tier.peak for name, tier in hidden_states.tiers.items()}
     report = session.finish(run, identity={}, together=1)
     if run.folder is not None and session.group.first:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from pruneforge.errors import PruneForgeError, unknown_name
 from pruneforge.interfaces.recipe import PruneRecipe
 from pruneforge.interfaces.run import Run
 from pruneforge.interfaces.source import Source, create_source
+from pruneforge.interfaces.statistics import On
 from pruneforge.memory import PeakMemory, one_line_for_full_devices
 from pruneforge.numerics import exact_arithmetic
 from pruneforge.plugins import Plugins, loaded_plugins
@@ -44,6 +45,7 @@ class Job:
         model: A folder, a hub id, or a model in memory.
         runs: What to make of it.
         calibration: Calibration data.
+        streams: Further calibration data, by name.
         processor: Tokenizer or image transform of a model in memory.
         device: Where to compute.
         resources: What the runs may use.
@@ -53,6 +55,7 @@ class Job:
     model: str | Path | nn.Module
     runs: list[Run]
     calibration: Source | RawBatches | None
+    streams: dict[str, Source | RawBatches]
     processor: Any
     device: torch.device
     resources: Resources
@@ -95,17 +98,21 @@ class Job:
         peak = PeakMemory(self.device)
         loaded = load_model(self.model, recipe.dtype, self.processor, registry, recipe.adapter_options, streamed)
         blocks, excluded = split_excluded(loaded.adapter.blocks(loaded.module), recipe.exclude)
-        data = Calibration([], {})
+        data, streams = Calibration([], {}), {}
         if self.calibration is not None and any(run.uses_data for run in self.runs):
             tokens_a_batch = self.resources.budgets.tokens_a_batch(blocks, self.device)
-            data = collect(self.calibration, recipe, loaded, tokens_a_batch, progress, group.size)
+            asked = (recipe, loaded, tokens_a_batch, progress, group.size)
+            data = collect(self.calibration, *asked)
+            streams = {name: collect(stream, *asked, name) for name, stream in self.streams.items()}
         profile = Profile(self.device, self.resources.profile)
         for run in self.runs:
             run.blocks, run.excluded, run.profile = blocks, excluded, profile
             run.plugins = plugin_sources(run, loaded.adapter)
             run.warnings += [loaded.note] if loaded.note else []
-            run.warnings += data.warnings if run.uses_data else []
-        return Session(self.runs, loaded, data, self.device, self.resources, group, progress, peak, self.plugins.hook)
+            for used in (data, *streams.values()) if run.uses_data else ():
+                run.warnings += used.warnings
+        shared = (self.device, self.resources, group, progress, peak, self.plugins.hook)
+        return Session(self.runs, loaded, data, *shared, streams)
 
     def _refuse_what_streams(self, why: str) -> None:
         """Reject what only a streamed run can do."""
@@ -143,7 +150,8 @@ def make_job(
             raise unknown_name("setting", name, sorted(known))
     resources = validated(Resources, **{name: given.pop(name) for name in Resources.model_fields if name in given})
     folder = Path(output) if output is not None else None
-    recipes, methods = make_methods(model, metric, calibration, given, installed)
+    given_streams: dict[str, Data] = dict(given.pop("streams", {}))
+    recipes, methods = make_methods(model, metric, calibration, given_streams, given, installed)
     if patterns is None:
         label, *others = methods
         if others:
@@ -156,15 +164,34 @@ def make_job(
         if run.uses_data and calibration is None:
             raise PruneForgeError(f"{_what_needs_data(run)} needs calibration data; pass `calibration` SOURCE or PATH")
     recipe = runs[0].recipe
-    data: Source | RawBatches | None
-    if isinstance(calibration, str | Path):  # before a large model is loaded
-        data = create_source(calibration, recipe.source_options, installed.registry)
-    else:
-        data = calibration
-        if data is not None and recipe.source_options:
+    _check_streams(runs, given_streams)
+    data = None
+    if calibration is not None:
+        if recipe.source_options and not isinstance(calibration, str | Path):
             raise PruneForgeError("source options need a source; these are batches from Python")
+        data = _opened(calibration, recipe.source_options, installed)
+    streams = {name: _opened(stream, {}, installed) for name, stream in given_streams.items()}
     device, _, _ = parse_device(recipe.device), parse_dtype(recipe.dtype), resources.budgets
-    return Job(model, runs, data, processor, device, resources, installed)
+    return Job(model, runs, data, streams, processor, device, resources, installed)
+
+
+def _opened(data: Data, options: Mapping[str, Any], installed: Plugins) -> Source | RawBatches:
+    """Return a source, which is made before a large model is loaded, or batches as they are."""
+    return create_source(data, options, installed.registry) if isinstance(data, str | Path) else data
+
+
+def _check_streams(runs: Sequence[Run], given: Mapping[str, Data]) -> None:
+    """Raise if calibration data that something requires by name are not given, or others are."""
+    required = {each.stream: run for run in runs for each in run.requires if isinstance(each, On)}
+    for name, run in required.items():
+        if name not in given:
+            raise PruneForgeError(
+                f"metric {run.metric.name!r} or what goes with it requires calibration data {name!r}; pass them with "
+                "`streams`"
+            )
+    for name in given:
+        if name not in required:
+            raise PruneForgeError(f"nothing requires the calibration data {name!r}; leave them out of `streams`")
 
 
 def _what_needs_data(run: Run) -> str:
@@ -173,5 +200,7 @@ def _what_needs_data(run: Run) -> str:
     refiner = next((refiner for refiner in run.refiners if refiner.requires), None)
     if refiner is not None:
         return f"refiner {refiner.name!r}"
+    if run.recovery is not None and (run.recovery.requires or run.recovery.targets):
+        return f"recovery {run.recovery.name!r}"
     assert run.allocator is not None
     return f"allocator {run.allocator.name!r}"

@@ -1,4 +1,4 @@
-"""Methods as a user composes them: a metric, an allocator and refiners, by name or made, with their options."""
+"""Methods as a user composes them: a metric and what goes with it, by name or made, with their options."""
 
 from __future__ import annotations
 
@@ -13,13 +13,23 @@ from torch import nn
 from pruneforge.data.calibration import Data
 from pruneforge.errors import PruneForgeError, unknown_name
 from pruneforge.interfaces.allocator import Allocator
-from pruneforge.interfaces.metric import Metric
+from pruneforge.interfaces.metric import Metric, prunes_blocks
+from pruneforge.interfaces.objective import Objective
 from pruneforge.interfaces.patterns import NM, Pattern, parse_pattern
 from pruneforge.interfaces.recipe import PruneRecipe
+from pruneforge.interfaces.recovery import Recovery
 from pruneforge.interfaces.refiner import Refiner
 from pruneforge.interfaces.registry import Registry
 from pruneforge.interfaces.run import Run
-from pruneforge.interfaces.statistics import GradientStatistic, InputStatistic
+from pruneforge.interfaces.statistics import (
+    BlockGradientStatistic,
+    GradientStatistic,
+    InputStatistic,
+    OutputStatistic,
+    Requirement,
+    Statistic,
+    kind_of,
+)
 from pruneforge.plugins import Plugins
 from pruneforge.runs.recipe_file import validated
 
@@ -71,11 +81,13 @@ def options_by_label(labels: Iterable[str], options: Mapping[str, Any], what: st
 
 @dataclass(frozen=True)
 class Method:
-    """What prunes: a metric, and the allocator and the refiners that go with it."""
+    """What prunes: a metric, and what goes with it."""
 
     metric: Metric
-    allocator: Allocator | None
-    refiners: tuple[Refiner, ...]
+    allocator: Allocator | None = None
+    refiners: tuple[Refiner, ...] = ()
+    recovery: Recovery | None = None
+    objective: Objective | None = None
 
     def run(self, recipe: PruneRecipe, folder: Path | None) -> Run:
         """Return the run that a recipe asks for.
@@ -84,7 +96,12 @@ class Method:
             PruneForgeError: Sparsity, pattern, scope, allocation and propagation contradict one another.
         """
         pattern = make_pattern(self.metric, recipe.sparsity, recipe.pattern)
-        run = Run(recipe, self.metric, pattern, folder, self.allocator, self.refiners)
+        parts = (self.allocator, self.refiners, self.recovery, self.objective)
+        run = Run(recipe, self.metric, pattern, folder, *parts)
+        if self.objective is not None and not uses_model_gradients(run):
+            raise PruneForgeError(
+                f"objective {self.objective.name!r} has no say: nothing here requires gradients of the model's loss"
+            )
         if run.scope == "model" and recipe.propagate == "pruned" and sees_activations(run):
             raise PruneForgeError(
                 "scope=model compares scores of all blocks, so none can be pruned before the last is calibrated; "
@@ -95,9 +112,19 @@ class Method:
                 f"scope={run.scope} compares scores of several layers, and metric {self.metric.name!r} has none: it "
                 "prunes each layer for itself"
             )
+        if run.scope in ("block", "model") and prunes_blocks(self.metric):
+            raise PruneForgeError(
+                f"scope={run.scope} compares scores of several layers, and metric {self.metric.name!r} decides over a "
+                "block in its own way; choose another scope"
+            )
         if run.scope == "model" and run.allocator is not None:
             raise PruneForgeError(
                 f"scope=model chooses each layer's sparsity itself, and so does allocator {run.allocator.name!r}"
+            )
+        if run.scope == "model" and run.recovery is not None and run.recovery.targets:
+            raise PruneForgeError(
+                f"scope=model prunes once all batches have passed, and recovery {run.recovery.name!r} learns from them "
+                "block by block; choose another scope"
             )
         return run
 
@@ -109,25 +136,50 @@ def make_metric(metric: str | Metric, options: Mapping[str, Any], registry: Regi
         PruneForgeError: No metric has that name, it has no such option, or it requires what nothing feeds.
     """
     made: Metric = _made("metric", metric, options, registry)
-    _check_requires("metric", made.name, made.requires, (InputStatistic, GradientStatistic))
+    _check_requires("metric", made.name, made.requires)
     return made
 
 
-def make_allocator(
-    allocator: str | Allocator | None, options: Mapping[str, Any], registry: Registry
-) -> Allocator | None:
+def make_allocator(asked: str | Allocator | None, options: Mapping[str, Any], registry: Registry) -> Allocator | None:
     """Return the allocator of a name, with its options; an `Allocator` is returned as it is.
 
     Raises:
         PruneForgeError: As `make_metric` does, or there are options and no allocator.
     """
-    if allocator is None:
-        if options:
-            raise PruneForgeError("allocator options need an `allocator`")
-        return None
-    made: Allocator = _made("allocator", allocator, options, registry)
-    _check_requires("allocator", made.name, made.requires, (InputStatistic,))
+    made: Allocator | None = _optional("allocator", asked, options, registry)
+    if made is not None:
+        _check_requires("allocator", made.name, made.requires, (InputStatistic, OutputStatistic))
     return made
+
+
+def make_recovery(asked: str | Recovery | None, options: Mapping[str, Any], registry: Registry) -> Recovery | None:
+    """Return the recovery of a name, with its options; a `Recovery` is returned as it is.
+
+    Raises:
+        PruneForgeError: As `make_metric` does, or there are options and no recovery.
+    """
+    made: Recovery | None = _optional("recovery", asked, options, registry)
+    if made is not None:
+        _check_requires("recovery", made.name, made.requires)
+    return made
+
+
+def make_objective(asked: str | Objective | None, options: Mapping[str, Any], registry: Registry) -> Objective | None:
+    """Return the objective of a name, with its options; an `Objective` is returned as it is.
+
+    Raises:
+        PruneForgeError: As `make_metric` does, or there are options and no objective.
+    """
+    made: Objective | None = _optional("objective", asked, options, registry)
+    return made
+
+
+def _optional(kind: str, asked: Any, options: Mapping[str, Any], registry: Registry) -> Any:
+    """Return the plugin that a setting asks for, or `None`."""
+    setting = "recover" if kind == "recovery" else kind
+    if asked is None and options:
+        raise PruneForgeError(f"{setting} options need the name of what they belong to; add `{setting}`")
+    return None if asked is None else _made(kind, asked, options, registry)
 
 
 def make_refiners(
@@ -146,7 +198,7 @@ def make_refiners(
     of_each = options_by_label(names, options, "refiner")
     made = tuple(_made("refiner", each, of_each[name], registry) for each, name in zip(refiners, names, strict=True))
     for refiner in made:
-        _check_requires("refiner", refiner.name, refiner.requires, (InputStatistic, GradientStatistic))
+        _check_requires("refiner", refiner.name, refiner.requires)
     return made
 
 
@@ -159,12 +211,17 @@ def _made(kind: str, asked: Any, options: Mapping[str, Any], registry: Registry)
     return asked
 
 
-def _check_requires(kind: str, name: str, requires: Sequence[type], fed: tuple[type, ...]) -> None:
+_FED = (InputStatistic, OutputStatistic, GradientStatistic)
+
+
+def _check_requires(
+    kind: str, name: str, requires: Sequence[Requirement], fed: tuple[type[Statistic], ...] = _FED
+) -> None:
     """Raise if something requires a statistic that nothing feeds."""
-    for statistic in requires:
-        if not issubclass(statistic, fed):
+    for required in requires:
+        if not issubclass(kind_of(required), fed):
             raise PruneForgeError(
-                f"{kind} {name!r} requires {statistic.__name__}, which is not one of "
+                f"{kind} {name!r} requires {required.__name__}, which is not one of "
                 f"{', '.join(base.__name__ for base in fed)}, so nothing would feed it"
             )
 
@@ -184,13 +241,24 @@ def make_pattern(metric: Metric, sparsity: float | None, pattern: str | None) ->
 
 def sees_activations(run: Run) -> bool:
     """Return whether a run's masks depend on how earlier blocks were pruned."""
-    return any(issubclass(kind, InputStatistic) for kind in run.requires)
+    if run.recovery is not None and run.recovery.targets:
+        return True
+    # Gradients of the model's loss are those of the dense model.
+    seen = (InputStatistic, OutputStatistic, BlockGradientStatistic)
+    return any(issubclass(kind_of(required), seen) for required in run.requires)
+
+
+def uses_model_gradients(run: Run) -> bool:
+    """Return whether a run requires gradients of the model's loss."""
+    kinds = [kind_of(required) for required in run.requires]
+    return any(issubclass(kind, GradientStatistic) and not issubclass(kind, BlockGradientStatistic) for kind in kinds)
 
 
 def make_methods(
     model: str | Path | nn.Module,
     metric: Metrics,
     calibration: Data | None,
+    streams: Mapping[str, Data],
     settings: dict[str, Any],
     installed: Plugins,
 ) -> tuple[dict[str, PruneRecipe], dict[str, Method]]:
@@ -200,13 +268,15 @@ def make_methods(
         PruneForgeError: A setting, a name or an option is wrong.
     """
     registry, options = installed.registry, settings.pop("options", {})
-    given_allocator, given_refiners = settings.pop("allocator", None), settings.pop("refine", ())
-    allocator_options = dict(settings.pop("allocator_options", {}))
-    refine_options = dict(settings.pop("refine_options", {}))
-    if isinstance(given_refiners, str | Refiner):
-        given_refiners = [given_refiners]
-    allocator = make_allocator(given_allocator, allocator_options, registry)
-    refiners = make_refiners(given_refiners, refine_options, registry)
+    asked_parts = {name: settings.pop(name, None) for name in ("allocator", "refine", "recover", "objective")}
+    part_options = {name: dict(settings.pop(f"{name}_options", {})) for name in asked_parts}
+    if isinstance(asked_parts["refine"], str | Refiner):
+        asked_parts["refine"] = [asked_parts["refine"]]
+    allocator = make_allocator(asked_parts["allocator"], part_options["allocator"], registry)
+    refiners = make_refiners(asked_parts["refine"] or (), part_options["refine"], registry)
+    recovery = make_recovery(asked_parts["recover"], part_options["recover"], registry)
+    objective = make_objective(asked_parts["objective"], part_options["objective"], registry)
+    described = _described(asked_parts, part_options)
     named = by_label(metric)
     recipes: dict[str, PruneRecipe] = {}
     methods: dict[str, Method] = {}
@@ -217,27 +287,28 @@ def make_methods(
             model=str(model) if isinstance(model, str | Path) else type(model).__name__,
             metric=asked if isinstance(asked, str) else asked.name,
             calibration=str(calibration) if isinstance(calibration, str | Path) else None,
+            streams={name: str(data) for name, data in streams.items() if isinstance(data, str | Path)},
             options=own_options if isinstance(asked, str) else asked.options.model_dump(),
             plugins=[plugin.origin for plugin in installed.loaded if plugin.from_file],
-            **_described(given_allocator, allocator_options, given_refiners, refine_options),
+            **described,
             **settings,
         )
-        methods[label] = Method(make_metric(asked, own_options, registry), allocator, refiners)
+        methods[label] = Method(make_metric(asked, own_options, registry), allocator, refiners, recovery, objective)
     return recipes, methods
 
 
-def _described(
-    allocator: str | Allocator | None,
-    allocator_options: Mapping[str, Any],
-    refiners: Sequence[str | Refiner],
-    refine_options: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Return the recipe's entries of an allocator and refiners; those that were made already bring their options."""
+def _described(asked: Mapping[str, Any], options: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the recipe's entries of what goes with the metric; parts that were made already bring their options."""
+    described: dict[str, Any] = {}
+    for name in ("allocator", "recover", "objective"):
+        part = asked[name]
+        made = part is not None and not isinstance(part, str)
+        described[name] = part.name if made else part
+        described[f"{name}_options"] = part.options.model_dump() if made else options[name]
+    refiners = asked["refine"] or ()
     names = [each if isinstance(each, str) else each.name for each in refiners]
-    described: dict[str, Any] = {"refine": names, "refine_options": refine_options}
-    made = {each.name: each.options.model_dump() for each in refiners if isinstance(each, Refiner)}
-    if made:
-        described["refine_options"] = next(iter(made.values())) if len(names) == 1 else {**refine_options, **made}
-    if isinstance(allocator, Allocator):
-        return described | {"allocator": allocator.name, "allocator_options": allocator.options.model_dump()}
-    return described | {"allocator": allocator, "allocator_options": allocator_options}
+    made_ones = {each.name: each.options.model_dump() for each in refiners if isinstance(each, Refiner)}
+    of_refiners = options["refine"]
+    if made_ones:
+        of_refiners = next(iter(made_ones.values())) if len(names) == 1 else {**of_refiners, **made_ones}
+    return described | {"refine": names, "refine_options": of_refiners}

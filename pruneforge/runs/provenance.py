@@ -18,9 +18,11 @@ from torch import nn
 from pruneforge.interfaces.adapter import Adapter
 from pruneforge.interfaces.registry import KINDS
 from pruneforge.interfaces.run import Run
+from pruneforge.interfaces.statistics import kind_of
 from pruneforge.plugins import DISTRIBUTION, loaded_plugins
 
 if TYPE_CHECKING:
+    from pruneforge.data.calibration import Calibration
     from pruneforge.runs.session import Session
 
 PACKAGES = ("pruneforge", "torch", "triton", "transformers", "timm", "datasets", "lm-eval", "safetensors", "numpy")
@@ -78,33 +80,43 @@ VERSIONED = (*VERSIONED_FOR_GRADIENTS, "triton")
 
 def run_identity(session: Session, run: Run) -> dict[str, Any]:
     """Return everything that determines the bytes of a run's output."""
-    data = session.data_of(run).description
+    data = session.description_of(run)
+    streams = {name: stream["fingerprint"] for name, stream in data.get("streams", {}).items()}
     return {
         "recipe": run.recipe.model_dump(mode="json"),
         "plugin file": {path: _hash(Path(path)) for path in run.recipe.plugins},
         "plugin": {name: plugin["sha256"] for name, plugin in run.plugins.items()},
         "model": {"fingerprint": session.fingerprint},
         "batch size": data.get("batch_size"),
-        "calibration data": {"fingerprint": data.get("fingerprint")},
+        "calibration data": {"fingerprint": data.get("fingerprint"), **streams},
         "processes": session.group.size,
         "device": device_name(session.device),
         "version of": _versions(VERSIONED),
     }
 
 
-def gradient_identity(session: Session) -> dict[str, Any]:
+def gradient_identity(session: Session, data: Calibration) -> dict[str, Any]:
     """Return everything that determines the gradients of the dense model: model, data, loss, versions."""
     adapter = session.loaded.adapter
     return {
         "format": 1,
         "model": session.fingerprint,
         "dtype": str(next(session.loaded.module.parameters()).dtype),
-        "calibration data": session.data.description.get("fingerprint"),
-        "loss": session.data.description.get("loss"),
+        "calibration data": data.description.get("fingerprint"),
+        "loss": data.description.get("loss"),
         "adapter": {"name": adapter.name, "options": session.runs[0].recipe.adapter_options},
+        **_objective_identity(session.runs[0]),
         "device": device_name(session.device),
         "version of": _versions(VERSIONED_FOR_GRADIENTS),
     }
+
+
+def _objective_identity(run: Run) -> dict[str, Any]:
+    if run.objective is None:
+        return {}
+    described = {"name": run.objective.name, "options": run.objective.options.model_dump(mode="json")}
+    package = type(run.objective).__module__.partition(".")[0]
+    return {"objective": {**described, "source": run.plugins.get(package)}}
 
 
 def plugin_sources(run: Run, adapter: Adapter) -> dict[str, dict[str, str]]:
@@ -112,13 +124,13 @@ def plugin_sources(run: Run, adapter: Adapter) -> dict[str, dict[str, str]]:
 
     A plugin that was edited between a stop and resuming would go on with another method otherwise.
     """
-    parts = [run.metric, adapter, *run.refiners, *([run.allocator] if run.allocator is not None else [])]
+    parts = [*run.parts, adapter]
     installed = loaded_plugins()
     origins = {plugin.name: (plugin.origin, plugin.version) for plugin in installed.loaded}
     entries = [entry for kind in KINDS for entry in installed.registry.entries(kind)]
     of_module = {entry.module.partition(".")[0]: origins.get(entry.plugin, ("", "")) for entry in entries}
     classes = [cls for part in parts for cls in type(part).__mro__]
-    classes += [cls for kind in run.requires for cls in kind.__mro__]
+    classes += [cls for required in run.requires for cls in kind_of(required).__mro__]
     sources: dict[str, dict[str, str]] = {}
     for name in sorted({cls.__module__.partition(".")[0] for cls in classes} - _NOT_PLUGINS):
         origin, version = of_module.get(name, ("", ""))

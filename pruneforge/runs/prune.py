@@ -13,7 +13,9 @@ from pruneforge.data.calibration import Data
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.allocator import Allocator
 from pruneforge.interfaces.metric import Metric
+from pruneforge.interfaces.objective import Objective
 from pruneforge.interfaces.recipe import PruneRecipe
+from pruneforge.interfaces.recovery import Recovery
 from pruneforge.interfaces.refiner import Refiner
 from pruneforge.plugins import loaded_plugins
 from pruneforge.progress import Progress
@@ -34,6 +36,7 @@ def prune(  # noqa: D417 -- the settings are described where they are declared
     pattern: str | None = None,
     calibration: Data | None = None,
     *,
+    streams: Mapping[str, Data] | None = None,
     samples: int = 128,
     seqlen: int | None = None,
     batch_size: int | None = None,
@@ -46,6 +49,10 @@ def prune(  # noqa: D417 -- the settings are described where they are declared
     allocator_options: Mapping[str, Any] | None = None,
     refine: str | Refiner | Sequence[str | Refiner] = (),
     refine_options: Mapping[str, Any] | None = None,
+    recover: str | Recovery | None = None,
+    recover_options: Mapping[str, Any] | None = None,
+    objective: str | Objective | None = None,
+    objective_options: Mapping[str, Any] | None = None,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
@@ -74,6 +81,11 @@ def prune(  # noqa: D417 -- the settings are described where they are declared
         allocator: Name of an allocator, or an `Allocator`, which gives each layer its sparsity; without one all have
             the same.
         refine: Names of refiners, or `Refiner` objects, which change each mask after the metric, in this order.
+        recover: Name of a recovery, or a `Recovery`, which changes the remaining weights of each block once it is
+            pruned.
+        objective: Name of an objective, or an `Objective`, the loss whose gradients metrics use; by default the one
+            that the model was trained for.
+        streams: Further calibration data by name, each as `calibration`, for methods that require `On(NAME, ...)`.
         processor: Tokenizer or image transform of a model in memory.
         {settings}
 

@@ -100,6 +100,9 @@ def _composition(run: Run) -> dict[str, Any]:
         parts["refiners"] = [
             {"name": refiner.name, "options": refiner.options.model_dump(mode="json")} for refiner in run.refiners
         ]
+    for kind, part in {"recovery": run.recovery, "objective": run.objective}.items():
+        if part is not None:
+            parts[kind] = {"name": part.name, "options": part.options.model_dump(mode="json")}
     return parts
 
 

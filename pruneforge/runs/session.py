@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from pruneforge.data.calibration import Calibration
 from pruneforge.engine.processes import Group
 from pruneforge.interfaces.adapter import LoadedModel
+from pruneforge.interfaces.batch import Batch
 from pruneforge.interfaces.run import BlockResult, Run
 from pruneforge.memory import PeakMemory
 from pruneforge.profile import PROFILE_FILE, Profile
@@ -28,6 +29,7 @@ class Session:
         runs: The runs; each becomes one pruned model.
         loaded: The dense model.
         data: The calibration data.
+        streams: Further calibration data, by name.
         device: Where to compute.
         resources: What the runs may use.
         group: The processes that share the work.
@@ -46,6 +48,7 @@ class Session:
     progress: Progress
     peak: PeakMemory
     hook: Any
+    streams: dict[str, Calibration] = field(default_factory=dict)
     fingerprint: str = ""
 
     @property
@@ -53,9 +56,20 @@ class Session:
         """Time and memory by stage and block, of all runs together."""
         return self.runs[0].profile
 
-    def data_of(self, run: Run) -> Calibration:
-        """Return the calibration data as far as a run uses any."""
-        return self.data if run.uses_data else Calibration([], {})
+    @property
+    def batches(self) -> dict[str, list[Batch]]:
+        """The batches of all calibration data, by name; those without a name come first."""
+        return {"": self.data.batches, **{name: stream.batches for name, stream in self.streams.items()}}
+
+    def description_of(self, run: Run) -> dict[str, Any]:
+        """Return the description of the calibration data, as far as a run uses any."""
+        streams = {name: stream.description for name, stream in self.streams.items()}
+        return {**self.data.description, **({"streams": streams} if streams else {})} if run.uses_data else {}
+
+    def rooms(self, runs: list[Run]) -> tuple[int, int]:
+        """Return how many bytes of hidden states fit in host memory and on the device; see `Budgets`."""
+        batches = [batch for data in self.batches.values() for batch in data]
+        return self.resources.budgets.for_activations(runs, self.loaded, batches, self.device)
 
     def block_pruned(self, run: Run, result: BlockResult) -> None:
         """Tell the plugins of a finished block."""
@@ -70,7 +84,7 @@ class Session:
             together: Number of runs that shared the pass.
         """
         run.report = make_report(
-            run, self.loaded, self.fingerprint, self.data_of(run).description or None, self.peak.read(), identity
+            run, self.loaded, self.fingerprint, self.description_of(run) or None, self.peak.read(), identity
         )
         run.report["measured"]["patterns_at_once"] = together
         self.hook.pruneforge_run_finished(run=run, report=run.report)

@@ -9,14 +9,15 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pruneforge.checkpoint import masks
 from pruneforge.checkpoint.behind import Behind
 from pruneforge.checkpoint.durable import PARTIAL
 from pruneforge.checkpoint.folder import check_output
 from pruneforge.checkpoint.journal import JOURNAL_FILE, Journal, difference
-from pruneforge.checkpoint.skeleton import layer_locations
+from pruneforge.checkpoint.reader import TensorLocation
+from pruneforge.checkpoint.skeleton import layer_locations, parameter_locations
 from pruneforge.checkpoint.writer import Rewrite
 from pruneforge.engine.transfers import Transfer, Transfers
 from pruneforge.errors import PruneForgeError, UnfinishedError
@@ -56,7 +57,9 @@ class StreamedOutput(Output):
         self._session = session
         self._checkpoint = checkpoint
         self._locations = layer_locations(session.loaded.module, run.blocks, checkpoint)
-        self.rewrite = Rewrite(checkpoint, self.folder, self._locations)
+        self._others = self._recovered(session.loaded.module) if run.recovery is not None else {}
+        others = [location for of_block in self._others.values() for location, _ in of_block.values()]
+        self.rewrite = Rewrite(checkpoint, self.folder, self._locations, others)
         self._journal: Journal | None = None
         self._writer: Behind | None = None
         self._transfers: Transfers | None = None
@@ -165,29 +168,56 @@ class StreamedOutput(Output):
         """Complete the checkpoint's files once all blocks are written."""
         self.rewrite.finish(OWN_FILES)
 
+    def _recovered(self, module: nn.Module) -> dict[str, dict[str, tuple[TensorLocation, nn.Parameter]]]:
+        """Return the parameters, besides layers' weights, that recovery may change: by block and full name."""
+        locations = parameter_locations(module, self._checkpoint)
+        found: dict[str, dict[str, tuple[TensorLocation, nn.Parameter]]] = {}
+        fixed = {id(layer.parameter) for layer in self.run.excluded}
+        for block in self.run.blocks:
+            weights = fixed | {id(layer.parameter) for layer in block.layers}
+            found[block.name] = {
+                f"{block.name}.{name}": (locations[id(parameter)], parameter)
+                for name, parameter in block.module.named_parameters()
+                if id(parameter) not in weights and block.layers
+            }
+        return found
+
     def _tensors_to_write(self, result: BlockResult) -> dict[str, Tensor]:
         """Return a finished block's weights as they will be stored, by tensor name.
-
-        Weights that the metric did not update are the checkpoint's own, whatever the dtype of the computation. Updated
-        ones are rounded to the checkpoint's dtype, in the block too, so that later blocks see what is stored.
 
         Raises:
             PruneForgeError: A changed weight is too large for the checkpoint's dtype.
         """
         tensors: dict[str, Tensor] = {}
         for layer in result.block.layers:
-            name, value = layer.name, layer.parameter.data
-            location, _ = self._locations[name]
-            if location.dtype == value.dtype:
-                tensors[location.name] = value
-            elif name in result.updated:
-                tensors[location.name] = value.to(location.dtype)
-                if not all_finite(tensors[location.name]):
-                    raise PruneForgeError(f"an updated weight of layer {name!r} is too large for {location.dtype}")
-                value.copy_(tensors[location.name])
-            else:
-                tensors[location.name] = zeroed(self._checkpoint.read(location), result.masks[name])
+            location, _ = self._locations[layer.name]
+            updated = layer.name in result.updated
+            tensors[location.name] = self._stored(location, layer.name, layer.parameter, updated)
+            if location.dtype != layer.parameter.dtype and not updated:  # read again, unpruned
+                zeroed(tensors[location.name], result.masks[layer.name])
+        for name, (location, parameter) in self._others.get(result.block.name, {}).items():
+            tensors[location.name] = self._stored(location, name, parameter, name in result.updated)
         return tensors
+
+    def _stored(self, location: TensorLocation, name: str, parameter: nn.Parameter, updated: bool) -> Tensor:
+        """Return a parameter as it will be stored.
+
+        One that was not updated is the checkpoint's own, whatever the dtype of the computation. An updated one is
+        rounded to the checkpoint's dtype, in the block too, so that later blocks see what is stored.
+
+        Raises:
+            PruneForgeError: It is too large for the checkpoint's dtype.
+        """
+        value = parameter.data
+        if location.dtype == value.dtype:
+            return value
+        if not updated:
+            return self._checkpoint.read(location)
+        stored = value.to(location.dtype)
+        if not all_finite(stored):
+            raise PruneForgeError(f"an updated weight of layer {name!r} is too large for {location.dtype}")
+        value.copy_(stored)
+        return stored
 
     def _write(self, result: BlockResult, copies: dict[str, Transfer]) -> None:
         """Write a block, and then the journal's entry that says so."""

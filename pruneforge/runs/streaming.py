@@ -51,8 +51,7 @@ def prune_streamed(session: Session) -> list[PruneResult]:
 def _prune(session: Session, outputs: Sequence[StreamedOutput]) -> None:
     """Make the outputs' runs in one pass, and write what belongs beside their weights."""
     group, runs = session.group, [output.run for output in outputs]
-    budgets, data = session.resources.budgets, session.data
-    rooms = budgets.for_activations(runs, session.loaded, data.batches, session.device)  # before anything is written
+    rooms = session.rooms(runs)  # before anything is written
     with ExitStack() as opened:
         for output in outputs:
             opened.enter_context(output.opened())
@@ -81,21 +80,26 @@ def _prune_blocks(session: Session, outputs: Sequence[StreamedOutput], on_host: 
         on_host: Bytes of hidden states that fit in host memory.
         on_device: Bytes of hidden states that fit on the device.
     """
-    loaded, device, batches = session.loaded, session.device, session.data.batches
+    loaded, device = session.loaded, session.device
     runs: list[Run] = [output.run for output in outputs]
     blocks, first = runs[0].blocks, outputs[0]
     assert loaded.checkpoint is not None
     hidden_states = HiddenStates(device, on_device, on_host, first.folder / f"{WAITING}{session.group.rank}")
-    gradient_store = FileGradientStore(session.resources.gradient_cache or cache_folder(), gradient_identity(session))
+    folder = session.resources.gradient_cache or cache_folder()
+    sets = {"": session.data, **session.streams}
+    stores = {name: FileGradientStore(folder, gradient_identity(session, data)) for name, data in sets.items()}
     residency = Streamed(loaded.module, blocks, device, loaded.checkpoint, first.rewrite, session.profile)
     transfers, writer = Transfers(device), Behind("pruneforge-writer", thread_initializer(device))
     with closing(hidden_states), closing(residency), closing(writer):
         for output in outputs:
             output.write_behind(writer, transfers)
         if any(run.finished < len(blocks) for run in runs):
-            chain = Chain(loaded.module, loaded.adapter, blocks, residency, hidden_states)
-            prune_blocks(runs, chain, batches, session.progress, session.block_pruned, gradient_store, session.group)
+            objective = runs[0].objective
+            chain = Chain(loaded.module, loaded.adapter, blocks, residency, hidden_states, objective)
+            batches, progress = session.batches, session.progress
+            prune_blocks(runs, chain, batches, progress, session.block_pruned, stores, session.group)
         writer.wait()
+    reused, added = sum(store.reused for store in stores.values()), sum(store.written for store in stores.values())
     for run in runs:
-        run.gradient_cache = {"reused": gradient_store.reused, "added_bytes": gradient_store.written}
+        run.gradient_cache = {"reused": reused, "added_bytes": added}
         run.activations = {name: tier.peak for name, tier in hidden_states.tiers.items()}

@@ -15,8 +15,11 @@ from pruneforge.interfaces.statistics import (
     GradientStatistic,
     InputStatistic,
     LayerStatistics,
+    OutputStatistic,
+    Requirement,
     Statistic,
     empty_statistics,
+    kind_of,
 )
 
 SAMPLES, TOKENS = 6, 16
@@ -40,11 +43,11 @@ class Sample:
         """Return the layer, with a copy of the weight in the same order in memory."""
         return Layer("layer", nn.Parameter(self.weight.clone(memory_format=torch.preserve_format), requires_grad=False))
 
-    def statistics(self, requires: Sequence[type[Statistic]], parts: int = 1) -> LayerStatistics:
-        """Return statistics of the data, collected in `parts` that are then merged."""
+    def statistics(self, requires: Sequence[Requirement], parts: int = 1) -> LayerStatistics:
+        """Return statistics of the data, collected in `parts` that are then merged; all streams see the same data."""
         merged: dict[type[Statistic], Statistic] = {}
         for part in torch.arange(SAMPLES).chunk(parts):
-            collected = empty_statistics(self.layer(), requires)
+            collected = empty_statistics(self.layer(), {kind_of(required): None for required in requires})
             for statistic in collected.values():
                 self._collect(statistic, part)
             for kind, statistic in collected.items():
@@ -52,11 +55,13 @@ class Sample:
                     merged[kind].merge(statistic)
                 else:
                     merged[kind] = statistic
-        return LayerStatistics(merged, {})
+        return LayerStatistics({required: merged[kind_of(required)] for required in requires}, {})
 
     def _collect(self, statistic: Statistic, part: Tensor) -> None:
         if isinstance(statistic, InputStatistic):
             statistic.update(self.inputs[part].flatten(0, 1), len(part))
+        elif isinstance(statistic, OutputStatistic):
+            statistic.update(self.inputs[part].flatten(0, 1) @ self.weight.T, len(part))
         elif isinstance(statistic, GradientStatistic):
             for gradient in self.gradients[part]:
                 statistic.add(gradient.to(statistic.total.dtype))

@@ -203,7 +203,7 @@ class Halves(Allocator):
     [
         ({"allocator": "owel"}, "unknown allocator 'owel'; did you mean 'owl'"),
         ({"refine": "sparseswap"}, "unknown refiner 'sparseswap'; did you mean 'sparseswaps'"),
-        ({"allocator_options": {"lam": 1}}, "allocator options need an `allocator`"),
+        ({"allocator_options": {"lam": 1}}, "allocator options need the name of what they belong to; add `allocator`"),
         ({"refine_options": {"steps": 1}}, "refine options need a refiner"),
         ({"allocator": "owl", "allocator_options": {"lam": 2}}, "option lam=2 of owl"),
         ({"allocator": "owl", "calibration": None}, "allocator 'owl' needs calibration data"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import pruneforge
 from pruneforge import ColumnSquares, Gram, Layer, LayerStatistics
-from pruneforge.engine import budget, gradients
+from pruneforge.engine import backward, budget
 from pruneforge.engine.budget import Budgets
 from pruneforge.interfaces.patterns import NM, Unstructured, pruned_count
 from pruneforge.numerics import exact_arithmetic
@@ -65,7 +65,7 @@ def test_gblm_with_alpha_zero_is_wanda(pattern):
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_gradients_made_a_few_rows_at_a_time_add_up_alike(norm, monkeypatch):
     expected = masks("gblm", tokens().split(2), options={"norm": norm})
-    monkeypatch.setattr(gradients, "CACHED_ON_CPU", 1000)  # 15 or 6 rows of tiny layers
+    monkeypatch.setattr(backward, "CACHED_ON_CPU", 1000)  # 15 or 6 rows of tiny layers
     assert_same(masks("gblm", tokens().split(2), options={"norm": norm}), expected)
 
 

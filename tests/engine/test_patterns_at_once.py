@@ -179,7 +179,7 @@ def test_runs_of_several_metrics_share_one_pass():
         masks.setdefault(run.metric.name, {}).update(result.masks)
 
     chain = Chain(dense, adapter, blocks, InMemory(dense, blocks, torch.device("cpu")))
-    prune_blocks(runs, chain, [adapter.batch(ids, dense) for ids in batches], Progress(), keep)
+    prune_blocks(runs, chain, {"": [adapter.batch(ids, dense) for ids in batches]}, Progress(), keep)
     for name in metrics:
         expected = pruneforge.prune(tiny_llama(), name, 0.5, None, batches, propagate="dense").masks
         assert masks[name].keys() == expected.keys()

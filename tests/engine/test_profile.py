@@ -14,7 +14,7 @@ from pruneforge.engine.recorder import InputRecorder
 from pruneforge.interfaces.adapter import Block
 from pruneforge.interfaces.batch import Batch
 from pruneforge.interfaces.layer import find_layers
-from pruneforge.interfaces.statistics import ColumnSquares
+from pruneforge.interfaces.summaries import ColumnSquares
 
 
 @pytest.mark.parametrize("metric", ["wanda", "gblm"])

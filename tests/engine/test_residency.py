@@ -86,7 +86,7 @@ def test_weights_are_needed_only_while_their_block_is_visited(metric, scope, pro
     def look(run, result):
         results.append(result)
 
-    prune_blocks([run], Chain(model, adapter, blocks, residency), batches, Progress(), look)
+    prune_blocks([run], Chain(model, adapter, blocks, residency), {"": batches}, Progress(), look)
     assert [result.index for result in results] == [0, 1, 2]
     for result in results:
         masks |= result.masks

@@ -169,7 +169,7 @@ def test_weights_are_there_only_while_their_block_is_visited(metric, scope, prop
     # Everything waits on disk: no room is given in memory.
     store = HiddenStates(torch.device("cpu"), 0, 0, tmp_path / "waiting")
     chain = Chain(module, adapter, blocks, residency, store)
-    prune_blocks([run], chain, [adapter.batch(ids, module) for ids in tokens().split(3)], Progress(), look)
+    prune_blocks([run], chain, {"": [adapter.batch(ids, module) for ids in tokens().split(3)]}, Progress(), look)
     residency.close()
     assert all(torch.isnan(parameter).all() for parameter in module.parameters())
     assert all(torch.equal(found[name], mask) for name, mask in expected.masks.items())

@@ -1,0 +1,218 @@
+"""Let a recovery change what remains of a pruned block, under masks that stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn, optim
+from torch.utils._pytree import tree_map
+
+from pruneforge.engine.chain import Chain
+from pruneforge.engine.guard import named, seed_for
+from pruneforge.engine.hidden_states import Call
+from pruneforge.engine.processes import Group
+from pruneforge.engine.stream import BlockStatistics, Stream
+from pruneforge.errors import PruneForgeError
+from pruneforge.interfaces.batch import Batch
+from pruneforge.interfaces.layer import Layer
+from pruneforge.interfaces.recovery import Passing, Site
+from pruneforge.interfaces.run import Run
+from pruneforge.numerics import accumulation_dtype, all_finite, repeatable_gradients, zeroed
+
+PART = 0x5EED
+"""Position of recovery among the parts of a run, which gives it random numbers of its own."""
+
+
+class PrunedBlock(Site):
+    """The site of one block, in each of the processes that share the batches."""
+
+    def __init__(
+        self,
+        run: Run,
+        chain: Chain,
+        index: int,
+        stats: BlockStatistics,
+        masks: Mapping[str, Tensor],
+        dense: Mapping[str, Tensor],
+        owners: Mapping[str, int],
+        stream: Stream | None,
+        group: Group,
+    ) -> None:
+        """Describe the block; nothing is changed yet.
+
+        Args:
+            run: The run, which has a recovery.
+            chain: The model, with the block on the device, pruned.
+            index: The block.
+            stats: Its statistics, by layer name.
+            masks: Its masks [out, in], by layer name.
+            dense: Its weights before pruning [out, in], by layer name.
+            owners: Which process recovers each layer, by name.
+            stream: The batches, with what `Stream` keeps where there are targets.
+            group: The processes.
+        """
+        assert run.recovery is not None
+        device = chain.residency.device
+        self.block = chain.blocks[index]
+        self.layers = [layer for layer in self.block.layers if owners[layer.name] == group.rank]
+        self.stats = {name: of_layer.owned_by(run.recovery) for name, of_layer in stats.items()}
+        self.masks = {name: mask.to(device) for name, mask in masks.items()}
+        self.dense = dense
+        self._run, self._recovery, self._chain, self._index = run, run.recovery, chain, index
+        self.batch_count = sum(group.gather(len(stream.targets) if stream is not None else 0))
+        self._owners, self._stream, self._group = owners, stream, group
+        self._names = {id(p): f"{self.block.name}.{name}" for name, p in self.block.module.named_parameters()}
+        left_dense = {id(layer.parameter) for layer in run.excluded}
+        self._parameters = [p for p in self.block.module.parameters() if id(p) not in left_dense]
+        self._generator = torch.Generator()
+
+    def recover(self) -> frozenset[str]:
+        """Run the recovery; return the names of the layers and of the other parameters that it changed.
+
+        Raises:
+            PruneForgeError: The recovery fails, moves a pruned weight, or leaves something that is not finite.
+        """
+        who = f"recovery {self._recovery.name!r}"
+        before = [parameter.detach().clone() for parameter in self._parameters]
+        error: Exception | None = None
+        with self._wide():
+            seed_for(self._run, self.block.name, self._chain.residency.device, PART)
+            self._generator.manual_seed(torch.initial_seed())
+            try:
+                named(who, f"on block {self.block.name!r}", lambda: self._recovery.recover_block(self))
+                self._check(who)
+            except Exception as raised:  # `agree` raises it in all processes
+                error = raised
+            self._group.agree(error, {})
+        self._share()
+        for parameter in self._parameters:
+            if not all_finite(parameter):
+                raise PruneForgeError(
+                    f"{who} made {self._names[id(parameter)]!r} too large for {parameter.dtype}, or not a number"
+                )
+        weights = {id(layer.parameter): layer.name for layer in self.block.layers}
+        return frozenset(
+            weights.get(id(parameter), self._names[id(parameter)])
+            for parameter, was in zip(self._parameters, before, strict=True)
+            if not torch.equal(parameter.detach(), was)
+        )
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return what may be changed."""
+        return list(self._parameters)
+
+    def bias(self, layer: Layer) -> nn.Parameter | None:
+        """Return the bias that is added to a layer's output, or `None`."""
+        own = {name: parameter for parameter in self._parameters for name in [self._names[id(parameter)]]}
+        return own.get(f"{layer.name}.bias")
+
+    def batches(self, shuffle: bool = False) -> Iterator[Passing]:
+        """Yield every batch once; each comes from the process that has it."""
+        if not self.batch_count:
+            raise PruneForgeError(f"recovery {self._recovery.name!r} has no `targets`, so no batches are kept for it")
+        order = torch.arange(self.batch_count)
+        if shuffle:
+            order = torch.randperm(self.batch_count, generator=self._generator)
+        for number in order.tolist():
+            yield _AtBlock(self._chain, self._index, *self._fetched(number))
+
+    def _fetched(self, number: int) -> tuple[Batch, Tensor, Tensor, Call]:
+        """Return a batch with its input, its target and the block's other arguments, all floats in the sums' dtype."""
+        owner, place = number % self._group.size, number // self._group.size
+        parts: tuple[Any, ...] | None = None
+        if self._group.rank == owner:
+            assert self._stream is not None
+            in_flight = self._stream.batches[place]
+            call = in_flight.calls[self._index]
+            hidden, target = self._stream.inputs[place].get(), self._stream.targets[place].get()
+            parts = (in_flight.batch, hidden, target, call.args, call.kwargs)
+        device = self._chain.residency.device
+        batch, hidden, target, args, kwargs = self._group.from_owner(parts, owner, device)
+        return batch, self._widened(hidden), self._widened(target), Call(self._widened(args), self._widened(kwargs))
+
+    def step(self, optimizer: optim.Optimizer, loss: Tensor) -> None:
+        """Take one step without moving pruned weights."""
+        optimizer.zero_grad(set_to_none=True)
+        with repeatable_gradients(self._chain.residency.device):
+            loss.backward()
+        with torch.no_grad():
+            for layer in self.block.layers:
+                if layer.parameter.grad is not None:  # momentum of a pruned weight would move it at a later step
+                    zeroed(layer.view(layer.parameter.grad), self.masks[layer.name])
+            optimizer.step()
+            for layer in self.block.layers:
+                zeroed(layer.matrix(), self.masks[layer.name])
+
+    @contextmanager
+    def _wide(self) -> Iterator[None]:
+        """Hold the block in float32 or better within the context, so that small steps are not rounded away."""
+        buffers = [
+            (module, name, value)
+            for module in self.block.module.modules()
+            for name, value in module._buffers.items()
+            if value is not None and value.is_floating_point()
+        ]
+        homes = [(parameter, parameter.data, parameter.requires_grad) for parameter in self.block.module.parameters()]
+        try:
+            for module, name, value in buffers:
+                module._buffers[name] = self._widened(value)
+            for parameter, data, _ in homes:
+                parameter.data = self._widened(data)
+            for parameter in self._parameters:
+                parameter.requires_grad_(True)
+            with torch.enable_grad():
+                yield
+        finally:
+            for parameter, data, wanted in homes:
+                with torch.no_grad():
+                    data.copy_(parameter.data)
+                parameter.data, parameter.grad = data, None
+                parameter.requires_grad_(wanted)
+            for module, name, value in buffers:
+                module._buffers[name] = value
+
+    def _widened(self, values: Any) -> Any:
+        def wide(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.is_floating_point():
+                return value.to(accumulation_dtype(value.dtype))
+            return value
+
+        return tree_map(wide, values)
+
+    def _check(self, who: str) -> None:
+        """Raise if a pruned weight is not zero."""
+        for layer in self.block.layers:
+            if layer.matrix().masked_fill(self.masks[layer.name], 0).count_nonzero():
+                raise PruneForgeError(
+                    f"{who} moved pruned weights of layer {layer.name!r}; write with `layer.write(mask, weight)`, and "
+                    "train with `site.step`"
+                )
+
+    def _share(self) -> None:
+        """Send each layer and its bias from the process that recovers it, and everything else from the first."""
+        of_name = {
+            name: owner for layer, owner in self._owners.items() for name in (f"{layer}.weight", f"{layer}.bias")
+        }
+        weights = {id(layer.parameter): self._owners[layer.name] for layer in self.block.layers}
+        for parameter in self._parameters:
+            owner = weights.get(id(parameter), of_name.get(self._names[id(parameter)], 0))
+            self._group.send(parameter.data, owner)
+
+
+class _AtBlock(Passing):
+    """A batch at a block that is held in float32 or better."""
+
+    def __init__(self, chain: Chain, index: int, batch: Batch, hidden: Tensor, target: Tensor, call: Call) -> None:
+        self.batch = batch
+        self.target = target
+        self._chain, self._index = chain, index
+        self._hidden = hidden
+        self._call = call
+
+    def output(self) -> Tensor:
+        """Run the block as it is now."""
+        with repeatable_gradients(self._chain.residency.device):
+            return self._chain.call_block(self._index, self._hidden, self._call)
