@@ -90,7 +90,7 @@ class BlockGradientRecorder:
         self._block = block
         self._of_loss: dict[Any, list[type[BlockGradientStatistic]]] = {}
         for kind in kinds:
-            self._of_loss.setdefault(kind.loss, []).append(kind)
+            self._of_loss.setdefault((kind.loss, kind.with_target), []).append(kind)
 
     def record(self, chain: Chain, index: int, hidden: Tensor, in_flight: BatchInFlight, target: Tensor | None) -> None:
         """Add the gradients of a batch.
@@ -111,8 +111,8 @@ class BlockGradientRecorder:
         scale = LOSS_SCALE.get(hidden.dtype, 1.0)
         with repeatable_gradients(chain.residency.device), torch.enable_grad():
             _, output, passes = differentiable(chain, index, hidden, in_flight)
-            for number, (loss, kinds) in enumerate(self._of_loss.items(), 1):
-                losses = loss(output, in_flight.batch, target)
+            for number, ((loss, _), kinds) in enumerate(self._of_loss.items(), 1):
+                losses = loss(output, in_flight.batch, target if kinds[0].with_target else None)
                 if losses.shape != (samples,):
                     raise PruneForgeError(
                         f"statistic {kinds[0].__name__} made a loss of {tuple(losses.shape)} for {samples} samples; it "

@@ -88,7 +88,7 @@ def test_ridge_solves_each_rows_least_squares_and_moves_its_bias(metric):
 @pytest.mark.parametrize(("targets", "propagate"), [("dense", "pruned"), ("pruned", "pruned"), ("dense", "dense")])
 def test_reconstruction_is_a_plain_training_loop_under_the_masks(targets, propagate):
     dense, pruned, ids = tiny_llama(), tiny_llama(), tokens()
-    options = {"lr": 0.002, "epochs": 4, "targets": targets}
+    options = {"lr": 0.02, "epochs": 4, "targets": targets}
     found = pruneforge.prune(
         pruned, "magnitude", 0.6, None, [ids], propagate=propagate, recover="reconstruct", recover_options=options
     )
@@ -106,15 +106,18 @@ def test_reconstruction_is_a_plain_training_loop_under_the_masks(targets, propag
         masks = {
             name: found.masks[prefix + name] for name, part in block.named_modules() if prefix + name in found.masks
         }
+        for name, mask in masks.items():
+            block.get_submodule(name).weight.data *= mask
         parameters = [parameter.requires_grad_() for parameter in block.parameters()]
-        optimizer = torch.optim.Adam(parameters, lr=0.002)
+        rates = [0.02 * max(1e-3, float(p.detach()[p.detach() != 0].square().mean().sqrt())) for p in parameters]
+        optimizer = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)])
         for step in range(5):
             for name, mask in masks.items():
                 block.get_submodule(name).weight.data *= mask
             if step == 4:
                 break
-            for group in optimizer.param_groups:
-                group["lr"] = 0.002 * (1 - step / 4)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * (1 - step / 4)
             optimizer.zero_grad()
             F.mse_loss(block(given, position_embeddings=rope), goal).backward()
             for name, mask in masks.items():
@@ -133,7 +136,7 @@ def test_reconstruction_is_a_plain_training_loop_under_the_masks(targets, propag
 def test_pruned_weights_stay_zero_and_what_remains_is_nearer_to_the_dense_model(metric, recovery, pattern):
     sparsity, text = (pattern, None) if isinstance(pattern, float) else (None, pattern)
     asked = (metric, sparsity, text, batches())
-    options = {"lr": 0.01, "epochs": 5} if recovery == "reconstruct" else {}
+    options = {"lr": 0.05, "epochs": 5} if recovery == "reconstruct" else {}
     dense, plain, recovered = tiny_llama(), tiny_llama(), tiny_llama()
     pruneforge.prune(plain, *asked)
     found = pruneforge.prune(recovered, *asked, recover=recovery, recover_options=options)
