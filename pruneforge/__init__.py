@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from pruneforge.interfaces.hookspecs import hookimpl as hookimpl
     from pruneforge.interfaces.layer import Layer as Layer
     from pruneforge.interfaces.layer import PointwiseConvLayer as PointwiseConvLayer
+    from pruneforge.interfaces.layer import SlicedLayer as SlicedLayer
+    from pruneforge.interfaces.layer import TransposedLayer as TransposedLayer
     from pruneforge.interfaces.layer import find_layers as find_layers
     from pruneforge.interfaces.metric import Metric as Metric
     from pruneforge.interfaces.metric import Pruned as Pruned
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from pruneforge.interfaces.patterns import NM as NM
     from pruneforge.interfaces.patterns import Pattern as Pattern
     from pruneforge.interfaces.patterns import Unstructured as Unstructured
+    from pruneforge.interfaces.products import Product as Product
     from pruneforge.interfaces.recipe import PruneRecipe as PruneRecipe
     from pruneforge.interfaces.recovery import Passing as Passing
     from pruneforge.interfaces.recovery import Recovery as Recovery
@@ -82,11 +85,12 @@ _MODULES = {
     "interfaces.demo": ("Demo",),
     "interfaces.evaluator": ("Evaluator", "Subject"),
     "interfaces.hookspecs": ("hookimpl",),
-    "interfaces.layer": ("Layer", "PointwiseConvLayer", "find_layers"),
+    "interfaces.layer": ("Layer", "PointwiseConvLayer", "SlicedLayer", "TransposedLayer", "find_layers"),
     "interfaces.metric": ("Metric", "Pruned"),
     "interfaces.objective": ("Objective",),
     "interfaces.options": ("Options",),
     "interfaces.patterns": ("NM", "Pattern", "Unstructured"),
+    "interfaces.products": ("Product",),
     "interfaces.recipe": ("PruneRecipe",),
     "interfaces.recovery": ("Passing", "Recovery", "Site"),
     "interfaces.refiner": ("Refiner",),

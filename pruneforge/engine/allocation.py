@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from pruneforge.engine.gradient_store import GradientStore
 from pruneforge.engine.guard import named, seed_for, unchanged
 from pruneforge.engine.hidden_states import BatchInFlight
-from pruneforge.engine.masking import metric_score
+from pruneforge.engine.masking import metric_score, reached
 from pruneforge.engine.stream import BlockStatistics, Flow, Streams
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Block
@@ -59,7 +60,7 @@ def allocate(
                     for run, measures in measured:
                         measures[block.name] = _measured(run, block, stats, chain.residency.device)
                 streams.advance(index)
-    sizes = {block.name: {layer.name: layer.parameter.numel() for layer in block.layers} for block in chain.blocks}
+    sizes = {block.name: {layer.name: layer.size for layer in block.layers} for block in chain.blocks}
     layers = [layer for block in chain.blocks for layer in block.layers]
     for run, measures in waiting:
         allocation: dict[str, int] = {}
@@ -103,7 +104,7 @@ def within_budget(asked: Mapping[str, float], layers: Sequence[Layer], pattern: 
         pattern: The run's pattern.
     """
     steps = {layer.name: pattern.steps(layer.shape) for layer in layers}  # most of them, and weights in each
-    sizes = {layer.name: layer.parameter.numel() for layer in layers}
+    sizes = {layer.name: layer.size for layer in layers}
     budget = pruned_count(sum(sizes.values()), pattern.sparsity)
 
     def wanted(shift: float) -> dict[str, float]:
@@ -147,7 +148,9 @@ def _measured(run: Run, block: Block, stats: BlockStatistics, device: torch.devi
     assert allocator is not None
     who = f"allocator {allocator.name!r}"
     seed_for(run, block.name, device)
-    own = {name: of_layer.owned_by(allocator) for name, of_layer in stats.items()}
+    known = tuple(reached(block.layers, stats, _needed(run)))
+    block = replace(block, layers=known)
+    own = {layer.name: stats[layer.name].owned_by(allocator) for layer in known}
     score = partial(_score, run, stats)
     with unchanged(who, [(layer, own[layer.name]) for layer in block.layers]):
         measured = named(who, f"on block {block.name!r}", lambda: allocator.measure(block, own, score))

@@ -6,7 +6,7 @@ together and nothing is averaged over them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -151,11 +151,12 @@ def add_batch(
         scale: Factor on the loss.
 
     Raises:
-        PruneForgeError: The batch did not reach a layer.
+        PruneForgeError: The batch did not reach a layer, or a routed layer cannot tell its samples apart.
     """
+    check_separable(layers, samples)
     for layer in layers:
         passes = gradients[layer.name]
-        if not passes:
+        if not passes and not layer.routed:
             raise PruneForgeError(f"no calibration batch reached layer {layer.name!r}")
         dtype = accumulation_dtype(layer.parameter.dtype)
         pairs = [(layer.outputs(dy, samples).to(dtype), layer.inputs(x, samples).to(dtype)) for x, dy in passes]
@@ -167,6 +168,8 @@ def add_batch(
         together = cached // in_features
         step = max(1, min(out_features, together)) if all(s.by_rows for s in of_layer) else out_features
         buffer = torch.empty(step, in_features, dtype=dtype, device=layer.parameter.device)
+        if not pairs:
+            buffer.zero_()
         for start in range(0, out_features, step):
             rows = slice(start, min(start + step, out_features))
             parts = [statistic.part(rows) for statistic in of_layer]
@@ -181,6 +184,21 @@ def add_batch(
                     part.add(gradient)
         for statistic in of_layer:
             statistic.samples += samples
+            statistic.tokens += sum(x.shape[:2].numel() for _, x in pairs)
+
+
+def check_separable(layers: Iterable[Layer], samples: int) -> None:
+    """Raise unless each layer can tell the samples of a batch apart.
+
+    Raises:
+        PruneForgeError: Naming a layer that cannot, since its tokens are routed.
+    """
+    routed = next((layer for layer in layers if layer.routed), None)
+    if routed is not None and samples > 1:
+        raise PruneForgeError(
+            f"layer {routed.name!r} receives the tokens that are routed to it, whichever of the batch's {samples} "
+            "samples they are of, and gradients are each sample's own; calibrate with `batch_size` 1"
+        )
 
 
 def merge_gradients(statistics: BlockGradients, group: Group, device: torch.device) -> None:

@@ -87,7 +87,7 @@ class Budgets:
             head, attention = gradient_bytes(model, batches, device)
             working = max(working + attention, head)
         if len(runs) > 1:
-            working += max(sum(layer.parameter.nbytes for layer in block.layers) for block in blocks)
+            working += max(sum(la.size * la.parameter.element_size() for la in block.layers) for block in blocks)
         if any(run.recovery is not None for run in runs):
             working += recovery_bytes(blocks)
         resident = resident_bytes()
@@ -111,7 +111,7 @@ def written_bytes(block: Block, model: LoadedModel) -> list[int]:
     """Return the bytes of each layer of a block, in its own or in the checkpoint's widest dtype, if that is wider."""
     stored = model.checkpoint.tensors.values() if model.checkpoint is not None else []
     widest = max((tensor.dtype.itemsize for tensor in stored), default=0)
-    return [la.parameter.numel() * max(la.parameter.element_size(), widest) for la in block.layers]
+    return [la.size * max(la.parameter.element_size(), widest) for la in block.layers]
 
 
 def gradient_bytes(model: LoadedModel, batches: Sequence[Batch], device: torch.device) -> tuple[int, int]:
@@ -152,7 +152,7 @@ def fixed_bytes(blocks: Sequence[Block], kinds: Sequence[type[Statistic]], modul
                 statistic.total.nbytes for statistic in empty_statistics(layer, kinds, torch.device("meta")).values()
             ]
             sizes.append(sum(made))
-            matrix = layer.parameter.numel() * accumulation_dtype(layer.parameter.dtype).itemsize
+            matrix = layer.size * accumulation_dtype(layer.parameter.dtype).itemsize
             largest = max(largest, 4 * max([matrix, *made]))
         statistics = max(statistics, sum(sizes))
     return block_bytes + max(block_bytes, outside), statistics + largest

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pruneforge.engine.backward import LOSS_SCALE, add_batch, block_gradients, merge_gradients
+from pruneforge.engine.backward import LOSS_SCALE, add_batch, block_gradients, check_separable, merge_gradients
 from pruneforge.engine.budget import samples_through_head
 from pruneforge.engine.chain import Chain
 from pruneforge.engine.gradient_store import BlockGradients, GradientStore, Kind
@@ -47,6 +47,9 @@ def gradient_statistics(
     Raises:
         PruneForgeError: A loss or gradient is not finite, naming the layer.
     """
+    check_separable(
+        [layer for block in chain.blocks for layer in block.layers], max(in_flight.batch.size for in_flight in batches)
+    )
     # The first process decides for all, so that all do the same work whatever each of them sees in the folder.
     missing = group.gather([gradient_store.missing(block, kinds) for block in chain.blocks])[0]
     if not any(missing):

@@ -17,12 +17,13 @@ from pruneforge.engine.allocation import allocate
 from pruneforge.engine.chain import Chain
 from pruneforge.engine.gradient_store import GradientStore, InMemoryGradientStore
 from pruneforge.engine.gradients import gradient_statistics
-from pruneforge.engine.masking import Applier, check_count, metric_score
+from pruneforge.engine.masking import Applier, check_count, metric_score, reached
 from pruneforge.engine.processes import Group
 from pruneforge.engine.stream import BlockStatistics, Flow, Streams
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Block
 from pruneforge.interfaces.batch import Batch
+from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.run import BlockResult, Run, required_statistics
 from pruneforge.progress import Progress
 
@@ -158,21 +159,25 @@ class _Loop:
         take as much memory as the weights.
         """
         collected: list[tuple[Block, BlockStatistics]] = []
+        wide = [run for run in self.runs if run.scope == "model"]
+        layers: list[list[Layer]] = [[] for _ in wide]
         for index, block in enumerate(self.chain.blocks):
             with self.chain.residency.visit(block):
                 collected.append((block, self.streams.calibrate(index)))
+                routed = any(layer.routed for layer in block.layers)
+                stats = self.with_gradients(*collected[-1]) if routed else collected[-1][1]
+                for run, of_run in zip(wide, layers, strict=True):
+                    of_run += reached(block.layers, stats, run.requires)
+                del stats
             self.streams.advance(index)
-        layers = [layer for block, _ in collected for layer in block.layers]
-        for run in self.runs:
-            if run.scope == "model":
-                self.apply.find_threshold(run, layers, partial(self.visited_scores, run, collected))
+        for run, of_run in zip(wide, layers, strict=True):
+            self.apply.find_threshold(run, of_run, partial(self.visited_scores, run, collected))
         for index, (block, of_block) in enumerate(collected):
             with self.chain.residency.visit(block):
                 self.prune(self.runs, index, self.with_gradients(block, of_block))
             yield
-        for run in self.runs:
-            if run.scope == "model":
-                check_count(run, layers, sum(run.pruned.values()), "the model")
+        for run, of_run in zip(wide, layers, strict=True):
+            check_count(run, of_run, sum(run.pruned.values()), "the model")
 
     def with_gradients(self, block: Block, stats: BlockStatistics) -> BlockStatistics:
         """Return a block's statistics joined with those of the model's gradients."""
@@ -182,21 +187,23 @@ class _Loop:
         """Prune a visited block for each run, each time from the dense weights."""
         block = self.chain.blocks[index]
         recovers = any(run.recovery is not None for run in runs)
-        parameters = list(block.module.parameters()) if recovers else [layer.parameter for layer in block.layers]
-        dense = [parameter.detach().clone() for parameter in parameters] if len(runs) > 1 else []
+        changing = (
+            [p.detach() for p in block.module.parameters()] if recovers else [layer.matrix() for layer in block.layers]
+        )
+        dense = [tensor.clone() for tensor in changing] if len(runs) > 1 else []
         previous: Run | None = None
         for run in runs:
             if previous is not None:
                 previous.output.settle()  # it may still read the weights that are made dense again
-                for parameter, weight in zip(parameters, dense, strict=True):
-                    parameter.data.copy_(weight)
+                for tensor, weight in zip(changing, dense, strict=True):
+                    tensor.copy_(weight)
             self.apply.prune(run, index, stats, self.streams.main)
             previous = run
 
     def visited_scores(self, run: Run, collected: Sequence[tuple[Block, BlockStatistics]]) -> Iterator[Tensor]:
-        """Yield the scores of every layer in model order, computing one layer at a time."""
+        """Yield the scores of every layer that data reached, in model order, computing one layer at a time."""
         for block, of_block in collected:
             with self.chain.residency.visit(block):
                 stats = self.with_gradients(block, of_block)
-                for layer in block.layers:
+                for layer in reached(block.layers, stats, run.requires):
                     yield metric_score(run, layer, stats[layer.name])

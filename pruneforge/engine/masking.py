@@ -25,7 +25,7 @@ from pruneforge.interfaces.metric import Pruned, prunes_blocks
 from pruneforge.interfaces.patterns import Unstructured, pruned_count
 from pruneforge.interfaces.run import BlockResult, Run
 from pruneforge.interfaces.selection import Threshold, smallest
-from pruneforge.interfaces.statistics import LayerStatistics
+from pruneforge.interfaces.statistics import LayerStatistics, Requirement
 
 
 class _Outcome(NamedTuple):
@@ -57,29 +57,33 @@ class Applier:
             PruneForgeError: A metric's mask does not fit the pattern, or its scores or weights are not finite.
         """
         block = self.chain.blocks[index]
-        dense = {layer.name: layer.weight.clone() for layer in block.layers} if run.recovery is not None else {}
         with run.profile.stage("prune", index):
             threshold = self._threshold(run, block, stats)
             if index < run.finished:
                 # A finished block is not pruned again, but a threshold over the whole model counts the ties that it
                 # prunes, block by block.
                 if threshold is not None:
-                    for layer in block.layers:
+                    for layer in reached(block.layers, stats, run.requires):
                         threshold.select(metric_score(run, layer, stats[layer.name]))
                 return
+            dense = {layer.name: layer.weight.clone() for layer in block.layers} if run.recovery is not None else {}
             masks, outcomes = self._masks(run, block, stats, threshold)
-        notes = [f"{layer.name}: {note}" for layer in block.layers for note in outcomes[layer.name].notes]
+        pruning = reached(block.layers, stats, run.requires)
+        notes = [f"{layer.name}: {note}" for layer in pruning for note in outcomes[layer.name].notes]
         updated = frozenset(name for name, outcome in outcomes.items() if outcome.updated)
         if run.recovery is not None and block.layers:
             with run.profile.stage("recover", index):
-                owners = self._owners(block, stats)
+                owners = {name: owner for name, owner in self._owners(block, stats).items() if name in outcomes}
                 site = PrunedBlock(run, self.chain, index, stats, masks, dense, owners, stream, self.group)
                 updated |= site.recover()
         pruned = {name: mask.numel() - int(mask.count_nonzero()) for name, mask in masks.items()}
+        if len(pruning) < len(block.layers):
+            left = [layer.name for layer in block.layers if layer.name not in outcomes]
+            notes.append(f"no calibration token reached {len(left)} layers, which stay dense: {', '.join(left)}")
         run.warnings += notes
         run.pruned.update(pruned)
         if run.scope == "block":
-            check_count(run, block.layers, sum(pruned.values()), f"block {block.name!r}")
+            check_count(run, pruning, sum(pruned.values()), f"block {block.name!r}")
         result = BlockResult(index, block, masks, pruned, notes, updated)
         run.output.add(result)
         self.block_pruned(run, result)
@@ -94,8 +98,9 @@ class Applier:
         """Return the threshold over several layers, or `None` for runs whose scope is within a layer."""
         if run.scope != "block":
             return run.threshold
-        scores = [metric_score(run, layer, stats[layer.name]) for layer in block.layers]
-        return _exact_threshold(run, block.layers, lambda: scores)
+        layers = reached(block.layers, stats, run.requires)
+        scores = [metric_score(run, layer, stats[layer.name]) for layer in layers]
+        return _exact_threshold(run, layers, lambda: scores)
 
     def _masks(
         self, run: Run, block: Block, stats: BlockStatistics, threshold: Threshold | None
@@ -105,14 +110,15 @@ class Applier:
         outcomes: dict[str, _Outcome] = {}
         # A threshold counts ties from layer to layer, so each process applies it to all layers; it is cheap.
         owners = self._owners(block, stats) if threshold is None else dict.fromkeys(stats, self.group.rank)
+        pruning = reached(block.layers, stats, run.requires)
         error: Exception | None = None
         together: dict[str, Pruned] = {}
         try:
-            if block.layers and threshold is None and prunes_blocks(run.metric):
+            if pruning and threshold is None and prunes_blocks(run.metric):
                 owners = dict.fromkeys(stats, 0)
                 if self.group.first:
-                    together = _prune_together(run, block, stats)
-            for layer in block.layers:
+                    together = _prune_together(run, pruning, block, stats)
+            for layer in pruning:
                 if owners[layer.name] == self.group.rank:
                     given = together.get(layer.name)
                     pruned = self._prune_layer(run, layer, stats[layer.name], threshold, given)
@@ -124,8 +130,9 @@ class Applier:
             error = raised
         outcomes = self.group.agree(error, outcomes)
         if threshold is None:
-            masks = {layer.name: self._shared(layer, masks.get(layer.name), owners) for layer in block.layers}
-        return masks, outcomes
+            masks = {layer.name: self._shared(layer, masks.get(layer.name), owners) for layer in pruning}
+        masks |= {la.name: torch.ones(la.shape, dtype=torch.bool) for la in block.layers if la.name not in masks}
+        return {layer.name: masks[layer.name] for layer in block.layers}, outcomes
 
     def _owners(self, block: Block, stats: BlockStatistics) -> dict[str, int]:
         """Return which process prunes each layer, by name.
@@ -137,7 +144,7 @@ class Applier:
             together.setdefault(stats[layer.name].input_key, []).append(layer)
         parts = list(together.values())
         # A layer costs its weights times its inputs, as in a solver that compensates column by column.
-        owners = self.group.spread([sum(la.parameter.numel() * la.shape[1] for la in part) for part in parts])
+        owners = self.group.spread([sum(la.size * la.shape[1] for la in part) for part in parts])
         return {layer.name: owner for part, owner in zip(parts, owners, strict=True) for layer in part}
 
     def _shared(self, layer: Layer, mask: Tensor | None, owners: dict[str, int]) -> Tensor:
@@ -148,7 +155,11 @@ class Applier:
             empty = torch.empty(layer.shape, dtype=torch.uint8, device=device)
             sent = empty if mask is None else mask.to(device).contiguous().byte()
             self.group.send(sent, owner)
-            self.group.send(layer.parameter.data, owner)
+            # The parameter may hold the weights of other layers, which other processes prune, so it is not sent whole.
+            matrix = layer.matrix()
+            weight = matrix.contiguous()
+            self.group.send(weight, owner)
+            matrix.copy_(weight)
             mask = sent.bool().cpu()
         assert mask is not None
         return mask
@@ -185,14 +196,14 @@ class Applier:
         return pruned
 
 
-def _prune_together(run: Run, block: Block, stats: BlockStatistics) -> dict[str, Pruned]:
-    """Return what a metric that decides over whole blocks makes of a block's layers.
+def _prune_together(run: Run, layers: Sequence[Layer], block: Block, stats: BlockStatistics) -> dict[str, Pruned]:
+    """Return what a metric that decides over whole blocks makes of the layers of a block that data reached.
 
     Raises:
         PruneForgeError: It fails, leaves a layer out, or changes what it is given.
     """
     who, layers = f"metric {run.metric.name!r}", block.layers
-    own = {name: of_layer.owned_by(run.metric) for name, of_layer in stats.items()}
+    own = {layer.name: stats[layer.name].owned_by(run.metric) for layer in layers}
     patterns = {layer.name: run.pattern_for(layer) for layer in layers}
     seed_for(run, block.name, layers[0].parameter.device)
     with unchanged(who, [(layer, own[layer.name]) for layer in layers]):
@@ -201,6 +212,14 @@ def _prune_together(run: Run, block: Block, stats: BlockStatistics) -> dict[str,
         if not isinstance(made, dict) or layer.name not in made:
             raise PruneForgeError(f"{who} made nothing of layer {layer.name!r}; `prune_block` must return each layer")
     return made
+
+
+def reached(layers: Iterable[Layer], stats: BlockStatistics, requires: Iterable[Requirement]) -> list[Layer]:
+    """Return the layers without those routed ones of which no calibration token came into a required statistic.
+
+    A method knows nothing of those: their scores would all be equal, and the order of the weights would decide.
+    """
+    return [layer for layer in layers if not layer.routed or all(stats[layer.name][kind].tokens for kind in requires)]
 
 
 def metric_score(run: Run, layer: Layer, stats: LayerStatistics) -> Tensor:
@@ -226,7 +245,7 @@ def _count(run: Run, layers: Sequence[Layer]) -> int:
     assert isinstance(run.pattern, Unstructured)
     if run.allocation is not None:
         return sum(run.allocation[layer.name] for layer in layers)
-    return pruned_count(sum(layer.parameter.numel() for layer in layers), run.pattern.sparsity)
+    return pruned_count(sum(layer.size for layer in layers), run.pattern.sparsity)
 
 
 def _exact_threshold(run: Run, layers: Sequence[Layer], scores: Callable[[], Iterable[Tensor]]) -> Threshold:

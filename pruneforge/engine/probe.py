@@ -13,6 +13,7 @@ from pruneforge.engine.backward import add_batch, block_gradients
 from pruneforge.engine.chain import Chain
 from pruneforge.engine.gradient_store import BlockGradients, InMemoryGradientStore, Kind
 from pruneforge.engine.hidden_states import BatchInFlight
+from pruneforge.engine.masking import reached
 from pruneforge.engine.processes import Group
 from pruneforge.engine.recovery import PrunedBlock
 from pruneforge.engine.residency import InMemory, Residency, Streamed
@@ -92,7 +93,7 @@ def _prune(run: Run, block: Block, stats: BlockStatistics, device: torch.device)
     """Make the masks of a block, and drop them."""
     # By input. Empty at each call: on a device the second call is timed, and it must compute the shared values.
     shared: dict[int, dict[Any, Any]] = {}
-    for layer in block.layers:
+    for layer in reached(block.layers, stats, run.requires):
         of_layer = LayerStatistics(dict(stats[layer.name].items()), shared.setdefault(stats[layer.name].input_key, {}))
         seed_random_numbers(run.seed, device)
         pruned = run.metric.prune_layer(layer, of_layer, run.pattern)

@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from pruneforge.engine.processes import Group
@@ -66,6 +64,7 @@ class InputRecorder:
         self._outputs: dict[str, dict[type[OutputStatistic], OutputStatistic]] = {}
         self._inputs: dict[str, _Input] = {}
         self._batch: Batch | None = None
+        self._samples = 0  # in all batches so far
         self._seen: dict[int, tuple[Tensor, int, _Input]] = {}
         self._uses: list[str] = []
         self._stop = stop and not output_kinds
@@ -81,6 +80,7 @@ class InputRecorder:
         after = self._record_output if self._output_kinds else None
         with suppress(_Enough), WeightUses(self._block.layers, before=self._record, after=after):
             yield
+        self._samples += batch.size
         # A layer that is called twice in a pass would miss its second input if the pass stopped early.
         if self._each_once is None:
             names = [layer.name for layer in self._block.layers]
@@ -121,6 +121,7 @@ class InputRecorder:
 
     def merge(self, group: Group) -> None:
         """Merge the statistics of all processes into those of all batches."""
+        self._complete(group)
         done: set[int] = set()
         for layer in self._block.layers:
             known = self._inputs.get(layer.name)
@@ -130,6 +131,23 @@ class InputRecorder:
                 of_layer += known.statistics.values()
             for statistic in of_layer:
                 group.merge(statistic, layer.parameter.device)
+
+    def _complete(self, group: Group) -> None:
+        """Make statistics of routed layers empty where no token came, and count the samples that sent none."""
+        layers = {layer.name: layer for layer in self._block.layers}
+        routed = [layer.name for layer in self._block.layers if layer.routed]
+        if not routed or not self._kinds:
+            return
+        leaders: dict[str, str] = {}  # of all processes, which have to merge the same statistics in the same order
+        for of_process in group.gather({name: known.leader.name for name, known in self._inputs.items()}):
+            leaders |= of_process
+        for name in routed:
+            if name not in self._inputs:
+                leader = leaders.get(name, name)
+                self._inputs.setdefault(leader, _Input(layers[leader], self._kinds))
+                self._inputs[name] = self._inputs[leader]
+            for statistic in self._inputs[name].statistics.values():
+                statistic.samples = self._samples
 
     def statistics(self, layer: Layer) -> tuple[dict[type[Statistic], Statistic], dict[Any, Any]]:
         """Return the statistics of `layer`, and the values shared with layers of the same input.
@@ -170,7 +188,7 @@ def check_weights(block: Block) -> None:
     """
     if not block.layers:
         return
-    first = first_false([finite_flag(layer.parameter) for layer in block.layers])
+    first = first_false([finite_flag(layer.matrix()) for layer in block.layers])
     if first is not None:
         raise PruneForgeError(f"layer {block.layers[first].name!r} has non-finite weights; the checkpoint is damaged")
 
@@ -183,6 +201,11 @@ def valid_tokens(inputs: Tensor, batch: Batch, layer: Layer) -> Tensor:
     """
     if batch.valid is None:
         return inputs.reshape(-1, inputs.shape[-1])
+    if layer.routed:
+        raise PruneForgeError(
+            f"layer {layer.name!r} receives the tokens that are routed to it, so padding cannot be left out; "
+            "calibrate with batches of equal lengths"
+        )
     if inputs.shape[:2] != batch.valid.shape:
         raise PruneForgeError(
             f"layer {layer.name!r} sees {tuple(inputs.shape[:2])} tokens where the batch has "
@@ -194,11 +217,10 @@ def valid_tokens(inputs: Tensor, batch: Batch, layer: Layer) -> Tensor:
 class WeightUses(TorchFunctionMode):
     """Calls back, within its context, at every product of an input with the weight of one of some layers.
 
-    Weights are recognised by identity where the product happens. Module hooks would miss code that takes a module's
-    weight and calls the function itself, as BEiT and EVA do.
+    Each layer says which functions these are. Weights are recognised by their place in memory where the product
+    happens. Module hooks would miss code that takes a module's weight and calls the function itself, as BEiT and EVA
+    do, and code that multiplies by a slice of a parameter.
     """
-
-    _PRODUCTS = frozenset({F.linear, F.conv2d, torch.conv2d})
 
     def __init__(
         self,
@@ -208,19 +230,29 @@ class WeightUses(TorchFunctionMode):
     ) -> None:
         """Call `before(layer, input)` and `after(layer, input, output)` around each product."""
         super().__init__()
-        self._layers = {id(layer.parameter): layer for layer in layers}
+        self._layers = {_place(layer.matrix(), layer.parameter): layer for layer in layers}
+        self._products = {product.function: product for layer in layers for product in layer.products}
         self._before = before
         self._after = after
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in self._PRODUCTS:
+        product = self._products.get(func)
+        if product is None:
             return func(*args, **kwargs)
-        layer = self._layers.get(id(args[1] if len(args) > 1 else kwargs["weight"]))
-        value = args[0] if args else kwargs["input"]
+        value, weight = product.operands(args, kwargs)
+        layer = self._layers.get(_place(weight, weight))
         if layer is not None and self._before:
             self._before(layer, value)
         output = func(*args, **kwargs)
         if layer is not None and self._after:
             self._after(layer, value, output)
         return output
+
+
+def _place(weight: Tensor, holder: Tensor) -> tuple[int, int]:
+    """Return what tells a weight apart, however it is viewed: where its memory begins, and its number of values.
+
+    Where torch does not know the memory, as for some subclasses of tensors, the tensor that holds it stands for it.
+    """
+    return weight.data_ptr() or id(holder), weight.numel()

@@ -50,14 +50,14 @@ class PrunedBlock(Site):
             stats: Its statistics, by layer name.
             masks: Its masks [out, in], by layer name.
             dense: Its weights before pruning [out, in], by layer name.
-            owners: Which process recovers each layer, by name.
+            owners: Which process recovers each layer, by name; without layers that data did not reach.
             stream: The batches, with what `Stream` keeps where there are targets.
             group: The processes.
         """
         assert run.recovery is not None
         device = chain.residency.device
         self.block = chain.blocks[index]
-        self.layers = [layer for layer in self.block.layers if owners[layer.name] == group.rank]
+        self.layers = [layer for layer in self.block.layers if owners.get(layer.name) == group.rank]
         self.stats = {name: of_layer.owned_by(run.recovery) for name, of_layer in stats.items()}
         self.masks = {name: mask.to(device) for name, mask in masks.items()}
         self.dense = dense
@@ -65,8 +65,10 @@ class PrunedBlock(Site):
         self.batch_count = sum(group.gather(len(stream.targets) if stream is not None else 0))
         self._owners, self._stream, self._group = owners, stream, group
         self._names = {id(p): f"{self.block.name}.{name}" for name, p in self.block.module.named_parameters()}
-        left_dense = {id(layer.parameter) for layer in run.excluded}
-        self._parameters = [p for p in self.block.module.parameters() if id(p) not in left_dense]
+        pruned = {id(layer.parameter) for layer in self.block.layers}
+        self._left_dense = [layer for layer in run.excluded if id(layer.parameter) in self._names]
+        dense_alone = {id(layer.parameter) for layer in self._left_dense} - pruned
+        self._parameters = [p for p in self.block.module.parameters() if id(p) not in dense_alone]
         self._generator = torch.Generator()
 
     def recover(self) -> frozenset[str]:
@@ -93,12 +95,13 @@ class PrunedBlock(Site):
                 raise PruneForgeError(
                     f"{who} made {self._names[id(parameter)]!r} too large for {parameter.dtype}, or not a number"
                 )
-        weights = {id(layer.parameter): layer.name for layer in self.block.layers}
-        return frozenset(
-            weights.get(id(parameter), self._names[id(parameter)])
+        changed = {
+            id(parameter)
             for parameter, was in zip(self._parameters, before, strict=True)
             if not torch.equal(parameter.detach(), was)
-        )
+        }
+        layers = [layer.name for layer in self.block.layers if id(layer.parameter) in changed]
+        return frozenset([*layers, *(self._names[key] for key in changed)])
 
     def parameters(self) -> list[nn.Parameter]:
         """Return what may be changed."""
@@ -142,6 +145,9 @@ class PrunedBlock(Site):
             for layer in self.block.layers:
                 if layer.parameter.grad is not None:  # momentum of a pruned weight would move it at a later step
                     zeroed(layer.view(layer.parameter.grad), self.masks[layer.name])
+            for layer in self._left_dense:  # a slice of a parameter of which others are pruned
+                if layer.parameter.grad is not None:
+                    layer.view(layer.parameter.grad).zero_()
             optimizer.step()
             for layer in self.block.layers:
                 zeroed(layer.matrix(), self.masks[layer.name])
@@ -193,13 +199,19 @@ class PrunedBlock(Site):
 
     def _share(self) -> None:
         """Send each layer and its bias from the process that recovers it, and everything else from the first."""
-        of_name = {
-            name: owner for layer, owner in self._owners.items() for name in (f"{layer}.weight", f"{layer}.bias")
-        }
-        weights = {id(layer.parameter): self._owners[layer.name] for layer in self.block.layers}
+        if self._group.size == 1:
+            return
+        with torch.no_grad():
+            for layer in self.block.layers:
+                matrix = layer.matrix()
+                weight = matrix.contiguous()  # its parameter may hold other layers, of other processes
+                self._group.send(weight, self._owners.get(layer.name, 0))
+                matrix.copy_(weight)
+        biases = {f"{layer}.bias": owner for layer, owner in self._owners.items()}
+        weights = {id(layer.parameter) for layer in self.block.layers}
         for parameter in self._parameters:
-            owner = weights.get(id(parameter), of_name.get(self._names[id(parameter)], 0))
-            self._group.send(parameter.data, owner)
+            if id(parameter) not in weights:
+                self._group.send(parameter.data, biases.get(self._names[id(parameter)], 0))
 
 
 class _AtBlock(Passing):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from pruneforge.errors import PruneForgeError
+from pruneforge.interfaces.products import ADDED_PRODUCT, CONVOLUTION, LINEAR, Product
 from pruneforge.numerics import accumulation_dtype, zeroed
 
 
@@ -15,20 +17,28 @@ from pruneforge.numerics import accumulation_dtype, zeroed
 class Layer:
     """One prunable weight matrix of a block, multiplied as in `torch.nn.functional.linear`.
 
-    For the weight of another product, a subclass overrides `matrix`, `inputs` and `outputs`; metrics then see the same
-    shapes.
+    For the weight of another product, or one that lies in its parameter in another way, a subclass sets `products` and
+    overrides `view`, `inputs` and `outputs` as far as they differ; metrics then see the same shapes.
 
     Attributes:
         name: Full name in the model, without `.weight`.
-        parameter: The parameter that holds the weight.
+        parameter: The parameter that holds the weight, alone or among others.
+        routed: Whether the model chooses the tokens that the layer receives, as for an expert. They come without their
+            samples, and there may be none; then the layer stays dense.
+        products: The functions that may multiply by the weight, given the parameter or a view of it.
     """
 
     name: str
     parameter: nn.Parameter = field(repr=False)
+    routed: bool = field(default=False, kw_only=True)
+    products: ClassVar[tuple[Product, ...]] = (LINEAR,)
 
-    def view(self, value: Tensor) -> Tensor:
-        """View a tensor that lies as the parameter does, such as its gradient, as a matrix [out, in]."""
-        return value
+    def view(self, tensor: Tensor) -> Tensor:
+        """View the weight in a tensor that lies as the parameter does, a checkpoint's or a gradient, as [out, in].
+
+        It must be a view: masks and updated weights are written to it.
+        """
+        return tensor
 
     def matrix(self) -> Tensor:
         """Return a view of the parameter as a matrix [out, in], without gradients."""
@@ -46,6 +56,11 @@ class Layer:
         out_features, in_features = self.matrix().shape
         return out_features, in_features
 
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.matrix().numel()
+
     def write(self, mask: Tensor, weight: Tensor | None = None) -> None:
         """Take over an updated `weight` [out, in], if given, and zero what `mask` prunes, boolean [out, in]."""
         matrix = self.matrix()
@@ -54,7 +69,7 @@ class Layer:
         zeroed(matrix, mask)
 
     def inputs(self, value: Tensor, samples: int) -> Tensor:
-        """View the input of the product [..., in] as [samples, tokens, in].
+        """View the input of the product [..., in] as [samples, tokens, in]; [1, tokens, in] if the layer is routed.
 
         Raises:
             PruneForgeError: The tokens cannot be divided evenly among the samples.
@@ -62,7 +77,7 @@ class Layer:
         return self._tokens(value, samples)
 
     def outputs(self, value: Tensor, samples: int) -> Tensor:
-        """View the output of the product [..., out] as [samples, tokens, out].
+        """View the output of the product [..., out] as [samples, tokens, out]; [1, tokens, out] if it is routed.
 
         Raises:
             PruneForgeError: The tokens cannot be divided evenly among the samples.
@@ -72,6 +87,8 @@ class Layer:
     def _tokens(self, value: Tensor, samples: int) -> Tensor:
         # Windows and flattened tokens are still ordered by sample, so a reshape separates the samples.
         tokens = value.shape[:-1].numel()
+        if self.routed:
+            samples = 1
         if tokens % samples:
             raise PruneForgeError(
                 f"layer {self.name!r} receives {tokens} tokens, which is not a multiple of {samples} samples"
@@ -82,9 +99,11 @@ class Layer:
 class PointwiseConvLayer(Layer):
     """The weight [out, in, 1, 1] of a 1x1 convolution; its tokens are the positions of the image."""
 
-    def view(self, value: Tensor) -> Tensor:
+    products = (CONVOLUTION,)
+
+    def view(self, tensor: Tensor) -> Tensor:
         """View a tensor [out, in, 1, 1] as a matrix [out, in]."""
-        return value.flatten(1)
+        return tensor.flatten(1)
 
     def inputs(self, value: Tensor, samples: int) -> Tensor:
         """View an image [samples, in, height, width] as [samples, tokens, in]."""
@@ -95,18 +114,53 @@ class PointwiseConvLayer(Layer):
         return value.flatten(2).transpose(1, 2)
 
 
-def find_layers(module: nn.Module, prefix: str) -> list[Layer]:
+class TransposedLayer(Layer):
+    """A weight stored as [in, out]: multiplied as it is, as in `torch.addmm`, or transposed, as in `linear`."""
+
+    products = (ADDED_PRODUCT, LINEAR)
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """View a tensor [in, out] as a matrix [out, in]."""
+        return tensor.T
+
+
+@dataclass
+class SlicedLayer(Layer):
+    """One slice of a parameter [slices, out, in], such as one expert's weight among those of all.
+
+    Attributes:
+        index: Position of the slice.
+    """
+
+    index: int
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """View one slice of a tensor [slices, out, in]."""
+        return tensor[self.index]
+
+
+def find_layers(
+    module: nn.Module, prefix: str, others: Mapping[type[nn.Module], type[Layer]] | None = None
+) -> list[Layer]:
     """Return the layers of a block: its linear modules and its 1x1 convolutions with one group.
 
     Args:
         module: The block.
         prefix: The block's full name in the model.
+        others: Further classes of modules, with the class of the layer that their `weight` makes.
     """
     layers: list[Layer] = []
     for name, part in module.named_modules():
-        full = f"{prefix}.{name}" if name else prefix
-        if isinstance(part, nn.Linear):
-            layers.append(Layer(full, cast(nn.Parameter, part.weight)))
-        elif isinstance(part, nn.Conv2d) and part.groups == 1 and set(part.kernel_size + part.stride) == {1}:
-            layers.append(PointwiseConvLayer(full, cast(nn.Parameter, part.weight)))
+        kind = _layer_class(part, others or {})
+        if kind is not None:
+            layers.append(kind(f"{prefix}.{name}" if name else prefix, part.get_parameter("weight")))
     return layers
+
+
+def _layer_class(module: nn.Module, others: Mapping[type[nn.Module], type[Layer]]) -> type[Layer] | None:
+    """Return the class of the layer that a module's weight makes, or `None`."""
+    if isinstance(module, nn.Linear):
+        return Layer
+    if isinstance(module, nn.Conv2d) and module.groups == 1 and set(module.kernel_size + module.stride) == {1}:
+        return PointwiseConvLayer
+    return next((kind for known, kind in others.items() if isinstance(module, known)), None)

@@ -89,7 +89,7 @@ def estimate(
     waits_on_device = min(waiting, device_room)
     waits_on_host = min(waiting - waits_on_device, host_room)
     layers = [layer for block in run.blocks for layer in block.layers]
-    weights = sum(layer.parameter.numel() for layer in layers)
+    weights = sum(layer.size for layer in layers)
     kinds = [kind_of(required) for required in run.requires]
     gradients = [k for k in kinds if issubclass(k, GradientStatistic) and not issubclass(k, BlockGradientStatistic)]
     statistics = sum(made.total.nbytes for la in layers for made in empty_statistics(la, gradients, META).values())

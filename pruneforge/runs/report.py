@@ -46,7 +46,7 @@ def make_report(
         name: {"shape": list(shape), "pruned": run.pruned[name], "sparsity": round(run.pruned[name] / prod(shape), 6)}
         for name, shape in shapes.items()
     }
-    weights = sum(layer.parameter.numel() for layer in run.excluded) + sum(prod(shape) for shape in shapes.values())
+    weights = sum(layer.size for layer in run.excluded) + sum(prod(shape) for shape in shapes.values())
     pruned = sum(run.pruned.values())
     return {
         "format": FORMAT,

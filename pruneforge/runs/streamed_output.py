@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from pruneforge.checkpoint.skeleton import layer_locations, parameter_locations
 from pruneforge.checkpoint.writer import Rewrite
 from pruneforge.engine.transfers import Transfer, Transfers
 from pruneforge.errors import PruneForgeError, UnfinishedError
+from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.run import BlockResult, Output, Run
 from pruneforge.numerics import all_finite, zeroed
 from pruneforge.profile import PROFILE_FILE
@@ -188,26 +189,34 @@ class StreamedOutput(Output):
         Raises:
             PruneForgeError: A changed weight is too large for the checkpoint's dtype.
         """
-        tensors: dict[str, Tensor] = {}
+        together: dict[str, list[Layer]] = {}  # by tensor, which may hold the weights of several layers
         for layer in result.block.layers:
-            location, _ = self._locations[layer.name]
-            updated = layer.name in result.updated
-            tensors[location.name] = self._stored(location, layer.name, layer.parameter, updated)
-            if location.dtype != layer.parameter.dtype and not updated:  # read again, unpruned
-                zeroed(tensors[location.name], result.masks[layer.name])
+            together.setdefault(self._locations[layer.name][0].name, []).append(layer)
+        tensors = {name: self._tensor_of(layers, result) for name, layers in together.items()}
         for name, (location, parameter) in self._others.get(result.block.name, {}).items():
-            tensors[location.name] = self._stored(location, name, parameter, name in result.updated)
+            tensors[location.name] = self._other_tensor(location, name, parameter, name in result.updated)
         return tensors
 
-    def _stored(self, location: TensorLocation, name: str, parameter: nn.Parameter, updated: bool) -> Tensor:
-        """Return a parameter as it will be stored.
+    def _tensor_of(self, layers: Sequence[Layer], result: BlockResult) -> Tensor:
+        """Return the tensor that holds the weights of `layers`."""
+        location, whole = self._locations[layers[0].name][0], layers[0].parameter.data
+        if location.dtype == whole.dtype:
+            return whole
+        all_of_it = sum(layer.size for layer in layers if layer.name in result.updated) == whole.numel()
+        stored = whole.to(location.dtype) if all_of_it else self._checkpoint.read(location)
+        for layer in layers:
+            part, value = layer.view(stored), layer.matrix()
+            if layer.name not in result.updated:
+                zeroed(part, result.masks[layer.name])
+                continue
+            part.copy_(value)
+            if not all_finite(part):
+                raise PruneForgeError(f"an updated weight of layer {layer.name!r} is too large for {location.dtype}")
+            value.copy_(part)
+        return stored
 
-        One that was not updated is the checkpoint's own, whatever the dtype of the computation. An updated one is
-        rounded to the checkpoint's dtype, in the block too, so that later blocks see what is stored.
-
-        Raises:
-            PruneForgeError: It is too large for the checkpoint's dtype.
-        """
+    def _other_tensor(self, location: TensorLocation, name: str, parameter: nn.Parameter, updated: bool) -> Tensor:
+        """Return a parameter that holds no layer's weight."""
         value = parameter.data
         if location.dtype == value.dtype:
             return value
@@ -215,7 +224,7 @@ class StreamedOutput(Output):
             return self._checkpoint.read(location)
         stored = value.to(location.dtype)
         if not all_finite(stored):
-            raise PruneForgeError(f"an updated weight of layer {name!r} is too large for {location.dtype}")
+            raise PruneForgeError(f"the recovered {name!r} is too large for {location.dtype}")
         value.copy_(stored)
         return stored
 

@@ -51,7 +51,7 @@ def _magnitude(layer: Layer) -> Tensor:
 
 def sizes(made: list[Block]) -> dict[str, dict[str, int]]:
     """Return the number of weights of each layer, by block."""
-    return {block.name: {layer.name: layer.parameter.numel() for layer in block.layers} for block in made}
+    return {block.name: {layer.name: layer.size for layer in block.layers} for block in made}
 
 
 def allocate(allocator: Allocator, share: float = SHARE) -> Mapping[str, float]:
@@ -74,7 +74,7 @@ def every_layer_has_a_sparsity(allocator: Allocator) -> None:
 def the_budget_can_be_met(allocator: Allocator) -> None:
     """Check that the allocation, shifted by the engine, prunes as many weights as asked for."""
     layers = [layer for block in blocks() for layer in block.layers]
-    total = sum(layer.parameter.numel() for layer in layers)
+    total = sum(layer.size for layer in layers)
     for pattern in (Unstructured(SHARE), Unstructured(SHARE, "layer"), NM(2, 4)):
         steps = within_budget(allocate(allocator, pattern.sparsity), layers, pattern)
         each: Pattern = pattern
