@@ -278,3 +278,23 @@ def test_an_estimate_counts_recovery_and_changes_nothing():
     estimated = pruneforge.estimate(model, "magnitude", batches(), recover="reconstruct")
     assert estimated.seconds["recover"] > 0
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_the_command_line_takes_a_recovery_with_its_options(checkpoint, tmp_path):
+    asked = ("prune", checkpoint, "--metric", "magnitude", "--sparsity", "0.6", "--calibration", "python-docs")
+    asked += ("--samples", 2, "--seqlen", 32)
+    first = commands.invoke(
+        *asked, "--recover", "reconstruct", "--lr", "0.02", "--epochs", 2, "--output", tmp_path / "a"
+    )
+    assert first.exit_code == 0, first.output
+    options = {"lr": 0.02, "epochs": 2, "targets": "dense"}
+    assert pruneforge.load(tmp_path / "a").report["recovery"] == {"name": "reconstruct", "options": options}
+    again = commands.invoke("prune", checkpoint, "--config", tmp_path / "a" / "recipe.yaml", "--output", tmp_path / "b")
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "b" / "model.safetensors").read_bytes() == (tmp_path / "a" / "model.safetensors").read_bytes()
+    third = commands.invoke(
+        *asked, "--recover", "reconstruct", "--recover-option", "targets=sparse", "--output", tmp_path / "c"
+    )
+    assert third.exit_code == 2
+    assert "option targets='sparse' of reconstruct" in third.output
+    assert not (tmp_path / "c").exists()
