@@ -21,8 +21,7 @@ from pruneforge.interfaces.adapter import Block
 from pruneforge.interfaces.allocator import measures_blocks
 from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.patterns import Pattern, pruned_count
-from pruneforge.interfaces.run import Run
-from pruneforge.interfaces.statistics import Requirement
+from pruneforge.interfaces.run import Run, needed_to_allocate
 from pruneforge.progress import Progress
 
 
@@ -52,7 +51,7 @@ def allocate(
     ]
     measured = [(run, measures) for run, measures in waiting if run.allocator and measures_blocks(run.allocator)]
     if measured:
-        streams = Streams(captured, [each for run, _ in measured for each in _needed(run)], flow)
+        streams = Streams(captured, [each for run, _ in measured for each in needed_to_allocate(run)], flow)
         with flow.profile.stage("allocate"):
             for index, block in enumerate(progress.track(chain.blocks, "allocating sparsity")):
                 with chain.residency.visit(block):
@@ -148,7 +147,7 @@ def _measured(run: Run, block: Block, stats: BlockStatistics, device: torch.devi
     assert allocator is not None
     who = f"allocator {allocator.name!r}"
     seed_for(run, block.name, device)
-    known = tuple(reached(block.layers, stats, _needed(run)))
+    known = tuple(reached(block.layers, stats, needed_to_allocate(run)))
     block = replace(block, layers=known)
     own = {layer.name: stats[layer.name].owned_by(allocator) for layer in known}
     score = partial(_score, run, stats)
@@ -159,11 +158,6 @@ def _measured(run: Run, block: Block, stats: BlockStatistics, device: torch.devi
     except (TypeError, ValueError) as error:
         raise PruneForgeError(f"{who} measured of block {block.name!r} what JSON cannot hold: {error}") from error
     return measured
-
-
-def _needed(run: Run) -> Sequence[Requirement]:
-    assert run.allocator is not None
-    return [*run.allocator.requires, *(run.metric.requires if run.allocator.uses_scores else ())]
 
 
 def _score(run: Run, stats: BlockStatistics, layer: Layer) -> Tensor:

@@ -15,7 +15,7 @@ from pruneforge.engine.transfers import bytes_in_host_memory
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Block, LoadedModel
 from pruneforge.interfaces.batch import Batch
-from pruneforge.interfaces.run import Run, required_statistics
+from pruneforge.interfaces.run import Run, needed_to_allocate, required_statistics
 from pruneforge.interfaces.statistics import GradientStatistic, Statistic, empty_statistics, kind_of
 from pruneforge.memory import resident_bytes, usual_tokens_a_batch
 from pruneforge.numerics import accumulation_dtype
@@ -83,6 +83,10 @@ class Budgets:
         """
         blocks, kinds = runs[0].blocks, [kind_of(required) for required in required_statistics(runs)]
         weights, working = fixed_bytes(blocks, kinds, model.module)
+        for run in runs:  # their own pass comes before, with statistics of its own
+            if run.allocator is not None:
+                measured = [kind_of(required) for required in needed_to_allocate(run)]
+                working = max(working, fixed_bytes(blocks, measured, model.module)[1])
         if any(issubclass(kind, GradientStatistic) for kind in kinds):
             head, attention = gradient_bytes(model, batches, device)
             working = max(working + attention, head)

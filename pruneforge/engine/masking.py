@@ -77,6 +77,9 @@ class Applier:
                 site = PrunedBlock(run, self.chain, index, stats, masks, dense, owners, stream, self.group)
                 updated |= site.recover()
         pruned = {name: mask.numel() - int(mask.count_nonzero()) for name, mask in masks.items()}
+        notes += [
+            f"{layer.name}: all of its weights are pruned" for layer in pruning if pruned[layer.name] == layer.size
+        ]
         if len(pruning) < len(block.layers):
             left = [layer.name for layer in block.layers if layer.name not in outcomes]
             notes.append(f"no calibration token reached {len(left)} layers, which stay dense: {', '.join(left)}")

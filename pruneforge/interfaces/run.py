@@ -157,3 +157,10 @@ class Run:
 def required_statistics(runs: Iterable[Run]) -> tuple[Requirement, ...]:
     """Return the statistics that any of the runs requires, each once."""
     return tuple(dict.fromkeys(kind for run in runs for kind in run.requires))
+
+
+def needed_to_allocate(run: Run) -> tuple[Requirement, ...]:
+    """Return the statistics of the dense model that a run's allocator measures by; none without one."""
+    if run.allocator is None:
+        return ()
+    return (*run.allocator.requires, *(run.metric.requires if run.allocator.uses_scores else ()))

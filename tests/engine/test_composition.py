@@ -318,3 +318,11 @@ class Tensors(Nothing):
 def test_a_mistake_of_an_allocator_is_named(allocator, said):
     with pytest.raises(PruneForgeError, match=said):
         pruneforge.prune(tiny_llama(torch.float32), "magnitude", 0.5, allocator=allocator)
+
+
+def test_a_layer_that_loses_everything_is_reported(model, tmp_path):
+    (tmp_path / "shares.yaml").write_text(json.dumps({"*.0.mlp.up_proj": 1.0, "*": 0.3}))
+    allocator = f"file:{tmp_path / 'shares.yaml'}"
+    found = pruneforge.prune(model, "magnitude", 0.42, allocator=allocator, output=tmp_path / "out")
+    assert not found.masks["model.layers.0.mlp.up_proj"].any()
+    assert found.report["warnings"] == ["model.layers.0.mlp.up_proj: all of its weights are pruned"]
