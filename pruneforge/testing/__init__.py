@@ -1,5 +1,25 @@
 """Checks that a plugin keeps its promises, for its author's own tests and for `pruneforge check`."""
 
-from pruneforge.testing.checks import Check, checked_kinds, checks_for, parametrize_with_checks, run_checks
+from pruneforge.testing.checks import (
+    Check,
+    check_allocator,
+    check_metric,
+    check_refiner,
+    check_statistic,
+    checked_kinds,
+    checks_for,
+    parametrize_with_checks,
+    run_checks,
+)
 
-__all__ = ["Check", "checked_kinds", "checks_for", "parametrize_with_checks", "run_checks"]
+__all__ = [
+    "Check",
+    "check_allocator",
+    "check_metric",
+    "check_refiner",
+    "check_statistic",
+    "checked_kinds",
+    "checks_for",
+    "parametrize_with_checks",
+    "run_checks",
+]

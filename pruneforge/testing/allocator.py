@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from pruneforge.interfaces.adapter import Block
 from pruneforge.interfaces.allocator import Allocator, measures_blocks
 from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.patterns import NM, Pattern, Unstructured, pruned_count
+from pruneforge.testing.kit import Kit, by_name
 from pruneforge.testing.samples import sample
 
 SHARE = 0.6
@@ -99,13 +100,11 @@ def the_same_twice(allocator: Allocator) -> None:
     assert allocate(allocator) == allocate(allocator), "two calls give two allocations"
 
 
-CHECKS: dict[str, Callable[[Allocator], None]] = {
-    check.__name__.replace("_", " "): check
-    for check in (
+KIT = Kit(
+    by_name(
         every_layer_has_a_sparsity,
         the_budget_can_be_met,
         measures_are_what_json_holds,
         the_same_twice,
     )
-}
-"""The checks, by what they say."""
+)

@@ -12,18 +12,25 @@ from pruneforge.interfaces.allocator import Allocator
 from pruneforge.interfaces.metric import Metric
 from pruneforge.interfaces.refiner import Refiner
 from pruneforge.interfaces.registry import KINDS, imported
-from pruneforge.testing import allocator, metric, refiner
+from pruneforge.interfaces.statistics import Statistic
+from pruneforge.testing import allocator, metric, refiner, statistic
+from pruneforge.testing.kit import Kit, name_of
 
-CHECKS: dict[type, dict[str, Callable[[Any], None]]] = {
-    Metric: metric.CHECKS,
-    Allocator: allocator.CHECKS,
-    Refiner: refiner.CHECKS,
+KITS: dict[type, Kit] = {
+    Metric: metric.KIT,
+    Allocator: allocator.KIT,
+    Refiner: refiner.KIT,
+    Statistic: statistic.KIT,
 }
+"""The checks of each kind of plugin, by its base class; a new kind is a line here."""
+
+CLASSES: tuple[type, ...] = (Statistic,)
+"""Kinds that are given as classes: the engine makes their objects."""
 
 
 def checked_kinds() -> list[str]:
-    """Return the kinds of plugins that there are checks of."""
-    return [kind for kind, base in KINDS.items() if imported(base) in CHECKS]
+    """Return the kinds of registered plugins that there are checks of."""
+    return [kind for kind, base in KINDS.items() if imported(base) in KITS]
 
 
 @dataclass(frozen=True)
@@ -31,43 +38,81 @@ class Check:
     """One check of one plugin.
 
     Attributes:
-        plugin: The plugin, with its options.
+        plugin: The plugin with its options, or a case of it.
         name: What is checked.
         run: Raises if the plugin does not keep the promise; the message says how.
+        skip: Why it cannot be run here, or `None`.
     """
 
     plugin: Any
     name: str
     run: Callable[[], None]
+    skip: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.plugin.name}: {self.name}"
+        return f"{name_of(self.plugin)}: {self.name}"
 
 
 def checks_for(plugin: Any) -> list[Check]:
-    """Return the checks of a metric, an allocator or a refiner that is made with its options.
+    """Return the checks of a plugin that is made with its options, of a case of one, or of a class of statistics.
 
     Raises:
-        PruneForgeError: It is none of these.
+        PruneForgeError: There are no checks of it.
     """
-    for kind, checks in CHECKS.items():
-        if isinstance(plugin, kind):
-            return [Check(plugin, name, partial(check, plugin)) for name, check in checks.items()]
-    kinds = ", ".join(checked_kinds())
-    raise PruneForgeError(f"there are no checks of {type(plugin).__name__}; it is not one of {kinds}")
+    for base, kit in KITS.items():
+        if kit.case is not None and isinstance(plugin, kit.case):
+            return _checks(kit, [plugin])
+        if _is_a(plugin, base):
+            return _checks(kit, kit.cases(plugin))
+    kinds = ", ".join([*checked_kinds(), *(f"{base.__name__.lower()} class" for base in CLASSES)])
+    what = f"the class {plugin.__name__}" if isinstance(plugin, type) else type(plugin).__name__
+    raise PruneForgeError(f"there are no checks of {what}; it is not one of {kinds}")
+
+
+def _is_a(plugin: Any, base: type) -> bool:
+    return isinstance(plugin, type) and issubclass(plugin, base) if base in CLASSES else isinstance(plugin, base)
+
+
+def _checks(kit: Kit, cases: Sequence[Any]) -> list[Check]:
+    skips = {name: why() for name, why in kit.skips.items()}
+    return [
+        Check(case, name, partial(check, case), skips.get(name)) for case in cases for name, check in kit.checks.items()
+    ]
 
 
 def run_checks(plugins: Iterable[Any]) -> Iterator[tuple[Check, str | None]]:
-    """Yield each check of some plugins with what is wrong, in one line, or `None`."""
+    """Yield each check of some plugins with what is wrong, in one line, or `None`; skipped checks are not run."""
     for plugin in plugins:
         for check in checks_for(plugin):
             try:
-                check.run()
+                if check.skip is None:
+                    check.run()
             except Exception as error:  # a plugin may fail in any way
                 name = "" if isinstance(error, AssertionError | PruneForgeError) else f"{type(error).__name__}: "
                 yield check, name + (" ".join(str(error).split()) or "failed")
             else:
                 yield check, None
+
+
+def checker(base: type) -> Callable[[Any], None]:
+    """Return a function that runs all checks of a plugin of one kind, for tests that need no names."""
+    kind = base.__name__.lower()
+
+    def check(plugin: Any) -> None:
+        if not _is_a(plugin, base) and not isinstance(plugin, KITS[base].case or ()):
+            raise PruneForgeError(f"{plugin!r} cannot be checked as {kind}")
+        failed = [f"{each.name}: {said}" for each, said in run_checks([plugin]) if said is not None]
+        assert not failed, "\n".join([f"{kind} {name_of(plugin)} fails {len(failed)} checks", *failed])
+
+    check.__name__ = check.__qualname__ = f"check_{kind}"
+    check.__doc__ = f"Run all checks of one {kind}, and raise `AssertionError` that names each one that it fails."
+    return check
+
+
+check_metric = checker(Metric)
+check_allocator = checker(Allocator)
+check_refiner = checker(Refiner)
+check_statistic = checker(Statistic)
 
 
 def parametrize_with_checks(
@@ -82,7 +127,7 @@ def parametrize_with_checks(
             check.run()
 
     Args:
-        plugins: Metrics, allocators and refiners, made with their options.
+        plugins: Plugins made with their options, cases of them, and classes of statistics.
         expected_failures: By a plugin's name, the checks that it fails on purpose, each with the reason. A check that
             passes although it is expected to fail is a failure.
 
@@ -92,13 +137,13 @@ def parametrize_with_checks(
     import pytest  # which only those who test have
 
     expected = {name: dict(reasons) for name, reasons in (expected_failures or {}).items()}
-    parameters = []
-    for plugin in plugins:
-        for check in checks_for(plugin):
-            reason = expected.get(plugin.name, {}).get(check.name)
-            marks = () if reason is None else (pytest.mark.xfail(reason=reason, strict=True),)
-            parameters.append(pytest.param(check, marks=marks, id=str(check)))
-    known = {(check.plugin.name, check.name) for plugin in plugins for check in checks_for(plugin)}
+    parameters, known = [], set()
+    for check in (check for plugin in plugins for check in checks_for(plugin)):
+        known.add((name_of(check.plugin), check.name))
+        reason = expected.get(name_of(check.plugin), {}).get(check.name)
+        marks = [] if reason is None else [pytest.mark.xfail(reason=reason, strict=True)]
+        marks += [] if check.skip is None else [pytest.mark.skip(reason=check.skip)]
+        parameters.append(pytest.param(check, marks=marks, id=str(check)))
     for name, reasons in expected.items():
         for check_name in reasons:
             if (name, check_name) not in known:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from pruneforge.interfaces.patterns import NM, Pattern, Unstructured, pruned_cou
 from pruneforge.interfaces.selection import smallest
 from pruneforge.interfaces.statistics import LayerStatistics, Statistic
 from pruneforge.numerics import all_finite, seed_random_numbers
+from pruneforge.testing.kit import Kit, by_name
 from pruneforge.testing.samples import Sample, nothing_changed, sample
 
 HALF = 0.5
@@ -43,7 +44,7 @@ def patterns(metric: Metric) -> Iterator[Pattern]:
     yield from (NM(2, 4), NM(4, 8), NM(1, 4))
 
 
-def masks_are_boolean_and_of_the_weights_shape(metric: Metric) -> None:
+def masks_are_boolean_and_of_the_weight_s_shape(metric: Metric) -> None:
     """Check dtype, shape and device of the mask and of an updated weight."""
     pruned = prune(metric, sample(), unstructured(metric))
     assert pruned.mask.dtype == torch.bool, f"the mask is {pruned.mask.dtype}"
@@ -196,29 +197,21 @@ def scores_compare_over_several_layers(metric: Metric) -> None:
     assert pruned == count, f"{pruned} weights of three layers are pruned together, where {count} were asked for"
 
 
-def _named(function: Callable[[Metric], None]) -> tuple[str, Callable[[Metric], None]]:
-    return function.__name__.replace("_", " ").replace("weights shape", "weight's shape"), function
-
-
-CHECKS: dict[str, Callable[[Metric], None]] = dict(
-    map(
-        _named,
-        (
-            masks_are_boolean_and_of_the_weights_shape,
-            exactly_as_many_weights_are_pruned_as_asked_for,
-            ties_change_no_count,
-            nothing_pruned_leaves_the_weights,
-            results_are_finite,
-            dead_inputs_are_no_error,
-            the_same_twice,
-            the_order_in_memory_has_no_say,
-            narrow_dtypes_work,
-            rows_are_pruned_alike,
-            the_split_into_batches_has_no_say,
-            weights_and_statistics_are_not_changed,
-            the_statistics_required_are_used,
-            scores_compare_over_several_layers,
-        ),
+KIT = Kit(
+    by_name(
+        masks_are_boolean_and_of_the_weight_s_shape,
+        exactly_as_many_weights_are_pruned_as_asked_for,
+        ties_change_no_count,
+        nothing_pruned_leaves_the_weights,
+        results_are_finite,
+        dead_inputs_are_no_error,
+        the_same_twice,
+        the_order_in_memory_has_no_say,
+        narrow_dtypes_work,
+        rows_are_pruned_alike,
+        the_split_into_batches_has_no_say,
+        weights_and_statistics_are_not_changed,
+        the_statistics_required_are_used,
+        scores_compare_over_several_layers,
     )
 )
-"""The checks, by what they say."""

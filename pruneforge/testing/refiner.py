@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from pruneforge.interfaces.metric import Pruned
 from pruneforge.interfaces.patterns import NM, Pattern, Unstructured
 from pruneforge.interfaces.refiner import Refiner
 from pruneforge.numerics import all_finite, seed_random_numbers
+from pruneforge.testing.kit import Kit, by_name
 from pruneforge.testing.samples import Sample, nothing_changed, sample
 
 PATTERNS: tuple[Pattern, ...] = (Unstructured(0.5), Unstructured(0.37, "layer"), NM(2, 4), NM(4, 8))
@@ -61,14 +60,12 @@ def nothing_given_is_changed(refiner: Refiner) -> None:
         refiner.refine(layer, stats, start, pattern)
 
 
-CHECKS: dict[str, Callable[[Refiner], None]] = {
-    check.__name__.replace("_", " "): check
-    for check in (
+KIT = Kit(
+    by_name(
         refined_masks_fit_the_pattern,
         the_same_twice,
         narrow_dtypes_work,
         the_split_into_batches_has_no_say,
         nothing_given_is_changed,
     )
-}
-"""The checks, by what they say."""
+)

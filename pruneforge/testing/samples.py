@@ -49,7 +49,7 @@ class Sample:
         for part in torch.arange(SAMPLES).chunk(parts):
             collected = empty_statistics(self.layer(), {kind_of(required): None for required in requires})
             for statistic in collected.values():
-                self._collect(statistic, part)
+                self.collect(statistic, part)
             for kind, statistic in collected.items():
                 if kind in merged:
                     merged[kind].merge(statistic)
@@ -57,7 +57,8 @@ class Sample:
                     merged[kind] = statistic
         return LayerStatistics({required: merged[kind_of(required)] for required in requires}, {})
 
-    def _collect(self, statistic: Statistic, part: Tensor) -> None:
+    def collect(self, statistic: Statistic, part: Tensor) -> None:
+        """Add some samples, by their indices, to a statistic as the engine does."""
         if isinstance(statistic, InputStatistic):
             statistic.update(self.inputs[part].flatten(0, 1), len(part))
         elif isinstance(statistic, OutputStatistic):
