@@ -39,6 +39,11 @@ class Sample:
     inputs: Tensor
     gradients: Tensor
 
+    @property
+    def outputs(self) -> Tensor:
+        """What the layer puts out, [samples, tokens, out]."""
+        return self.inputs @ self.weight.T
+
     def layer(self) -> Layer:
         """Return the layer, with a copy of the weight in the same order in memory."""
         return Layer("layer", nn.Parameter(self.weight.clone(memory_format=torch.preserve_format), requires_grad=False))
@@ -62,7 +67,7 @@ class Sample:
         if isinstance(statistic, InputStatistic):
             statistic.update(self.inputs[part].flatten(0, 1), len(part))
         elif isinstance(statistic, OutputStatistic):
-            statistic.update(self.inputs[part].flatten(0, 1) @ self.weight.T, len(part))
+            statistic.update(self.outputs[part].flatten(0, 1), len(part))
         elif isinstance(statistic, GradientStatistic):
             for gradient in self.gradients[part]:
                 statistic.add(gradient.to(statistic.total.dtype))

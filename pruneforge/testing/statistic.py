@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruneforge.interfaces.statistics import GradientStatistic, InputStatistic, Statistic
+from pruneforge.interfaces.statistics import GradientStatistic, InputStatistic, OutputStatistic, Statistic
 from pruneforge.numerics import accumulation_dtype
 from pruneforge.testing.kit import Kit, by_name
 from pruneforge.testing.samples import SAMPLES, TOKENS, Sample, sample
@@ -57,11 +57,11 @@ def assert_alike(found: Statistic, expected: Statistic, said: str) -> None:
 
 def the_engine_can_collect_it(kind: Kind) -> None:
     """Check the base class, and that the data are counted."""
-    assert issubclass(kind, InputStatistic | GradientStatistic), (
-        f"{kind.__name__} is neither an InputStatistic nor a GradientStatistic"
+    assert issubclass(kind, InputStatistic | OutputStatistic | GradientStatistic), (
+        f"{kind.__name__} is none of InputStatistic, OutputStatistic and GradientStatistic"
     )
     statistic = collected(kind)
-    tokens = SAMPLES * TOKENS if isinstance(statistic, InputStatistic) else 0
+    tokens = 0 if isinstance(statistic, GradientStatistic) else SAMPLES * TOKENS
     assert (statistic.samples, statistic.tokens) == (SAMPLES, tokens), (
         f"{SAMPLES} samples of {tokens} tokens are counted as {statistic.samples} of {statistic.tokens}"
     )
@@ -125,9 +125,13 @@ def what_is_given_is_neither_changed_nor_kept(kind: Kind) -> None:
     """Check that tensors that are added stay as they are, and that their memory can be used again."""
     made = sample(SHAPE)
     statistic = empty(kind)
-    given = made.inputs.flatten(0, 1) if isinstance(statistic, InputStatistic) else made.gradients[0]
-    before = given.clone()
+    given = made.gradients[0]
     if isinstance(statistic, InputStatistic):
+        given = made.inputs.flatten(0, 1)
+    elif isinstance(statistic, OutputStatistic):
+        given = made.outputs.flatten(0, 1)
+    before = given.clone()
+    if isinstance(statistic, InputStatistic | OutputStatistic):
         statistic.update(given, SAMPLES)
     elif isinstance(statistic, GradientStatistic):
         statistic.add(given)

@@ -6,13 +6,17 @@ import pytest
 import torch
 
 from pruneforge import (
+    BlockGradientStatistic,
+    ColumnMoments,
     ColumnSquares,
+    ColumnSums,
     GradientMagnitude,
     GradientSquares,
     GradientStatistic,
     GradientSum,
     Gram,
     InputStatistic,
+    OutputSquares,
     PruneForgeError,
     Statistic,
 )
@@ -34,9 +38,26 @@ class Largest(InputStatistic):
         self.tokens += other.tokens
 
 
-@parametrize_with_checks(
-    [ColumnSquares, Gram, GradientMagnitude, GradientSquares, GradientSum, Largest],
-)
+class Regional(BlockGradientStatistic, GradientSquares):
+    @staticmethod
+    def loss(output, batch, target):
+        return output.flatten(1).norm(dim=1)
+
+
+class Binned(InputStatistic):
+    bins = 4
+
+    def __init__(self, shape, dtype, device):
+        self.total = torch.zeros(self.bins, dtype=dtype, device=device)
+
+    def add(self, inputs):
+        self.total += torch.histc(inputs.abs(), self.bins, 0, 100)
+
+
+OWN = [ColumnSquares, ColumnSums, ColumnMoments, Gram, OutputSquares, GradientMagnitude, GradientSquares, GradientSum]
+
+
+@parametrize_with_checks([*OWN, Regional, Largest, Binned.of(bins=16)])
 def test_statistics_keep_their_promises(check):
     assert check.run() is None  # it raises otherwise
 
