@@ -8,8 +8,8 @@ from torch import Tensor
 
 from pruneforge import ColumnMoments, Gram, Recovery, Site
 
-VALUES_AT_A_TIME = 1 << 26
-"""Values of the systems that are solved together: 256 MB in float32."""
+VALUES_AT_A_TIME = 1 << 24
+"""Values of the systems that are solved together: 64 MB in float32."""
 
 
 class Ridge(Recovery):

@@ -9,6 +9,7 @@ from pathlib import Path
 import commands
 import pytest
 import reference
+import timm
 import torch
 from conftest import outcome, tiny_llama, tokens
 from torch.nn import functional as F
@@ -219,6 +220,47 @@ def test_runs_that_share_a_pass_recover_each_its_own_masks(recovery, model, tmp_
         sparsity, text = (None, "2:4") if pattern == "2of4" else (0.5, None)
         alone = pruneforge.prune(model, metric, sparsity, text, batches(), output=tmp_path / name, **asked)
         assert outcome(found.folder) == outcome(alone.folder)
+
+
+@pytest.mark.parametrize("recovery", RECOVERIES)
+@pytest.mark.parametrize(
+    ("name", "settings", "side"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 4}, 32),
+        ("deit_tiny_distilled_patch16_224", {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 48}, 32),
+        (  # with code of the model's own between its blocks
+            "swin_tiny_patch4_window7_224",
+            {"img_size": 56, "depths": (1, 1, 2, 1), "embed_dim": 24, "num_heads": (1, 2, 2, 4), "window_size": 7},
+            56,
+        ),
+    ],
+)
+def test_image_models_recover(name, settings, side, recovery):
+    torch.manual_seed(0)
+    dense = timm.create_model(name, pretrained=False, num_classes=7, **settings).double().eval()
+    plain, recovered = copy.deepcopy(dense), copy.deepcopy(dense)
+    images = torch.randn(6, 3, side, side, dtype=torch.float64)
+    options = {"lr": 0.03, "epochs": 6} if recovery == "reconstruct" else {}
+    asked = ("magnitude", 0.6, None, images.split(3))
+    pruneforge.prune(plain, *asked)
+    pruneforge.prune(recovered, *asked, recover=recovery, recover_options=options)
+    with torch.no_grad():
+        far, near = ((model(images) - dense(images)).norm() for model in (plain, recovered))
+    assert near < 0.5 * far
+
+
+def test_reconstruction_recovers_a_third_of_what_a_trained_model_lost(shared_data):
+    model, text = shared_data / "stories260K", shared_data / "tinystories.txt"
+    asked = (model, "magnitude", 0.6, None, f"{text}[:50%]")
+
+    def perplexity(pruned):
+        held_out = f"{text}[50%:60%]"
+        return pruneforge.evaluate(pruned, "perplexity", data=held_out, window=512)["perplexity"]
+
+    dense, plain = perplexity(model), perplexity(pruneforge.prune(*asked, samples=64, seqlen=256))
+    for recovery in RECOVERIES:
+        recovered = perplexity(pruneforge.prune(*asked, samples=64, seqlen=256, recover=recovery))
+        assert plain - recovered > (0.35 if recovery == "reconstruct" else 0.25) * (plain - dense)
 
 
 class Careless(Recovery):
