@@ -24,6 +24,7 @@ import pruneforge
 # The only internal names that the documentation needs.
 from pruneforge.cli import app
 from pruneforge.interfaces.recipe import EvalRecipe, PruneRecipe
+from pruneforge.interfaces.registry import plural
 from pruneforge.runs.resources import Resources
 
 ROOT = Path(__file__).parents[2]
@@ -151,7 +152,7 @@ def plugins(body: str) -> str:
         raise RuntimeError(f"plugins that cannot be loaded: {', '.join(failed)}")
     parts = []
     for kind in dict.fromkeys(item["kind"] for item in described["registered"]):
-        parts.append(f"## {kind.capitalize()}s")
+        parts.append(f"## {plural(kind).capitalize()}")
         for item in described["registered"]:
             if item["kind"] == kind:
                 parts += [f"### `{item['name']}`", item["summary"]]

@@ -37,7 +37,7 @@ def examine() -> dict[str, dict[str, Any]]:
     import torch
     from huggingface_hub import constants
 
-    from pruneforge.interfaces.registry import KINDS
+    from pruneforge.interfaces.registry import KINDS, plural
     from pruneforge.plugins import loaded_plugins
     from pruneforge.runs.provenance import machine, versions
 
@@ -48,7 +48,7 @@ def examine() -> dict[str, dict[str, Any]]:
         "versions": versions(),
         "machine": machine(),
         "plugins": {p.name: f"{p.origin} {p.version}: {'failed' if p.error else 'loaded'}" for p in installed.loaded},
-        "registered": {f"{kind}s": ", ".join(entry.name for entry in entries(kind)) for kind in KINDS},
+        "registered": {plural(kind): ", ".join(entry.name for entry in entries(kind)) for kind in KINDS},
         "cache": {
             "hub cache": str(cache),
             "writable": os.access(next(p for p in [cache, *cache.parents] if p.exists()), os.W_OK),

@@ -30,7 +30,7 @@ def plugins(
 ) -> None:
     """List everything that plugins register, by kind, with its plugin; for those named also the options."""
     from pruneforge.errors import unknown_name
-    from pruneforge.interfaces.registry import KINDS
+    from pruneforge.interfaces.registry import KINDS, plural
     from pruneforge.plugins import loaded_plugins
 
     installed = loaded_plugins()
@@ -49,7 +49,7 @@ def plugins(
     else:
         origins = {plugin.name: f"{plugin.origin} {plugin.version}".strip() for plugin in installed.loaded}
         for kind in dict.fromkeys(entry.kind for entry in entries):
-            table = _table(f"{kind}s", "name", "what it is", "plugin")
+            table = _table(plural(kind), "name", "what it is", "plugin")
             for entry in entries:
                 if entry.kind == kind:
                     table.add_row(entry.name, entry.summary(), f"{entry.plugin} ({origins.get(entry.plugin, '')})")

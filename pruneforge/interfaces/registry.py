@@ -26,6 +26,11 @@ KINDS = {
 """What a plugin can register, each kind with its base class; a new kind is a line here and a method of `Registry`."""
 
 
+def plural(kind: str) -> str:
+    """Return what several plugins of one kind are called."""
+    return f"{kind[:-1]}ies" if kind.endswith("y") else f"{kind}s"
+
+
 @dataclass(frozen=True)
 class Entry:
     """One registered name.
