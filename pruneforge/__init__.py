@@ -68,6 +68,8 @@ if TYPE_CHECKING:
     from pruneforge.runs.estimate import Estimate as Estimate
     from pruneforge.runs.estimate import estimate as estimate
     from pruneforge.runs.evaluate import evaluate as evaluate
+    from pruneforge.runs.inspect import diff as diff
+    from pruneforge.runs.inspect import inspect as inspect
     from pruneforge.runs.prune import load as load
     from pruneforge.runs.prune import prune as prune
     from pruneforge.runs.prune import prune_each as prune_each
@@ -119,6 +121,7 @@ _MODULES = {
     "runs.compare": ("Case", "compare"),
     "runs.estimate": ("Estimate", "estimate"),
     "runs.evaluate": ("evaluate",),
+    "runs.inspect": ("diff", "inspect"),
     "runs.prune": ("load", "prune", "prune_each"),
     "runs.result": ("PruneResult",),
 }
