@@ -22,7 +22,7 @@ from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.patterns import NM, Unstructured, pruned_count
 from pruneforge.plugins import loaded_plugins
 
-METRICS = ("magnitude", "wanda", "sparsegpt", "gblm", "ria")
+METRICS = ("magnitude", "wanda", "sparsegpt", "gblm", "ria", "admm")
 
 
 @pytest.fixture

@@ -23,6 +23,10 @@ def first_party():
         registry.create("allocator", entry.name) for entry in registry.entries("allocator") if entry.name != "file"
     ]
     made += [registry.create("metric", "gblm", {"norm": "l2"}), registry.create("metric", "gblm", {"alpha": 0})]
+    made += [
+        registry.create("metric", "admm", {"schedule": "constant"}),
+        registry.create("metric", "admm", {"scope": "row"}),
+    ]
     return [*made, registry.create("metric", "ria", {"a": 1.0}), registry.create("allocator", "owl", {"m": 1.5})]
 
 
