@@ -27,11 +27,8 @@ def skeleton_from_config(reference: str, auto: str) -> nn.Module:
     """
     import transformers
 
-    folder = Path(reference)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise PruneForgeError("the folder has no config.json")
+    config = config_of(reference)
     try:
-        config = transformers.AutoConfig.from_pretrained(reference, trust_remote_code=False)
         with torch.device("meta"):
             model = getattr(transformers, auto).from_config(config, trust_remote_code=False)
     except Exception as error:  # each architecture fails in its own way on a bad configuration
@@ -39,6 +36,23 @@ def skeleton_from_config(reference: str, auto: str) -> nn.Module:
     if getattr(config, "quantization_config", None) is not None:
         raise PruneForgeError("the checkpoint is quantised; prune the original and quantise afterwards")
     return model
+
+
+def config_of(reference: str) -> Any:
+    """Return the configuration of a folder or hub id.
+
+    Raises:
+        PruneForgeError: There is none that can be read.
+    """
+    import transformers
+
+    folder = Path(reference)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise PruneForgeError("the folder has no config.json")
+    try:
+        return transformers.AutoConfig.from_pretrained(reference, trust_remote_code=False)
+    except Exception as error:  # hub, network and configurations raise many kinds of errors
+        raise PruneForgeError(first_line(error)) from error
 
 
 def load_pretrained(reference: str, auto: str, dtype: torch.dtype | None) -> Any:

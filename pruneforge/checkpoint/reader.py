@@ -71,15 +71,21 @@ class Checkpoint:
         files: Names of the weight files.
         index: Name of the index file, which maps tensors to files, or `None` if there is one weight file.
         tensors: Location of every tensor, by name.
+        prefix: What parameters' names may have before the tensors' names.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, prefix: str = "") -> None:
         """Read the index and the header of every file.
+
+        Args:
+            folder: The folder.
+            prefix: What parameters' names may have before the tensors' names.
 
         Raises:
             PruneForgeError: The folder has no such checkpoint, or a file is missing, truncated or damaged.
         """
         self.folder = folder
+        self.prefix = prefix
         # Given both a single file and an index, the libraries load the single file.
         self.index = INDEX if (folder / INDEX).is_file() and not (folder / SINGLE).is_file() else None
         listed = _index(folder / INDEX) if self.index else None
@@ -97,6 +103,10 @@ class Checkpoint:
         lost = sorted(set(listed or ()) - set(self.tensors))
         if lost and listed:
             raise PruneForgeError(f"{INDEX} places {lost[0]!r} in {listed[lost[0]]!r}, which does not contain it")
+
+    def find(self, name: str) -> TensorLocation | None:
+        """Return the location of a parameter's or buffer's tensor, or `None`."""
+        return self.tensors.get(name) or self.tensors.get(name.removeprefix(self.prefix))
 
     def read(self, location: TensorLocation, pinned: bool = False) -> Tensor:
         """Return a tensor on the CPU, in the dtype of the file.

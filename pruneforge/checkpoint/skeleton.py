@@ -37,7 +37,7 @@ def missing_parameters(module: nn.Module, checkpoint: Checkpoint) -> list[str]:
     present: dict[int, bool] = {}  # by id: tied parameters have several names, and files usually hold one of them
     names: dict[int, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        present[id(parameter)] = present.get(id(parameter), False) or name in checkpoint.tensors
+        present[id(parameter)] = present.get(id(parameter), False) or checkpoint.find(name) is not None
         names.setdefault(id(parameter), name)
     return [names[key] for key, in_checkpoint in present.items() if not in_checkpoint]
 
@@ -50,7 +50,7 @@ def parameter_locations(module: nn.Module, checkpoint: Checkpoint) -> dict[int, 
     """
     locations: dict[int, TensorLocation] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        location = checkpoint.tensors.get(name)
+        location = checkpoint.find(name)
         if location is None:
             continue
         if location.shape != tuple(parameter.shape):

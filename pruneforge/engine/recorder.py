@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -133,7 +134,11 @@ class InputRecorder:
                 group.merge(statistic, layer.parameter.device)
 
     def _complete(self, group: Group) -> None:
-        """Make statistics of routed layers empty where no token came, and count the samples that sent none."""
+        """Make statistics of routed layers empty where no token came, and count the samples that sent none.
+
+        Raises:
+            PruneForgeError: No token came to any of them, as where one kernel runs all experts.
+        """
         layers = {layer.name: layer for layer in self._block.layers}
         routed = [layer.name for layer in self._block.layers if layer.routed]
         if not routed or not self._kinds:
@@ -141,6 +146,11 @@ class InputRecorder:
         leaders: dict[str, str] = {}  # of all processes, which have to merge the same statistics in the same order
         for of_process in group.gather({name: known.leader.name for name, known in self._inputs.items()}):
             leaders |= of_process
+        if not leaders.keys() & set(routed):
+            raise PruneForgeError(
+                f"no calibration batch reached any routed layer of block {self._block.name!r}, such as {routed[0]!r}; "
+                "the model must multiply by one expert's weight at a time, or exclude these layers"
+            )
         for name in routed:
             if name not in self._inputs:
                 leader = leaders.get(name, name)
@@ -241,7 +251,7 @@ class WeightUses(TorchFunctionMode):
         if product is None:
             return func(*args, **kwargs)
         value, weight = product.operands(args, kwargs)
-        layer = self._layers.get(_place(weight, weight))
+        layer = self._layers.get(_place(weight.mT if product.transposed and weight.dim() > 1 else weight, weight))
         if layer is not None and self._before:
             self._before(layer, value)
         output = func(*args, **kwargs)
@@ -250,9 +260,9 @@ class WeightUses(TorchFunctionMode):
         return output
 
 
-def _place(weight: Tensor, holder: Tensor) -> tuple[int, int]:
-    """Return what tells a weight apart, however it is viewed: where its memory begins, and its number of values.
+def _place(weight: Tensor, holder: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    """Return what tells a weight [out, in, ...] apart: where it lies in memory, and how.
 
     Where torch does not know the memory, as for some subclasses of tensors, the tensor that holds it stands for it.
     """
-    return weight.data_ptr() or id(holder), weight.numel()
+    return weight.data_ptr() or id(holder), weight.shape[:2], weight.stride()[:2]

@@ -244,6 +244,6 @@ def _buffers(module: nn.Module) -> list[tuple[nn.Module, str]]:
 def _load_buffers(module: nn.Module, checkpoint: Checkpoint) -> None:
     """Load the buffers that a checkpoint holds; others keep the value that the model computed."""
     for name, value in module.named_buffers():
-        location = checkpoint.tensors.get(name)
+        location = checkpoint.find(name)
         if location is not None and location.shape == tuple(value.shape):
             value.copy_(checkpoint.read(location))

@@ -44,11 +44,14 @@ class Skeleton:
         module: The model, with its parameters on the meta device and its buffers on the CPU.
         processor: Its tokenizer or image transform.
         folder: Folder of safetensors files; tensor names match the model's parameters.
+        prefix: What the parameters' names may have before the tensors' names, if the checkpoint is one of the model
+            without its head.
     """
 
     module: nn.Module = field(repr=False)
     processor: Any
     folder: Path
+    prefix: str = ""
 
 
 class Adapter(Configurable, ABC):

@@ -9,13 +9,13 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from pruneforge.errors import PruneForgeError
-from pruneforge.interfaces.products import ADDED_PRODUCT, CONVOLUTION, LINEAR, Product
+from pruneforge.interfaces.products import CONVOLUTIONS, MATRIX_PRODUCTS, Product
 from pruneforge.numerics import accumulation_dtype, zeroed
 
 
 @dataclass
 class Layer:
-    """One prunable weight matrix of a block, multiplied as in `torch.nn.functional.linear`.
+    """One prunable weight matrix of a block, multiplied by `torch.nn.functional.linear` or another matrix product.
 
     For the weight of another product, or one that lies in its parameter in another way, a subclass sets `products` and
     overrides `view`, `inputs` and `outputs` as far as they differ; metrics then see the same shapes.
@@ -25,13 +25,13 @@ class Layer:
         parameter: The parameter that holds the weight, alone or among others.
         routed: Whether the model chooses the tokens that the layer receives, as for an expert. They come without their
             samples, and there may be none; then the layer stays dense.
-        products: The functions that may multiply by the weight, given the parameter or a view of it.
+        products: The functions that may multiply by the weight.
     """
 
     name: str
     parameter: nn.Parameter = field(repr=False)
     routed: bool = field(default=False, kw_only=True)
-    products: ClassVar[tuple[Product, ...]] = (LINEAR,)
+    products: ClassVar[tuple[Product, ...]] = MATRIX_PRODUCTS
 
     def view(self, tensor: Tensor) -> Tensor:
         """View the weight in a tensor that lies as the parameter does, a checkpoint's or a gradient, as [out, in].
@@ -99,7 +99,7 @@ class Layer:
 class PointwiseConvLayer(Layer):
     """The weight [out, in, 1, 1] of a 1x1 convolution; its tokens are the positions of the image."""
 
-    products = (CONVOLUTION,)
+    products = CONVOLUTIONS
 
     def view(self, tensor: Tensor) -> Tensor:
         """View a tensor [out, in, 1, 1] as a matrix [out, in]."""
@@ -115,9 +115,7 @@ class PointwiseConvLayer(Layer):
 
 
 class TransposedLayer(Layer):
-    """A weight stored as [in, out]: multiplied as it is, as in `torch.addmm`, or transposed, as in `linear`."""
-
-    products = (ADDED_PRODUCT, LINEAR)
+    """A weight stored as [in, out]."""
 
     def view(self, tensor: Tensor) -> Tensor:
         """View a tensor [in, out] as a matrix [out, in]."""

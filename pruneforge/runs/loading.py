@@ -83,7 +83,7 @@ def _load(adapter: Adapter, reference: str, dtype: torch.dtype | None, processor
         skeleton = adapter.skeleton(reference, dtype)
         note = f"adapter {adapter.name!r} cannot stream it, so the model was loaded whole"
         if skeleton is not None:
-            checkpoint = Checkpoint(skeleton.folder)
+            checkpoint = Checkpoint(skeleton.folder, skeleton.prefix)
             missing = missing_parameters(skeleton.module, checkpoint)
             if not missing:
                 make_skeleton(skeleton.module)

@@ -186,7 +186,7 @@ def test_a_plugin_that_was_edited_is_another_run(tmp_path, monkeypatch):
         pruneforge.prune(*asked, output=tmp_path / "out", resume=True)
     file.write_text(code)
     report = pruneforge.prune(*asked, output=tmp_path / "out", resume=True).report
-    assert set(report["plugins"]) == {"edited_metric", "pruneforge_llama"}
+    assert set(report["plugins"]) == {"edited_metric", "pruneforge_llama", "pruneforge_transformers"}
     assert report["plugins"]["pruneforge_llama"]["distribution"] == "pruneforge-lab"
     assert json.loads((tmp_path / "out" / "pruneforge.json").read_text())["plugins"] == report["plugins"]
 
