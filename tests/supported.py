@@ -11,6 +11,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "reference" / "models.md"
 def table() -> str:
     """Return the page, made of the families that the adapters' tests iterate over."""
     sys.path.insert(0, str(Path(__file__).parent / "plugins"))
+    import test_bert
+    import test_gpt
     import test_llama
     import test_timm
     import test_vit
@@ -20,15 +22,16 @@ def table() -> str:
         "",
         "Made by `python tests/supported.py` from the families that the tests prune, save and load. Others of the same "
         "shape load too: adapters look at a model's blocks, not at its name, and say why they decline one.",
-        "",
-        "## Language models of transformers (`llama`)",
-        "",
-        "| family | transformers `model_type` |",
-        "|---|---|",
     ]
-    for family in test_llama.FAMILIES:
-        name, _, variant = family.partition(", ")
-        lines.append(f"| {name}{f' with {variant}' if variant else ''} | `{name}` |")
+    for title, families in (
+        ("Language models of LLaMA's shape (`llama`)", test_llama.FAMILIES),
+        ("Language models of GPT's shape (`gpt`)", test_gpt.FAMILIES),
+        ("Encoders of text (`bert`)", test_bert.FAMILIES),
+    ):
+        lines += ["", f"## {title}", "", "| family | transformers `model_type` |", "|---|---|"]
+        for family in families:
+            name, _, variant = family.partition(", ")
+            lines.append(f"| {name}{f' with {variant}' if variant else ''} | `{name}` |")
     lines += [
         "",
         "## Image classifiers of timm (`timm`)",

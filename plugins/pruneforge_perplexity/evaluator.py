@@ -41,6 +41,11 @@ class Perplexity(Evaluator):
         if not isinstance(source, TextSource):
             raise PruneForgeError(f"perplexity needs text, and source {source.name!r} gives none")
         model = subject.model
+        can_generate = getattr(model.module, "can_generate", None)
+        if can_generate is not None and not can_generate():
+            raise PruneForgeError(
+                f"perplexity is of models that predict the next token, and {type(model.module).__name__} does not"
+            )
         context = model.adapter.context_length(model.module)
         window = self.options.window or min(context or LONGEST, LONGEST)
         if context and window > context:
