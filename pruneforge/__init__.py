@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from pruneforge.interfaces.summaries import ColumnMoments as ColumnMoments
     from pruneforge.interfaces.summaries import ColumnSquares as ColumnSquares
     from pruneforge.interfaces.summaries import ColumnSums as ColumnSums
+    from pruneforge.interfaces.summaries import Covariance as Covariance
     from pruneforge.interfaces.summaries import GradientMagnitude as GradientMagnitude
     from pruneforge.interfaces.summaries import GradientSquares as GradientSquares
     from pruneforge.interfaces.summaries import GradientSum as GradientSum
@@ -112,6 +113,7 @@ _MODULES = {
         "ColumnMoments",
         "ColumnSquares",
         "ColumnSums",
+        "Covariance",
         "GradientMagnitude",
         "GradientSquares",
         "GradientSum",

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from pruneforge import Recovery, Site
+from pruneforge import Passing, Recovery, Site
 
 SMALLEST = 1e-3
 """Size that a parameter is taken to have at least, so that biases which are zero can move."""
@@ -48,8 +48,14 @@ class Reconstruct(Recovery):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         for _ in range(self.options.epochs):
             for passing in site.batches(shuffle=True):
-                site.step(optimizer, F.mse_loss(passing.output(), passing.target))
+                site.step(optimizer, distance(passing))
                 schedule.step()
+
+
+def distance(passing: Passing) -> Tensor:
+    """Return the mean squared difference between a block's output and its target, padding left out."""
+    output, target, valid = passing.output(), passing.target, passing.batch.valid
+    return F.mse_loss(output, target) if valid is None else F.mse_loss(output[valid], target[valid])
 
 
 def size(parameter: Tensor) -> float:

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pruneforge import ColumnMoments, Gram, Recovery, Site
+from pruneforge import Covariance, Recovery, Site
 
 VALUES_AT_A_TIME = 1 << 24
 """Values of the systems that are solved together: 64 MB in float32."""
@@ -16,12 +16,12 @@ class Ridge(Recovery):
     """Least squares of each row's remaining weights against the dense row, in closed form.
 
     With the kept columns K and the pruned ones P of a row, `W_K += W_P R`, `R = C_PK (C_KK + lam I)^-1`. For a layer
-    with a bias, C is the covariance of its inputs, `G / T - m m^T`, and the bias becomes `b + (W - W') m`, which is
-    FLAP's where R is zero; for one without, C is `G / T`. G is the Gram matrix of T tokens, m their mean, lam `damping`
-    times the mean of C's diagonal. W is the dense weight, whatever a metric made of it.
+    with a bias, C is the covariance of its inputs, and the bias becomes `b + (W - W') m` with their mean m, which is
+    FLAP's where R is zero; for one without, C is the covariance plus `m m^T`, which is `X^T X` over the tokens. lam is
+    `damping` times the mean of C's diagonal. W is the dense weight, whatever a metric made of it.
     """
 
-    requires = (Gram, ColumnMoments)
+    requires = (Covariance,)
 
     class Options(Recovery.Options):
         """Options of the ridge step."""
@@ -33,13 +33,11 @@ class Ridge(Recovery):
     def recover_block(self, site: Site) -> None:
         """Solve for each layer."""
         for layer in site.layers:
-            stats, mask = site.stats[layer.name], site.masks[layer.name]
-            dense, bias = site.dense[layer.name], site.bias(layer)
-            moments = stats[ColumnMoments]
-            mean = moments.mean()
-            covariance = stats[Gram].total / moments.tokens
-            if bias is not None:
-                covariance = covariance - mean.outer(mean)
+            inputs, mask = site.stats[layer.name][Covariance], site.masks[layer.name]
+            dense, bias, mean = site.dense[layer.name], site.bias(layer), inputs.mean()
+            covariance = inputs.matrix()
+            if bias is None:  # nothing can take over what the mean gives
+                covariance = covariance.addr(mean, mean)
             # A layer whose inputs are all zero has nothing to solve, but its system must not be singular.
             damping = (self.options.damping * covariance.diagonal().mean()).clamp_min(1e-12)
             damped = covariance + torch.diag(damping.expand(len(covariance)))

@@ -7,6 +7,7 @@ together and nothing is averaged over them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from pruneforge.engine.chain import Chain
 from pruneforge.engine.gradient_store import BlockGradients
+from pruneforge.engine.guard import named
 from pruneforge.engine.hidden_states import BatchInFlight
 from pruneforge.engine.processes import Group
 from pruneforge.engine.recorder import WeightUses
@@ -86,6 +88,7 @@ class BlockGradientRecorder:
     """
 
     def __init__(self, block: Block, kinds: Sequence[type[BlockGradientStatistic]]) -> None:
+        """Start empty, with the statistics `kinds` of each layer of `block`."""
         self.statistics: BlockGradients = {layer.name: empty_statistics(layer, kinds) for layer in block.layers}
         self._block = block
         self._of_loss: dict[Any, list[type[BlockGradientStatistic]]] = {}
@@ -112,11 +115,13 @@ class BlockGradientRecorder:
         with repeatable_gradients(chain.residency.device), torch.enable_grad():
             _, output, passes = differentiable(chain, index, hidden, in_flight)
             for number, ((loss, _), kinds) in enumerate(self._of_loss.items(), 1):
-                losses = loss(output, in_flight.batch, target if kinds[0].with_target else None)
-                if losses.shape != (samples,):
+                who, aim = f"statistic {kinds[0].__name__}", target if kinds[0].with_target else None
+                losses = named(who, f"on block {self._block.name!r}", partial(loss, output, in_flight.batch, aim))
+                if not isinstance(losses, Tensor) or losses.shape != (samples,) or not losses.requires_grad:
+                    made = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
                     raise PruneForgeError(
-                        f"statistic {kinds[0].__name__} made a loss of {tuple(losses.shape)} for {samples} samples; it "
-                        "must be one number for each"
+                        f"{who} made a loss of {made} for {samples} samples; it must be one number for each, made of "
+                        "the block's output"
                     )
                 uses = [y for _, _, y in passes]
                 gradients = torch.autograd.grad(losses.sum() * scale, uses, retain_graph=number < len(self._of_loss))

@@ -93,7 +93,8 @@ class Budgets:
         if len(runs) > 1:
             working += max(sum(la.size * la.parameter.element_size() for la in block.layers) for block in blocks)
         if any(run.recovery is not None for run in runs):
-            working += recovery_bytes(blocks)
+            trains = any(run.recovery is not None and run.recovery.targets for run in runs)
+            working += recovery_bytes(blocks) + (gradient_bytes(model, batches, device)[1] if trains else 0)
         resident = resident_bytes()
         here = _sharing()
         host = resident + SHARE_OF_FREE * free_bytes() / here if self.host is None else self.host / here

@@ -184,8 +184,10 @@ def _file(cls: type) -> str:
 def _values(kind: Kind) -> list[tuple[str, str]]:
     """Return the plain values among a class's attributes, and those that its functions refer to outside of them."""
     values: list[tuple[str, str]] = []
-    if "<locals>" in kind.__qualname__:
-        for name, value in sorted(vars(kind).items()):
+    for cls in kind.__mro__:
+        if "<locals>" not in cls.__qualname__:
+            continue
+        for name, value in sorted(vars(cls).items()):
             if inspect.isfunction(value):
                 outside = inspect.getclosurevars(value).nonlocals
                 values += [(f"{name}.{inner}", repr(held)) for inner, held in sorted(outside.items()) if _plain(held)]

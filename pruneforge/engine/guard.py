@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -46,16 +46,21 @@ def guarded(run: Run, layer: Layer, stats: LayerStatistics, who: str, work: Call
 
 
 @contextmanager
-def unchanged(who: str, layers: Sequence[tuple[Layer, LayerStatistics]]) -> Iterator[None]:
+def unchanged(who: str, layers: Sequence[tuple[Layer, LayerStatistics]], weights: bool = True) -> Iterator[None]:
     """Raise at the end of the context if a layer's weight or a statistic was changed in place, as torch counts it.
+
+    Args:
+        who: What messages call the plugin.
+        layers: The layers with their statistics.
+        weights: Whether the weights are watched too.
 
     Raises:
         PruneForgeError: Naming `who` did it, and the layer.
     """
-    before = [_versions(layer, stats) for layer, stats in layers]
+    before = [_versions(layer, stats, weights) for layer, stats in layers]
     yield
     for (layer, stats), versions in zip(layers, before, strict=True):
-        for name, version in _versions(layer, stats).items():
+        for name, version in _versions(layer, stats, weights).items():
             if version != versions[name]:
                 raise PruneForgeError(f"{who} changed {name} of layer {layer.name!r} in place; it must work on a copy")
 
@@ -118,33 +123,36 @@ def check_pruned(layer: Layer, pruned: Pruned, pattern: Pattern | None, who: str
             raise PruneForgeError(f"{who} made non-finite weights in layer {layer.name!r}")
 
 
-def check_share(run: Run, layer: Layer, mask: Tensor) -> None:
+def check_share(run: Run, layers: Sequence[Layer], masks: Mapping[str, Tensor], of: str) -> None:
     """Raise if a method with comparison groups of its own prunes far fewer or more weights than asked for.
 
     Args:
         run: The run.
-        layer: The layer.
-        mask: Its mask on the CPU, where counting makes no device wait.
+        layers: The layers over which it decides together.
+        masks: Their masks, by name, on the CPU, where counting makes no device wait.
+        of: What messages call them.
 
     Raises:
-        PruneForgeError: Naming the layer.
+        PruneForgeError: Naming them.
     """
-    pattern = run.pattern_for(layer)
-    if run.metric.scope is not None or run.scope in ("block", "model") or not isinstance(pattern, Unstructured):
+    patterns = [run.pattern_for(layer) for layer in layers]
+    if run.metric.scope is not None or run.scope in ("block", "model") or not isinstance(run.pattern, Unstructured):
         return
-    pruned, total = mask.numel() - int(mask.count_nonzero()), mask.numel()
-    least = LEAST_OF_ASKED * pattern.sparsity * total - layer.shape[1]  # each group, of a column or more, rounds down
-    most = total - LEAST_OF_ASKED * (1 - pattern.sparsity) * total
+    total = sum(layer.size for layer in layers)
+    asked = sum(pattern.sparsity * layer.size for pattern, layer in zip(patterns, layers, strict=True)) / total
+    pruned = total - sum(int(masks[layer.name].count_nonzero()) for layer in layers)
+    # Each group, of a column or more, rounds down.
+    least = LEAST_OF_ASKED * asked * total - sum(layer.shape[1] for layer in layers)
+    most = total - LEAST_OF_ASKED * (1 - asked) * total
     if not least <= pruned <= most:
         raise PruneForgeError(
-            f"metric {run.metric.name!r} pruned {pruned / total:.1%} of layer {layer.name!r}, "
-            f"where {pattern.sparsity:.1%} was asked for"
+            f"metric {run.metric.name!r} pruned {pruned / total:.1%} of {of}, where {asked:.1%} was asked for"
         )
 
 
-def _versions(layer: Layer, stats: LayerStatistics) -> dict[str, int]:
+def _versions(layer: Layer, stats: LayerStatistics, weights: bool) -> dict[str, int]:
     """Return how often the weight and each statistic were changed in place, as torch counts it."""
-    versions = {"the weight": _version(layer.parameter)}
+    versions = {"the weight": _version(layer.parameter)} if weights else {}
     for kind, statistic in stats.items():
         versions[f"statistic {kind.__name__}"] = _version(statistic.total)
     return versions

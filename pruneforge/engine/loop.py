@@ -199,6 +199,8 @@ class _Loop:
                     tensor.copy_(weight)
             self.apply.prune(run, index, stats, self.streams.main)
             previous = run
+        if self.streams.main is not None:
+            self.streams.main.forget()
 
     def visited_scores(self, run: Run, collected: Sequence[tuple[Block, BlockStatistics]]) -> Iterator[Tensor]:
         """Yield the scores of every layer that data reached, in model order, computing one layer at a time."""

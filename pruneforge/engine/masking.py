@@ -126,9 +126,12 @@ class Applier:
                     given = together.get(layer.name)
                     pruned = self._prune_layer(run, layer, stats[layer.name], threshold, given)
                     masks[layer.name] = pruned.mask.cpu()
-                    check_share(run, layer, masks[layer.name])
+                    if layer.name not in together:
+                        check_share(run, [layer], masks, f"layer {layer.name!r}")
                     layer.write(pruned.mask, pruned.weight)
                     outcomes[layer.name] = _Outcome(pruned.notes, pruned.weight is not None)
+            if together:
+                check_share(run, pruning, masks, f"block {block.name!r}")
         except Exception as raised:  # of any kind, since metrics are plugins; `agree` raises it in all processes
             error = raised
         outcomes = self.group.agree(error, outcomes)
@@ -186,7 +189,9 @@ class Applier:
             pruned = Pruned(threshold.select(metric_score(run, layer, stats)))
         else:
             own = stats.owned_by(run.metric)
-            pruned = given or guarded(run, layer, own, who, lambda: run.metric.prune_layer(layer, own, pattern))
+            if given is None:
+                given = guarded(run, layer, own, who, lambda: run.metric.prune_layer(layer, own, pattern))
+            pruned = given
             check_pruned(layer, pruned, None if other_groups else pattern, who)
         if other_groups and run.refiners:  # they have to keep what this layer lost
             count = pruned.mask.numel() - int(pruned.mask.count_nonzero())
@@ -212,7 +217,7 @@ def _prune_together(run: Run, layers: Sequence[Layer], block: Block, stats: Bloc
     with unchanged(who, [(layer, own[layer.name]) for layer in layers]):
         made = named(who, f"on block {block.name!r}", lambda: run.metric.prune_block(layers, own, patterns))
     for layer in layers:
-        if not isinstance(made, dict) or layer.name not in made:
+        if not isinstance(made, dict) or not isinstance(made.get(layer.name), Pruned):
             raise PruneForgeError(f"{who} made nothing of layer {layer.name!r}; `prune_block` must return each layer")
     return made
 

@@ -21,7 +21,7 @@ from pruneforge.engine.stream import BlockStatistics, Flow, Streams
 from pruneforge.interfaces.adapter import Block, LoadedModel
 from pruneforge.interfaces.batch import Batch
 from pruneforge.interfaces.run import Run
-from pruneforge.interfaces.statistics import LayerStatistics, On, empty_statistics
+from pruneforge.interfaces.statistics import LayerStatistics, empty_statistics
 from pruneforge.numerics import seed_random_numbers
 from pruneforge.profile import Profile
 
@@ -48,7 +48,7 @@ def probe(
     if batches:
         captured, taken = timed(lambda: chain.capture(batches[:1]))
         seconds["capture"] = taken * count
-    names = ["", *dict.fromkeys(each.stream for each in run.requires if isinstance(each, On))] if captured else []
+    names = ["", *run.streams] if captured else []
     targets = run.recovery.targets if run.recovery is not None else None
     flow = Flow(chain, Group(), Profile(), dense=True, targets=targets)
     kinds = Streams(dict.fromkeys(names, captured), run.requires, flow).model_gradients()
@@ -75,7 +75,7 @@ def probe(
         if run.recovery is not None:
             dense = {layer.name: layer.weight.clone() for layer in block.layers}
             masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in dense.items()}
-            owners = dict.fromkeys(masks, 0)
+            owners = {layer.name: 0 for layer in reached(block.layers, stats, run.requires)}
             site = PrunedBlock(run, chain, 0, stats, masks, dense, owners, streams.main, Group())
             before = [parameter.detach().clone() for parameter in block.module.parameters()]
             seconds["recover"] = timed(site.recover)[1] * blocks * (count if targets else 1)
@@ -93,12 +93,18 @@ def _prune(run: Run, block: Block, stats: BlockStatistics, device: torch.device)
     """Make the masks of a block, and drop them."""
     # By input. Empty at each call: on a device the second call is timed, and it must compute the shared values.
     shared: dict[int, dict[Any, Any]] = {}
-    for layer in reached(block.layers, stats, run.requires):
-        of_layer = LayerStatistics(dict(stats[layer.name].items()), shared.setdefault(stats[layer.name].input_key, {}))
-        seed_random_numbers(run.seed, device)
-        pruned = run.metric.prune_layer(layer, of_layer, run.pattern)
+    layers = reached(block.layers, stats, run.requires)
+    fresh = {
+        layer.name: LayerStatistics(dict(stats[layer.name].items()), shared.setdefault(stats[layer.name].input_key, {}))
+        for layer in layers
+    }
+    own = {name: of_layer.owned_by(run.metric) for name, of_layer in fresh.items()}
+    seed_random_numbers(run.seed, device)
+    pruned = run.metric.prune_block(layers, own, dict.fromkeys(own, run.pattern))
+    for layer in layers:
         for refiner in run.refiners:
-            pruned = refiner.refine(layer, of_layer, pruned, run.pattern)
+            of_layer = fresh[layer.name].owned_by(refiner)
+            pruned[layer.name] = refiner.refine(layer, of_layer, pruned[layer.name], run.pattern)
 
 
 def _probe_gradients(

@@ -141,8 +141,12 @@ class InputRecorder:
         """
         layers = {layer.name: layer for layer in self._block.layers}
         routed = [layer.name for layer in self._block.layers if layer.routed]
-        if not routed or not self._kinds:
+        if not routed or not (self._kinds or self._output_kinds):
             return
+        for name in routed:
+            of_layer = self._outputs.setdefault(name, empty_statistics(layers[name], self._output_kinds))
+            for of_output in of_layer.values():
+                of_output.samples = self._samples
         leaders: dict[str, str] = {}  # of all processes, which have to merge the same statistics in the same order
         for of_process in group.gather({name: known.leader.name for name, known in self._inputs.items()}):
             leaders |= of_process

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,11 +11,12 @@ from torch import Tensor, nn, optim
 from torch.utils._pytree import tree_map
 
 from pruneforge.engine.chain import Chain
-from pruneforge.engine.guard import named, seed_for
+from pruneforge.engine.guard import named, seed_for, unchanged
 from pruneforge.engine.hidden_states import Call
 from pruneforge.engine.processes import Group
 from pruneforge.engine.stream import BlockStatistics, Stream
 from pruneforge.errors import PruneForgeError
+from pruneforge.interfaces.adapter import Block
 from pruneforge.interfaces.batch import Batch
 from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.recovery import Passing, Site
@@ -59,16 +60,17 @@ class PrunedBlock(Site):
         self.block = chain.blocks[index]
         self.layers = [layer for layer in self.block.layers if owners.get(layer.name) == group.rank]
         self.stats = {name: of_layer.owned_by(run.recovery) for name, of_layer in stats.items()}
-        self.masks = {name: mask.to(device) for name, mask in masks.items()}
+        self._masks = {name: mask.to(device) for name, mask in masks.items()}
+        self.masks = {name: mask.clone() for name, mask in self._masks.items()}  # whatever the recovery does to them
         self.dense = dense
         self._run, self._recovery, self._chain, self._index = run, run.recovery, chain, index
         self.batch_count = sum(group.gather(len(stream.targets) if stream is not None else 0))
         self._owners, self._stream, self._group = owners, stream, group
-        self._names = {id(p): f"{self.block.name}.{name}" for name, p in self.block.module.named_parameters()}
-        pruned = {id(layer.parameter) for layer in self.block.layers}
-        self._left_dense = [layer for layer in run.excluded if id(layer.parameter) in self._names]
-        dense_alone = {id(layer.parameter) for layer in self._left_dense} - pruned
-        self._parameters = [p for p in self.block.module.parameters() if id(p) not in dense_alone]
+        self._named = recoverable(chain.module, self.block, run.excluded)
+        self._parameters = list(self._named.values())
+        held = {id(parameter) for parameter in self._parameters}
+        # Slices of a parameter of which others are pruned.
+        self._left_dense = [(layer, layer.weight.clone()) for layer in run.excluded if id(layer.parameter) in held]
         self._generator = torch.Generator()
 
     def recover(self) -> frozenset[str]:
@@ -84,24 +86,24 @@ class PrunedBlock(Site):
             seed_for(self._run, self.block.name, self._chain.residency.device, PART)
             self._generator.manual_seed(torch.initial_seed())
             try:
-                named(who, f"on block {self.block.name!r}", lambda: self._recovery.recover_block(self))
+                seen = [(layer, self.stats[layer.name]) for layer in self.block.layers]
+                with unchanged(who, seen, weights=False):
+                    named(who, f"on block {self.block.name!r}", lambda: self._recovery.recover_block(self))
                 self._check(who)
-            except Exception as raised:  # `agree` raises it in all processes
-                error = raised
+            except Exception as raised:
+                if self.batch_count:  # the others wait for a batch; they hear of it when this process ends
+                    raise
+                error = raised  # `agree` raises it in all processes
             self._group.agree(error, {})
         self._share()
-        for parameter in self._parameters:
+        changed: dict[int, str] = {}
+        for (name, parameter), was in zip(self._named.items(), before, strict=True):
             if not all_finite(parameter):
-                raise PruneForgeError(
-                    f"{who} made {self._names[id(parameter)]!r} too large for {parameter.dtype}, or not a number"
-                )
-        changed = {
-            id(parameter)
-            for parameter, was in zip(self._parameters, before, strict=True)
-            if not torch.equal(parameter.detach(), was)
-        }
+                raise PruneForgeError(f"{who} made {name!r} too large for {parameter.dtype}, or not a number")
+            if not torch.equal(parameter.detach(), was):
+                changed[id(parameter)] = name
         layers = [layer.name for layer in self.block.layers if id(layer.parameter) in changed]
-        return frozenset([*layers, *(self._names[key] for key in changed)])
+        return frozenset([*layers, *changed.values()])
 
     def parameters(self) -> list[nn.Parameter]:
         """Return what may be changed."""
@@ -109,8 +111,7 @@ class PrunedBlock(Site):
 
     def bias(self, layer: Layer) -> nn.Parameter | None:
         """Return the bias that is added to a layer's output, or `None`."""
-        own = {name: parameter for parameter in self._parameters for name in [self._names[id(parameter)]]}
-        return own.get(f"{layer.name}.bias")
+        return self._named.get(f"{layer.name}.bias")
 
     def batches(self, shuffle: bool = False) -> Iterator[Passing]:
         """Yield every batch once; each comes from the process that has it."""
@@ -144,13 +145,12 @@ class PrunedBlock(Site):
         with torch.no_grad():
             for layer in self.block.layers:
                 if layer.parameter.grad is not None:  # momentum of a pruned weight would move it at a later step
-                    zeroed(layer.view(layer.parameter.grad), self.masks[layer.name])
-            for layer in self._left_dense:  # a slice of a parameter of which others are pruned
-                if layer.parameter.grad is not None:
-                    layer.view(layer.parameter.grad).zero_()
+                    zeroed(layer.view(layer.parameter.grad), self._masks[layer.name])
             optimizer.step()
             for layer in self.block.layers:
-                zeroed(layer.matrix(), self.masks[layer.name])
+                zeroed(layer.matrix(), self._masks[layer.name])
+            for layer, weight in self._left_dense:
+                layer.matrix().copy_(weight)
 
     @contextmanager
     def _wide(self) -> Iterator[None]:
@@ -161,21 +161,24 @@ class PrunedBlock(Site):
             for name, value in module._buffers.items()
             if value is not None and value.is_floating_point()
         ]
-        homes = [(parameter, parameter.data, parameter.requires_grad) for parameter in self.block.module.parameters()]
+        homes = [(each, each.data, each.requires_grad, each.grad) for each in self.block.module.parameters()]
         try:
             for module, name, value in buffers:
                 module._buffers[name] = self._widened(value)
-            for parameter, data, _ in homes:
-                parameter.data = self._widened(data)
+            for parameter, data, _, _ in homes:
+                parameter.requires_grad_(False)
+                parameter.grad, parameter.data = None, self._widened(data)
             for parameter in self._parameters:
                 parameter.requires_grad_(True)
             with torch.enable_grad():
                 yield
         finally:
-            for parameter, data, wanted in homes:
+            for parameter, data, wanted, gradient in homes:
                 with torch.no_grad():
                     data.copy_(parameter.data)
-                parameter.data, parameter.grad = data, None
+                parameter.grad = None
+                parameter.data = data
+                parameter.grad = gradient
                 parameter.requires_grad_(wanted)
             for module, name, value in buffers:
                 module._buffers[name] = value
@@ -189,9 +192,12 @@ class PrunedBlock(Site):
         return tree_map(wide, values)
 
     def _check(self, who: str) -> None:
-        """Raise if a pruned weight is not zero."""
+        """Raise if a pruned weight is not zero, or a layer that the user left dense has changed."""
+        for layer, weight in self._left_dense:
+            if not torch.equal(layer.matrix().to(weight.dtype), weight):
+                raise PruneForgeError(f"{who} changed layer {layer.name!r}, which is excluded; use `site.parameters()`")
         for layer in self.block.layers:
-            if layer.matrix().masked_fill(self.masks[layer.name], 0).count_nonzero():
+            if layer.matrix().masked_fill(self._masks[layer.name], 0).count_nonzero():
                 raise PruneForgeError(
                     f"{who} moved pruned weights of layer {layer.name!r}; write with `layer.write(mask, weight)`, and "
                     "train with `site.step`"
@@ -209,15 +215,30 @@ class PrunedBlock(Site):
                 matrix.copy_(weight)
         biases = {f"{layer}.bias": owner for layer, owner in self._owners.items()}
         weights = {id(layer.parameter) for layer in self.block.layers}
-        for parameter in self._parameters:
+        for name, parameter in self._named.items():
             if id(parameter) not in weights:
-                self._group.send(parameter.data, biases.get(self._names[id(parameter)], 0))
+                self._group.send(parameter.data, biases.get(name, 0))
+
+
+def recoverable(module: nn.Module, block: Block, excluded: Sequence[Layer]) -> dict[str, nn.Parameter]:
+    """Return the parameters of a block that a recovery may change, by full name.
+
+    They are all of its own but for those of layers that stay dense, and those that something outside of it uses too.
+    """
+    held = {id(layer.parameter) for layer in block.layers}
+    fixed = {id(layer.parameter) for layer in excluded} - held
+    inside = f"{block.name}."
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if not name.startswith(inside):
+            fixed.add(id(parameter))
+    return {f"{inside}{name}": p for name, p in block.module.named_parameters() if id(p) not in fixed}
 
 
 class _AtBlock(Passing):
     """A batch at a block that is held in float32 or better."""
 
     def __init__(self, chain: Chain, index: int, batch: Batch, hidden: Tensor, target: Tensor, call: Call) -> None:
+        """Hold a batch's input of block `index`, what its output is compared with, and the other arguments."""
         self.batch = batch
         self.target = target
         self._chain, self._index = chain, index

@@ -63,6 +63,7 @@ class Stream:
     Attributes:
         batches: The batches, at the next block's input.
         model_gradients: The required statistics of gradients of the model's loss.
+        records_inputs: Whether inputs or outputs of layers are recorded.
         inputs: Of the block that was calibrated last, where there are targets: its inputs, batch by batch.
         targets: And what its outputs are compared with.
     """
@@ -84,8 +85,8 @@ class Stream:
             for kind in kinds
             if issubclass(kind, GradientStatistic) and not issubclass(kind, BlockGradientStatistic)
         ]
-        self._records = bool(self._input_kinds or self._output_kinds)
-        passes = self._records or bool(self._block_gradients) or flow.targets is not None
+        self.records_inputs = bool(self._input_kinds or self._output_kinds)
+        passes = self.records_inputs or bool(self._block_gradients) or flow.targets is not None
         self.batches = [replace(in_flight) for in_flight in batches] if passes else []
         self.inputs: list[Handle] = []
         self.targets: list[Handle] = []
@@ -128,7 +129,7 @@ class Stream:
         output = target = None
         if self._beside:
             target = self._pass_beside(index, number)
-        if flow.dense or (layers and (self._records or flow.targets == "pruned")):
+        if flow.dense or (layers and (self.records_inputs or flow.targets == "pruned")):
             with recorder.recording(in_flight.batch):
                 output = flow.chain.run_block(index, hidden, in_flight)
         if layers:
@@ -152,6 +153,10 @@ class Stream:
         output = chain.run_block(index, self._beside[number].get(), self.batches[number])
         self._beside[number] = chain.hidden_states.keep(output)
         return output
+
+    def forget(self) -> None:
+        """Drop what was kept for the recovery of the block that was calibrated last."""
+        self.inputs, self.targets = [], []
 
     @property
     def beside(self) -> bool:
@@ -183,7 +188,7 @@ class Stream:
 
 
 class Streams:
-    """All sets of batches of a pass, by name; a pass with one set has it under any name."""
+    """All sets of batches of a pass, by name."""
 
     def __init__(
         self, captured: Mapping[str, Sequence[BatchInFlight]], requires: Sequence[Requirement], flow: Flow
@@ -246,7 +251,7 @@ class Streams:
                 if kind_of(each) in of_layer.get(self._stream_of(each), ({}, {}))[0]
             }
             # Layers of one input share it in every set, so any set that recorded inputs tells.
-            shared = next((shared for recorded, shared in of_layer.values() if recorded), {})
+            shared = next((of_layer[name][1] for name, stream in self._streams.items() if stream.records_inputs), {})
             found[layer.name] = LayerStatistics(statistics, shared)
         return found
 

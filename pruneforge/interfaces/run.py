@@ -20,7 +20,7 @@ from pruneforge.interfaces.recipe import Propagate, PruneRecipe
 from pruneforge.interfaces.recovery import Recovery
 from pruneforge.interfaces.refiner import Refiner
 from pruneforge.interfaces.selection import Threshold
-from pruneforge.interfaces.statistics import Requirement
+from pruneforge.interfaces.statistics import On, Requirement
 from pruneforge.profile import Profile
 
 
@@ -129,6 +129,12 @@ class Run:
         if self.recovery is not None:
             of_parts.append(self.recovery.requires)
         return tuple(dict.fromkeys(required for requires in of_parts for required in requires))
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Names of the further calibration data that anything requires, each once."""
+        every = (*self.requires, *needed_to_allocate(self))
+        return tuple(dict.fromkeys(required.stream for required in every if isinstance(required, On)))
 
     @property
     def parts(self) -> list[Configurable]:

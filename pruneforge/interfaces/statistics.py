@@ -7,7 +7,7 @@ model, and merge by addition across batches and processes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from pruneforge.errors import unknown_name
+from pruneforge.errors import PruneForgeError, unknown_name
 from pruneforge.interfaces.batch import Batch
 from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.options import Configurable
@@ -24,6 +24,8 @@ from pruneforge.numerics import accumulation_dtype
 
 S = TypeVar("S", bound="Statistic")
 T = TypeVar("T")
+
+_FRAMEWORK = ("pruneforge.", "abc", "builtins", "typing")
 
 VALUES_IN_CACHE = 1 << 18
 """Number of input values that fit in the processor's cache together with the intermediate results."""
@@ -57,12 +59,17 @@ class Statistic(ABC):
         Raises:
             PruneForgeError: The class has no such attribute.
         """
-        own = {name for base in cls.__mro__ if not _of_framework(base) for name in vars(base)}
-        known = sorted(name for name in own if not name.startswith("_") and not callable(getattr(cls, name)))
-        for name in parameters:
+        origin: type[S] = cls.__mro__[1] if "parameters" in vars(cls) else cls
+        own = {name for base in origin.__mro__ if not base.__module__.startswith(_FRAMEWORK) for name in vars(base)}
+        known = sorted(name for name in own if not name.startswith("_") and not callable(getattr(origin, name)))
+        for name, value in parameters.items():
             if name not in known:
-                raise unknown_name(f"parameter of {cls.__name__}", name, known)
-        return _with_parameters(cls, tuple(sorted(parameters.items())))
+                raise unknown_name(f"parameter of {origin.__name__}", name, known)
+            if not isinstance(value, Hashable):
+                raise PruneForgeError(f"parameter {name}={value!r} of {origin.__name__} cannot be hashed; use a tuple")
+        merged = {**cls.parameters, **parameters}
+        changed = tuple(sorted((name, value) for name, value in merged.items() if value != getattr(origin, name)))
+        return _with_parameters(origin, changed) if changed else origin
 
     @abstractmethod
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
@@ -107,8 +114,8 @@ class InputStatistic(Statistic):
         together = VALUES_IN_CACHE // max(1, inputs.shape[-1]) if self.in_cache and inputs.device.type == "cpu" else 0
         for part in inputs.split(together) if together else [inputs]:
             self.add(part.to(self.total.dtype))
+            self.tokens += len(part)
         self.samples += samples
-        self.tokens += inputs.shape[0]
 
     @abstractmethod
     def add(self, inputs: Tensor) -> None:
@@ -199,11 +206,7 @@ def _with_parameters(cls: type[Any], parameters: tuple[tuple[str, Any], ...]) ->
     values = dict(parameters)
     suffix = f"({', '.join(f'{name}={value!r}' for name, value in parameters)})"
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__ + suffix, "__doc__": cls.__doc__}
-    return type(cls.__name__ + suffix, (cls,), {**names, **values, "parameters": {**cls.parameters, **values}})
-
-
-def _of_framework(cls: type) -> bool:
-    return cls.__module__ in (__name__, "abc", "builtins")
+    return type(cls.__name__ + suffix, (cls,), {**names, **values, "parameters": values})
 
 
 @dataclass(frozen=True)
@@ -263,7 +266,7 @@ class LayerStatistics:
         try:
             return self._statistics[required]  # type: ignore[return-value]
         except KeyError:
-            raise KeyError(f"{required.__name__} is not among the metric's `requires`") from None
+            raise KeyError(f"{required.__name__} is not among what `requires` names") from None
 
     def items(self) -> Iterable[tuple[Requirement, Statistic]]:
         """Return the statistics with what names them."""
@@ -279,7 +282,7 @@ class LayerStatistics:
         return LayerStatistics({**self._statistics, **others}, self._shared, self._owner)
 
     def owned_by(self, part: Configurable) -> LayerStatistics:
-        """Return these statistics for a metric or refiner, whose shared values are apart from those of others.
+        """Return these statistics for one part of a method, whose shared values are apart from those of others.
 
         The same class with the same options shares them, at several patterns.
         """

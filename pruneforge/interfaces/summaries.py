@@ -147,6 +147,46 @@ class OutputSquares(OutputStatistic):
         return self.total / self.samples
 
 
+class Covariance(InputStatistic):
+    """Mean over tokens of each input column, and the Gram matrix of the distances from it, `total` [1 + in, in].
+
+    Parts are merged around their own means, as in `ColumnMoments`: the difference between `X^T X / T` and the product
+    of means would not be positive definite where a mean is large.
+    """
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.total = torch.zeros(1 + shape[1], shape[1], dtype=dtype, device=device)
+
+    def add(self, inputs: Tensor) -> None:
+        """Add `inputs` [tokens, in]."""
+        mean = inputs.mean(0)
+        self._join(mean, (inputs - mean).T @ (inputs - mean), len(inputs))
+
+    def merge(self, other: Statistic) -> None:
+        """Add another's moments."""
+        theirs = other.total.to(self.total.device)
+        self._join(theirs[0], theirs[1:], other.tokens)
+        self.samples += other.samples
+        self.tokens += other.tokens
+
+    def _join(self, mean: Tensor, around: Tensor, tokens: int) -> None:
+        """Join the moments of `tokens` further tokens to those of the ones before."""
+        if tokens:
+            share = tokens / (self.tokens + tokens)
+            distance = mean - self.total[0]
+            self.total[1:] += around
+            self.total[1:].addr_(distance, distance, alpha=self.tokens * share)
+            self.total[0] += distance * share
+
+    def mean(self) -> Tensor:
+        """Return the mean over tokens [in]."""
+        return self.total[0]
+
+    def matrix(self) -> Tensor:
+        """Return the covariance [in, in], divided by the number of tokens."""
+        return self.total[1:] / self.tokens
+
+
 class GradientMagnitude(GradientStatistic):
     """Sum over samples of the absolute value of the gradient, `total` [out, in]."""
 

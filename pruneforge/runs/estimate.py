@@ -92,7 +92,9 @@ def estimate(
     weights = sum(layer.size for layer in layers)
     kinds = [kind_of(required) for required in run.requires]
     gradients = [k for k in kinds if issubclass(k, GradientStatistic) and not issubclass(k, BlockGradientStatistic)]
-    statistics = sum(made.total.nbytes for la in layers for made in empty_statistics(la, gradients, META).values())
+    statistics = sum(
+        made.total.nbytes for kind in gradients for la in layers for made in empty_statistics(la, [kind], META).values()
+    )
     disk = waiting - waits_on_device - waits_on_host
     if loaded.checkpoint is not None:
         stored = layer_locations(loaded.module, run.blocks, loaded.checkpoint)

@@ -48,7 +48,7 @@ def prune_in_memory(session: Session, run: Run) -> PruneResult:
         residency = InMemory(loaded.module, run.blocks, session.device)
         host, on_device = session.rooms([run])
         with closing(HiddenStates(session.device, on_device, host)) as hidden_states:
-            chain = Chain(loaded.module, loaded.adapter, run.blocks, residency, hidden_states, run.objective)
+            chain = Chain(loaded.module, loaded.adapter, run.blocks, residency, hidden_states, session.objective)
             prune_blocks([run], chain, session.batches, session.progress, session.block_pruned, group=session.group)
         run.activations = {name: tier.peak for name, tier in hidden_states.tiers.items()}
     report = session.finish(run, identity={}, together=1)

@@ -19,7 +19,6 @@ from pruneforge.errors import PruneForgeError, unknown_name
 from pruneforge.interfaces.recipe import PruneRecipe
 from pruneforge.interfaces.run import Run
 from pruneforge.interfaces.source import Source, create_source
-from pruneforge.interfaces.statistics import On
 from pruneforge.memory import PeakMemory, one_line_for_full_devices
 from pruneforge.numerics import exact_arithmetic
 from pruneforge.plugins import Plugins, loaded_plugins
@@ -27,7 +26,7 @@ from pruneforge.profile import Profile
 from pruneforge.progress import Progress, as_progress
 from pruneforge.runs.in_memory import prune_in_memory
 from pruneforge.runs.loading import in_evaluation_mode, load_model, parse_device, parse_dtype
-from pruneforge.runs.method import Metrics, make_methods
+from pruneforge.runs.parts import Metrics, make_methods
 from pruneforge.runs.plan import make_runs, split_excluded
 from pruneforge.runs.provenance import plugin_sources
 from pruneforge.runs.recipe_file import validated
@@ -150,7 +149,9 @@ def make_job(
             raise unknown_name("setting", name, sorted(known))
     resources = validated(Resources, **{name: given.pop(name) for name in Resources.model_fields if name in given})
     folder = Path(output) if output is not None else None
-    given_streams: dict[str, Data] = dict(given.pop("streams", {}))
+    given_streams = given.pop("streams", {})
+    if not isinstance(given_streams, Mapping):
+        raise PruneForgeError(f"streams={given_streams!r} must be a mapping of names to sources, paths or batches")
     recipes, methods = make_methods(model, metric, calibration, given_streams, given, installed)
     if patterns is None:
         label, *others = methods
@@ -163,6 +164,11 @@ def make_job(
     for run in runs:
         if run.uses_data and calibration is None:
             raise PruneForgeError(f"{_what_needs_data(run)} needs calibration data; pass `calibration` SOURCE or PATH")
+    asked_objective = next(iter(methods.values())).objective
+    if asked_objective is not None and all(run.objective is None for run in runs):
+        raise PruneForgeError(
+            f"objective {asked_objective.name!r} has no say: nothing here requires gradients of the model's loss"
+        )
     recipe = runs[0].recipe
     _check_streams(runs, given_streams)
     data = None
@@ -182,7 +188,7 @@ def _opened(data: Data, options: Mapping[str, Any], installed: Plugins) -> Sourc
 
 def _check_streams(runs: Sequence[Run], given: Mapping[str, Data]) -> None:
     """Raise if calibration data that something requires by name are not given, or others are."""
-    required = {each.stream: run for run in runs for each in run.requires if isinstance(each, On)}
+    required = {name: run for run in runs for name in run.streams}
     for name, run in required.items():
         if name not in given:
             raise PruneForgeError(

@@ -1,17 +1,13 @@
-"""Methods as a user composes them: a metric and what goes with it, by name or made, with their options."""
+"""What prunes, and the run that a recipe asks of it."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from pruneforge.data.calibration import Data
-from pruneforge.errors import PruneForgeError, unknown_name
+from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.allocator import Allocator
 from pruneforge.interfaces.metric import Metric, prunes_blocks
 from pruneforge.interfaces.objective import Objective
@@ -19,64 +15,14 @@ from pruneforge.interfaces.patterns import NM, Pattern, parse_pattern
 from pruneforge.interfaces.recipe import PruneRecipe
 from pruneforge.interfaces.recovery import Recovery
 from pruneforge.interfaces.refiner import Refiner
-from pruneforge.interfaces.registry import Registry
 from pruneforge.interfaces.run import Run
 from pruneforge.interfaces.statistics import (
     BlockGradientStatistic,
     GradientStatistic,
     InputStatistic,
     OutputStatistic,
-    Requirement,
-    Statistic,
     kind_of,
 )
-from pruneforge.plugins import Plugins
-from pruneforge.runs.recipe_file import validated
-
-Metrics = str | Metric | Sequence[str | Metric] | Mapping[str, str | Metric]
-"""One metric or several: by name or made, in a list or by a label of the user's."""
-
-
-def by_label(metric: Metrics) -> dict[str, str | Metric]:
-    """Return metrics by what the user calls them: a label, or else their names.
-
-    Raises:
-        PruneForgeError: There is none, or a name comes twice.
-    """
-    if isinstance(metric, str | Metric):
-        metric = [metric]
-    if isinstance(metric, Mapping):
-        labelled = dict(metric)
-    else:
-        labelled = {}
-        for each in metric:
-            label = each if isinstance(each, str) else each.name
-            if label in labelled:
-                raise PruneForgeError(f"metric {label!r} is asked for twice; give each a label, as a mapping")
-            labelled[label] = each
-    if not labelled:
-        raise PruneForgeError("no metric is asked for")
-    for label in labelled if len(labelled) > 1 else ():
-        if not re.fullmatch(r"[\w.+-]+", label):
-            raise PruneForgeError(f"label {label!r} of a metric cannot be part of a folder's name")
-    return labelled
-
-
-def options_by_label(labels: Iterable[str], options: Mapping[str, Any], what: str) -> dict[str, dict[str, Any]]:
-    """Return the options of each of several plugins: those of one plainly, those of several by label.
-
-    Raises:
-        PruneForgeError: Options of several are not a mapping by label.
-    """
-    names = list(labels)
-    if len(names) == 1:
-        return {names[0]: dict(options)}
-    for name, value in options.items():
-        if name not in names:
-            raise unknown_name(f"{what} in options of several (write {what.upper()}: OPTIONS):", name, names)
-        if not isinstance(value, Mapping):
-            raise PruneForgeError(f"options of {name!r} must be a mapping of names to values, not {value!r}")
-    return {name: dict(options.get(name, {})) for name in names}
 
 
 @dataclass(frozen=True)
@@ -96,134 +42,54 @@ class Method:
             PruneForgeError: Sparsity, pattern, scope, allocation and propagation contradict one another.
         """
         pattern = make_pattern(self.metric, recipe.sparsity, recipe.pattern)
-        parts = (self.allocator, self.refiners, self.recovery, self.objective)
-        run = Run(recipe, self.metric, pattern, folder, *parts)
-        if self.objective is not None and not uses_model_gradients(run):
-            raise PruneForgeError(
-                f"objective {self.objective.name!r} has no say: nothing here requires gradients of the model's loss"
-            )
-        if run.scope == "model" and recipe.propagate == "pruned" and sees_activations(run):
-            raise PruneForgeError(
-                "scope=model compares scores of all blocks, so none can be pruned before the last is calibrated; "
-                "add `propagate` dense"
-            )
-        if run.scope in ("block", "model") and type(self.metric).score is Metric.score:
-            raise PruneForgeError(
-                f"scope={run.scope} compares scores of several layers, and metric {self.metric.name!r} has none: it "
-                "prunes each layer for itself"
-            )
-        if run.scope in ("block", "model") and prunes_blocks(self.metric):
-            raise PruneForgeError(
-                f"scope={run.scope} compares scores of several layers, and metric {self.metric.name!r} decides over a "
-                "block in its own way; choose another scope"
-            )
-        if run.scope == "model" and run.allocator is not None:
-            raise PruneForgeError(
-                f"scope=model chooses each layer's sparsity itself, and so does allocator {run.allocator.name!r}"
-            )
-        if run.scope == "model" and run.recovery is not None and run.recovery.targets:
-            raise PruneForgeError(
-                f"scope=model prunes once all batches have passed, and recovery {run.recovery.name!r} learns from them "
-                "block by block; choose another scope"
-            )
+        run = Run(recipe, self.metric, pattern, folder, self.allocator, self.refiners, self.recovery)
+        if uses_model_gradients(run):
+            run.objective = self.objective
+        # A run in company has the recipe of one of its own, which knows nothing of what concerns the others.
+        own: dict[str, Any] = {} if run.objective is not None else {"objective": None, "objective_options": {}}
+        own["streams"] = {name: source for name, source in recipe.streams.items() if name in run.streams}
+        run.recipe = recipe.model_copy(update=own)
+        for why in _contradictions(run):
+            raise PruneForgeError(why)
         return run
 
 
-def make_metric(metric: str | Metric, options: Mapping[str, Any], registry: Registry) -> Metric:
-    """Return the metric of a name, with its options; a `Metric` is returned as it is.
-
-    Raises:
-        PruneForgeError: No metric has that name, it has no such option, or it requires what nothing feeds.
-    """
-    made: Metric = _made("metric", metric, options, registry)
-    _check_requires("metric", made.name, made.requires)
-    return made
-
-
-def make_allocator(asked: str | Allocator | None, options: Mapping[str, Any], registry: Registry) -> Allocator | None:
-    """Return the allocator of a name, with its options; an `Allocator` is returned as it is.
-
-    Raises:
-        PruneForgeError: As `make_metric` does, or there are options and no allocator.
-    """
-    made: Allocator | None = _optional("allocator", asked, options, registry)
-    if made is not None:
-        _check_requires("allocator", made.name, made.requires, (InputStatistic, OutputStatistic))
-    return made
-
-
-def make_recovery(asked: str | Recovery | None, options: Mapping[str, Any], registry: Registry) -> Recovery | None:
-    """Return the recovery of a name, with its options; a `Recovery` is returned as it is.
-
-    Raises:
-        PruneForgeError: As `make_metric` does, or there are options and no recovery.
-    """
-    made: Recovery | None = _optional("recovery", asked, options, registry)
-    if made is not None:
-        _check_requires("recovery", made.name, made.requires)
-    return made
-
-
-def make_objective(asked: str | Objective | None, options: Mapping[str, Any], registry: Registry) -> Objective | None:
-    """Return the objective of a name, with its options; an `Objective` is returned as it is.
-
-    Raises:
-        PruneForgeError: As `make_metric` does, or there are options and no objective.
-    """
-    made: Objective | None = _optional("objective", asked, options, registry)
-    return made
-
-
-def _optional(kind: str, asked: Any, options: Mapping[str, Any], registry: Registry) -> Any:
-    """Return the plugin that a setting asks for, or `None`."""
-    setting = "recover" if kind == "recovery" else kind
-    if asked is None and options:
-        raise PruneForgeError(f"{setting} options need the name of what they belong to; add `{setting}`")
-    return None if asked is None else _made(kind, asked, options, registry)
-
-
-def make_refiners(
-    refiners: Sequence[str | Refiner], options: Mapping[str, Any], registry: Registry
-) -> tuple[Refiner, ...]:
-    """Return the refiners of some names, with their options; a `Refiner` is returned as it is.
-
-    Raises:
-        PruneForgeError: As `make_metric` does, or there are options and no refiner.
-    """
-    if not refiners:
-        if options:
-            raise PruneForgeError("refine options need a refiner; name it with `refine`")
-        return ()
-    names = [refiner if isinstance(refiner, str) else refiner.name for refiner in refiners]
-    of_each = options_by_label(names, options, "refiner")
-    made = tuple(_made("refiner", each, of_each[name], registry) for each, name in zip(refiners, names, strict=True))
-    for refiner in made:
-        _check_requires("refiner", refiner.name, refiner.requires)
-    return made
-
-
-def _made(kind: str, asked: Any, options: Mapping[str, Any], registry: Registry) -> Any:
-    """Return the plugin of a name, or one that is made already."""
-    if isinstance(asked, str):
-        return registry.create(kind, asked, options)
-    if options:
-        raise PruneForgeError(f"options need the name of a {kind}; give {asked.name!r} its options when you make it")
-    return asked
-
-
-_FED = (InputStatistic, OutputStatistic, GradientStatistic)
-
-
-def _check_requires(
-    kind: str, name: str, requires: Sequence[Requirement], fed: tuple[type[Statistic], ...] = _FED
-) -> None:
-    """Raise if something requires a statistic that nothing feeds."""
-    for required in requires:
-        if not issubclass(kind_of(required), fed):
-            raise PruneForgeError(
-                f"{kind} {name!r} requires {required.__name__}, which is not one of "
-                f"{', '.join(base.__name__ for base in fed)}, so nothing would feed it"
-            )
+def _contradictions(run: Run) -> Iterator[str]:
+    """Yield what cannot be: scope, allocation, propagation and what goes with the metric against one another."""
+    metric, allocator, recovery = run.metric, run.allocator, run.recovery
+    compares = [kind for kind in map(kind_of, run.requires) if getattr(kind, "with_target", False)]
+    if run.scope == "model" and run.propagate == "pruned" and sees_activations(run):
+        yield (
+            "scope=model compares scores of all blocks, so none can be pruned before the last is calibrated; "
+            "add `propagate` dense"
+        )
+    if run.scope in ("block", "model") and type(metric).score is Metric.score:
+        yield (
+            f"scope={run.scope} compares scores of several layers, and metric {metric.name!r} has none: it "
+            "prunes each layer for itself"
+        )
+    if run.scope in ("block", "model") and prunes_blocks(metric):
+        yield (
+            f"scope={run.scope} compares scores of several layers, and metric {metric.name!r} decides over a "
+            "block in its own way; choose another scope"
+        )
+    if run.scope == "model" and allocator is not None:
+        yield f"scope=model chooses each layer's sparsity itself, and so does allocator {allocator.name!r}"
+    if run.scope == "model" and recovery is not None and recovery.targets:
+        yield (
+            f"scope=model prunes once all batches have passed, and recovery {recovery.name!r} learns from them "
+            "block by block; choose another scope"
+        )
+    if compares and run.propagate == "dense":
+        yield (
+            f"statistic {compares[0].__name__} compares a block's output with the dense model's, and with `propagate` "
+            "dense the two are the same; prune with `propagate` pruned"
+        )
+    if compares and allocator is not None and allocator.uses_scores:
+        yield (
+            f"allocator {allocator.name!r} needs scores in the dense model, where statistic {compares[0].__name__} has "
+            "nothing to compare"
+        )
 
 
 def make_pattern(metric: Metric, sparsity: float | None, pattern: str | None) -> Pattern:
@@ -252,63 +118,3 @@ def uses_model_gradients(run: Run) -> bool:
     """Return whether a run requires gradients of the model's loss."""
     kinds = [kind_of(required) for required in run.requires]
     return any(issubclass(kind, GradientStatistic) and not issubclass(kind, BlockGradientStatistic) for kind in kinds)
-
-
-def make_methods(
-    model: str | Path | nn.Module,
-    metric: Metrics,
-    calibration: Data | None,
-    streams: Mapping[str, Data],
-    settings: dict[str, Any],
-    installed: Plugins,
-) -> tuple[dict[str, PruneRecipe], dict[str, Method]]:
-    """Return the recipe and the method of each metric, by label.
-
-    Raises:
-        PruneForgeError: A setting, a name or an option is wrong.
-    """
-    registry, options = installed.registry, settings.pop("options", {})
-    asked_parts = {name: settings.pop(name, None) for name in ("allocator", "refine", "recover", "objective")}
-    part_options = {name: dict(settings.pop(f"{name}_options", {})) for name in asked_parts}
-    if isinstance(asked_parts["refine"], str | Refiner):
-        asked_parts["refine"] = [asked_parts["refine"]]
-    allocator = make_allocator(asked_parts["allocator"], part_options["allocator"], registry)
-    refiners = make_refiners(asked_parts["refine"] or (), part_options["refine"], registry)
-    recovery = make_recovery(asked_parts["recover"], part_options["recover"], registry)
-    objective = make_objective(asked_parts["objective"], part_options["objective"], registry)
-    described = _described(asked_parts, part_options)
-    named = by_label(metric)
-    recipes: dict[str, PruneRecipe] = {}
-    methods: dict[str, Method] = {}
-    for label, own_options in options_by_label(named, options, "metric").items():
-        asked = named[label]
-        recipes[label] = validated(
-            PruneRecipe,
-            model=str(model) if isinstance(model, str | Path) else type(model).__name__,
-            metric=asked if isinstance(asked, str) else asked.name,
-            calibration=str(calibration) if isinstance(calibration, str | Path) else None,
-            streams={name: str(data) for name, data in streams.items() if isinstance(data, str | Path)},
-            options=own_options if isinstance(asked, str) else asked.options.model_dump(),
-            plugins=[plugin.origin for plugin in installed.loaded if plugin.from_file],
-            **described,
-            **settings,
-        )
-        methods[label] = Method(make_metric(asked, own_options, registry), allocator, refiners, recovery, objective)
-    return recipes, methods
-
-
-def _described(asked: Mapping[str, Any], options: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the recipe's entries of what goes with the metric; parts that were made already bring their options."""
-    described: dict[str, Any] = {}
-    for name in ("allocator", "recover", "objective"):
-        part = asked[name]
-        made = part is not None and not isinstance(part, str)
-        described[name] = part.name if made else part
-        described[f"{name}_options"] = part.options.model_dump() if made else options[name]
-    refiners = asked["refine"] or ()
-    names = [each if isinstance(each, str) else each.name for each in refiners]
-    made_ones = {each.name: each.options.model_dump() for each in refiners if isinstance(each, Refiner)}
-    of_refiners = options["refine"]
-    if made_ones:
-        of_refiners = next(iter(made_ones.values())) if len(names) == 1 else {**of_refiners, **made_ones}
-    return described | {"refine": names, "refine_options": of_refiners}

@@ -17,7 +17,7 @@ from torch import nn
 
 from pruneforge.interfaces.adapter import Adapter
 from pruneforge.interfaces.registry import KINDS
-from pruneforge.interfaces.run import Run
+from pruneforge.interfaces.run import Run, needed_to_allocate
 from pruneforge.interfaces.statistics import kind_of
 from pruneforge.plugins import DISTRIBUTION, loaded_plugins
 
@@ -105,18 +105,20 @@ def gradient_identity(session: Session, data: Calibration) -> dict[str, Any]:
         "calibration data": data.description.get("fingerprint"),
         "loss": data.description.get("loss"),
         "adapter": {"name": adapter.name, "options": session.runs[0].recipe.adapter_options},
-        **_objective_identity(session.runs[0]),
+        **_objective_identity(session),
         "device": device_name(session.device),
         "version of": _versions(VERSIONED_FOR_GRADIENTS),
     }
 
 
-def _objective_identity(run: Run) -> dict[str, Any]:
-    if run.objective is None:
+def _objective_identity(session: Session) -> dict[str, Any]:
+    run = next((run for run in session.runs if run.objective is not None), None)
+    if run is None or run.objective is None:
         return {}
     described = {"name": run.objective.name, "options": run.objective.options.model_dump(mode="json")}
-    package = type(run.objective).__module__.partition(".")[0]
-    return {"objective": {**described, "source": run.plugins.get(package)}}
+    packages = sorted({cls.__module__.partition(".")[0] for cls in type(run.objective).__mro__})
+    sources = {name: run.plugins[name] for name in packages if name in run.plugins}
+    return {"objective": {**described, "sources": sources}}
 
 
 def plugin_sources(run: Run, adapter: Adapter) -> dict[str, dict[str, str]]:
@@ -130,7 +132,7 @@ def plugin_sources(run: Run, adapter: Adapter) -> dict[str, dict[str, str]]:
     entries = [entry for kind in KINDS for entry in installed.registry.entries(kind)]
     of_module = {entry.module.partition(".")[0]: origins.get(entry.plugin, ("", "")) for entry in entries}
     classes = [cls for part in parts for cls in type(part).__mro__]
-    classes += [cls for required in run.requires for cls in kind_of(required).__mro__]
+    classes += [cls for required in (*run.requires, *needed_to_allocate(run)) for cls in kind_of(required).__mro__]
     sources: dict[str, dict[str, str]] = {}
     for name in sorted({cls.__module__.partition(".")[0] for cls in classes} - _NOT_PLUGINS):
         origin, version = of_module.get(name, ("", ""))

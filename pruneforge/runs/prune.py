@@ -23,7 +23,7 @@ from pruneforge.runs import report as reports
 from pruneforge.runs.documented import documented
 from pruneforge.runs.job import make_job
 from pruneforge.runs.loading import load_model, parse_device
-from pruneforge.runs.method import Metrics
+from pruneforge.runs.parts import Metrics
 from pruneforge.runs.resources import Resources
 from pruneforge.runs.result import PruneResult
 

@@ -12,6 +12,7 @@ from pruneforge.data.calibration import Calibration
 from pruneforge.engine.processes import Group
 from pruneforge.interfaces.adapter import LoadedModel
 from pruneforge.interfaces.batch import Batch
+from pruneforge.interfaces.objective import Objective
 from pruneforge.interfaces.run import BlockResult, Run
 from pruneforge.memory import PeakMemory
 from pruneforge.profile import PROFILE_FILE, Profile
@@ -57,13 +58,18 @@ class Session:
         return self.runs[0].profile
 
     @property
+    def objective(self) -> Objective | None:
+        """The loss of gradient statistics that the runs have in common; `None` for the adapter's."""
+        return next((run.objective for run in self.runs if run.objective is not None), None)
+
+    @property
     def batches(self) -> dict[str, list[Batch]]:
         """The batches of all calibration data, by name; those without a name come first."""
         return {"": self.data.batches, **{name: stream.batches for name, stream in self.streams.items()}}
 
     def description_of(self, run: Run) -> dict[str, Any]:
         """Return the description of the calibration data, as far as a run uses any."""
-        streams = {name: stream.description for name, stream in self.streams.items()}
+        streams = {name: self.streams[name].description for name in run.streams}
         return {**self.data.description, **({"streams": streams} if streams else {})} if run.uses_data else {}
 
     def rooms(self, runs: list[Run]) -> tuple[int, int]:

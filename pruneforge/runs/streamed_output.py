@@ -19,6 +19,7 @@ from pruneforge.checkpoint.journal import JOURNAL_FILE, Journal, difference
 from pruneforge.checkpoint.reader import TensorLocation
 from pruneforge.checkpoint.skeleton import layer_locations, parameter_locations
 from pruneforge.checkpoint.writer import Rewrite
+from pruneforge.engine.recovery import recoverable
 from pruneforge.engine.transfers import Transfer, Transfers
 from pruneforge.errors import PruneForgeError, UnfinishedError
 from pruneforge.interfaces.layer import Layer
@@ -173,13 +174,13 @@ class StreamedOutput(Output):
         """Return the parameters, besides layers' weights, that recovery may change: by block and full name."""
         locations = parameter_locations(module, self._checkpoint)
         found: dict[str, dict[str, tuple[TensorLocation, nn.Parameter]]] = {}
-        fixed = {id(layer.parameter) for layer in self.run.excluded}
         for block in self.run.blocks:
-            weights = fixed | {id(layer.parameter) for layer in block.layers}
+            weights = {id(layer.parameter) for layer in block.layers}
+            parameters = recoverable(module, block, self.run.excluded) if block.layers else {}
             found[block.name] = {
-                f"{block.name}.{name}": (locations[id(parameter)], parameter)
-                for name, parameter in block.module.named_parameters()
-                if id(parameter) not in weights and block.layers
+                name: (locations[id(parameter)], parameter)
+                for name, parameter in parameters.items()
+                if id(parameter) not in weights
             }
         return found
 

@@ -94,8 +94,7 @@ def _prune_blocks(session: Session, outputs: Sequence[StreamedOutput], on_host: 
         for output in outputs:
             output.write_behind(writer, transfers)
         if any(run.finished < len(blocks) for run in runs):
-            objective = runs[0].objective
-            chain = Chain(loaded.module, loaded.adapter, blocks, residency, hidden_states, objective)
+            chain = Chain(loaded.module, loaded.adapter, blocks, residency, hidden_states, session.objective)
             batches, progress = session.batches, session.progress
             prune_blocks(runs, chain, batches, progress, session.block_pruned, stores, session.group)
         writer.wait()

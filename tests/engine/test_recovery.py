@@ -276,6 +276,27 @@ class Exploding(Recovery):
         layer.write(site.masks[layer.name], site.dense[layer.name] * 1e300 * 1e300)
 
 
+class Cheating(Recovery):
+    def recover_block(self, site):
+        for layer in site.layers:
+            site.masks[layer.name].fill_(True)
+            layer.matrix().copy_(site.dense[layer.name])
+
+
+class Spoiling(Recovery):
+    requires = (pruneforge.Gram,)
+
+    def recover_block(self, site):
+        site.stats[site.layers[0].name][pruneforge.Gram].total.diagonal().add_(1)
+
+
+class Astray(Recovery):
+    targets = "Dense"
+
+    def recover_block(self, site):
+        raise AssertionError
+
+
 class Untargeted(Recovery):
     def recover_block(self, site):
         next(site.batches())
@@ -294,6 +315,15 @@ class Failing(Recovery):
             "recovery 'careless' moved pruned weights of layer 'model.layers.0.self_attn.q_proj'",
         ),
         ({"recover": Exploding()}, "recovery 'exploding' made 'model.layers.0.self_attn.q_proj.weight' too large"),
+        (
+            {"recover": Cheating()},
+            "recovery 'cheating' moved pruned weights of layer 'model.layers.0.self_attn.q_proj'",
+        ),
+        (
+            {"recover": Spoiling()},
+            "recovery 'spoiling' changed statistic Gram of layer 'model.layers.0.self_attn.q_proj' in place",
+        ),
+        ({"recover": Astray()}, "recovery 'astray' has the targets 'Dense'; they must be None or one of dense, pruned"),
         ({"recover": Untargeted()}, "recovery 'untargeted' has no `targets`, so no batches are kept"),
         ({"recover": Failing()}, "recovery 'failing' failed on block 'model.layers.0': SystemExit: enough"),
         ({"recover": "ridg"}, "unknown recovery 'ridg'; did you mean 'ridge'"),
@@ -312,6 +342,30 @@ def test_what_does_not_go_is_said_in_one_line(settings, said):
         pruneforge.prune(tiny_llama(), "magnitude", 0.5, **{"calibration": batches(), **settings})
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_padding_has_no_say_in_reconstruction():
+    valid = torch.ones(6, 24, dtype=torch.long)
+    valid[3:, 15:] = 0
+    outputs = []
+    for filler in (5, 70):
+        model = tiny_llama()
+        ids = tokens().masked_fill(valid == 0, filler)
+        data = [{"input_ids": ids[part], "attention_mask": valid[part]} for part in (slice(0, 3), slice(3, 6))]
+        pruneforge.prune(model, "magnitude", 0.5, None, data, recover="reconstruct")
+        outputs.append([parameter.detach() for parameter in model.parameters()])
+    assert all(torch.equal(one, two) for one, two in zip(*outputs, strict=True))
+
+
+def test_what_is_shared_with_the_rest_of_the_model_is_left_alone(tmp_path):
+    model, before = tiny_llama(), tiny_llama()
+    model.model.norm.weight = model.model.layers[1].input_layernorm.weight
+    model.model.layers[0].self_attn.q_proj.weight.grad = torch.ones(64, 64, dtype=torch.float64)
+    pruneforge.prune(model, "magnitude", 0.5, None, batches(), recover="reconstruct")
+    assert torch.equal(model.model.norm.weight, before.model.norm.weight)
+    assert not torch.equal(model.model.layers[0].input_layernorm.weight, before.model.layers[0].input_layernorm.weight)
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.sum() == 64 * 64  # a user's own
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_an_estimate_counts_recovery_and_changes_nothing():

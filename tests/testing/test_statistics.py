@@ -10,6 +10,7 @@ from pruneforge import (
     ColumnMoments,
     ColumnSquares,
     ColumnSums,
+    Covariance,
     GradientMagnitude,
     GradientSquares,
     GradientStatistic,
@@ -54,7 +55,17 @@ class Binned(InputStatistic):
         self.total += torch.histc(inputs.abs(), self.bins, 0, 100)
 
 
-OWN = [ColumnSquares, ColumnSums, ColumnMoments, Gram, OutputSquares, GradientMagnitude, GradientSquares, GradientSum]
+OWN = [
+    ColumnSquares,
+    ColumnSums,
+    ColumnMoments,
+    Covariance,
+    Gram,
+    OutputSquares,
+    GradientMagnitude,
+    GradientSquares,
+    GradientSum,
+]
 
 
 @parametrize_with_checks([*OWN, Regional, Largest, Binned.of(bins=16)])

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import pruneforge
 from pruneforge import (
+    Allocator,
     BlockGradientStatistic,
     ColumnMoments,
     ColumnSquares,
@@ -276,6 +277,9 @@ def test_a_statistic_has_parameters_that_are_part_of_what_it_is():
     assert fine is not Histogram
     assert issubclass(fine, Histogram)
     assert fine.__name__ == "Histogram(bins=32)"
+    assert Histogram.of(bins=8) is Histogram
+    assert Histogram.of(bins=4).of(top=1.0) is Histogram.of(bins=4, top=1.0)
+    assert Histogram.of(bins=4).of(bins=8) is Histogram
     found = seen(Histogram, fine, Histogram.of(bins=2, top=1.0), data=batches())
     for of_layer in found.values():
         assert [len(total) for total, _ in of_layer.values()] == [8, 32, 2]
@@ -283,6 +287,10 @@ def test_a_statistic_has_parameters_that_are_part_of_what_it_is():
         torch.testing.assert_close(of_layer[fine][0].view(8, 4).sum(1), of_layer[Histogram][0])
     with pytest.raises(PruneForgeError, match="unknown parameter of Histogram 'bin'; did you mean 'bins'"):
         Histogram.of(bin=3)
+    with pytest.raises(PruneForgeError, match="unknown parameter of Histogram 'in_cache'"):
+        Histogram.of(in_cache=True)
+    with pytest.raises(PruneForgeError, match=r"parameter bins=\[3\] of Histogram cannot be hashed"):
+        Histogram.of(bins=[3])
 
 
 def found_width(of_layer):
@@ -297,13 +305,13 @@ class Powers(GradientSum):
 
 
 def test_parameters_of_gradient_statistics_have_files_of_their_own(model, tmp_path, gradient_cache):
-    for number, exponent in enumerate((1, 3, 3)):
+    for number, exponent in enumerate((2, 3, 3)):
         metric = Keeping(Powers.of(exponent=exponent))
         run = pruneforge.prune(model, metric, 0.5, None, batches(), output=tmp_path / str(number))
         assert (run.report["measured"]["gradient_cache"]["reused"] > 0) == (number == 2)
     files = list(gradient_cache.glob("*/*.safetensors"))
     assert len(files) == 2 * 21
-    assert {"Powers(exponent=1)" in file.name for file in files} == {True, False}
+    assert {"Powers(exponent=2)" in file.name for file in files} == {True, False}
 
 
 class Entropy(Objective):
@@ -376,8 +384,7 @@ class Forgetful(Weakest):
         return made
 
 
-def test_a_metric_decides_over_a_block_as_the_scope_block_does(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("pruneforge.engine.guard.LEAST_OF_ASKED", 0.0)  # it prunes some layers much less than others
+def test_a_metric_decides_over_a_block_as_the_scope_block_does(model, tmp_path):
     expected = pruneforge.prune(model, "wanda", 0.5, None, batches(), options={"scope": "block"})
     found = pruneforge.prune(model, Weakest(), 0.5, None, batches(), output=tmp_path / "out")
     assert all(torch.equal(found.masks[name], mask) for name, mask in expected.masks.items())
@@ -385,6 +392,104 @@ def test_a_metric_decides_over_a_block_as_the_scope_block_does(model, tmp_path, 
     with pytest.raises(PruneForgeError, match=r"made nothing of layer 'model\.layers\.0\.mlp\.down_proj'"):
         pruneforge.prune(tiny_llama(), Forgetful(), 0.5, None, batches())
     assert json.loads(json.dumps(found.report["sparsity"]))["reached"] == 0.5
+
+
+class Undecided(Weakest):
+    requires = (ColumnSquares,)
+
+    def score(self, layer, stats):
+        return layer.weight.abs()
+
+    def prune_block(self, layers, stats, patterns):
+        return {layer.name: None for layer in layers}
+
+
+class Sparing(Weakest):
+    def prune_block(self, layers, stats, patterns):
+        return {layer.name: Pruned(torch.ones(layer.shape, dtype=torch.bool)) for layer in layers}
+
+
+@pytest.mark.parametrize(
+    ("metric", "said"),
+    [
+        (Undecided(), "metric 'undecided' made nothing of layer 'model.layers.0.self_attn.q_proj'"),
+        (Sparing(), "metric 'sparing' pruned 0.0% of block 'model.layers.0', where 50.0% was asked for"),
+    ],
+)
+def test_a_block_decision_is_checked(metric, said):
+    with pytest.raises(PruneForgeError) as error:
+        pruneforge.prune(tiny_llama(), metric, 0.5, None, batches())
+    assert said in str(error.value)
+
+
+class Loud(BlockGradientStatistic, GradientSum):
+    @staticmethod
+    def loss(output, batch, target):
+        raise ValueError("boo")
+
+
+class Flat(BlockGradientStatistic, GradientSum):
+    @staticmethod
+    def loss(output, batch, target):
+        return output.detach().flatten(1).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("requires", "settings", "said"),
+    [
+        (Loud, {}, "statistic Loud failed on block 'model.layers.0': ValueError: boo"),
+        (Flat, {}, "statistic Flat made a loss of (3,) for 3 samples; it must be one number for each, made of"),
+        (Distance, {"propagate": "dense"}, "with `propagate` dense the two are the same"),
+        (ColumnSquares, {"streams": "c4"}, "streams='c4' must be a mapping of names"),
+    ],
+)
+def test_what_cannot_be_required_is_said_in_one_line(requires, settings, said):
+    with pytest.raises(PruneForgeError) as error:
+        pruneforge.prune(tiny_llama(), Keeping(requires), 0.5, None, batches(), **settings)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+class ByStream(Allocator):
+    requires = (On("other", ColumnSquares),)
+
+    def measure(self, block, stats, score):
+        return {name: float(of_layer[self.requires[0]].total.sum()) for name, of_layer in stats.items()}
+
+    def allocate(self, measures, sizes, sparsity):
+        return {name: sparsity for layers in sizes.values() for name in layers}
+
+
+def test_runs_in_company_have_recipes_of_their_own(model, tmp_path):
+    ids = tmp_path / "other.txt"
+    ids.write_text("unused")
+    metrics = {"mine": Keeping(On("other", GradientSum)), "plain": "magnitude", "gblm": "gblm"}
+    found = pruneforge.prune_each(
+        model, metrics, [0.5], batches(), streams={"other": batches()}, objective=Entropy(), output=tmp_path / "all"
+    )
+    described = {name: run.report["calibration"] for name, run in found.items()}
+    assert ["streams" in (each or {}) for each in described.values()] == [True, False, False]
+    assert [run.report.get("objective") is not None for run in found.values()] == [True, False, True]
+    alone = pruneforge.prune(model, "magnitude", 0.5, None, output=tmp_path / "alone", propagate="dense")
+    assert (
+        outcome(found["plain-0.5"].folder)["model.safetensors.index.json"]
+        == outcome(alone.folder)["model.safetensors.index.json"]
+    )
+    assert found["plain-0.5"].report["identity"] == alone.report["identity"]
+
+
+def test_an_allocator_may_look_at_named_data():
+    allocator = ByStream()
+    with pytest.raises(PruneForgeError, match="requires calibration data 'other'"):
+        pruneforge.prune(tiny_llama(), "magnitude", 0.5, None, batches(), allocator=allocator)
+    found = pruneforge.prune(
+        tiny_llama(), "magnitude", 0.5, None, batches(), allocator=allocator, streams={"other": batches()}
+    )
+    assert found.report["sparsity"]["reached"] == 0.5
+
+
+def test_an_estimate_knows_block_decisions():
+    assert pruneforge.estimate(tiny_llama(), Weakest(), batches()).seconds["prune"] > 0
 
 
 def test_a_metric_that_decides_over_blocks_takes_no_scope_beyond_a_layer():
