@@ -53,16 +53,16 @@ def test_bad_input_is_one_clear_line_and_code_2(checkpoint, tmp_path, changes, s
 
 def test_folders_that_are_no_model_are_named(checkpoint, tmp_path):
     (tmp_path / "empty").mkdir()
-    gpt2 = tmp_path / "gpt2"
-    gpt2.mkdir()
-    (gpt2 / "config.json").write_text('{"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2}')
+    bart = tmp_path / "bart"
+    bart.mkdir()
+    (bart / "config.json").write_text('{"model_type": "bart", "d_model": 32, "decoder_layers": 2}')
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text("{}")
     for folder, said in [
         (tmp_path / "nowhere", "does not exist"),
         (tmp_path / "empty", "llama: the folder has no config.json"),
-        (gpt2, "llama: block transformer.h.0 (GPT2Block) has linear layers none"),
+        (bart, "llama: block model.decoder.layers.0 (BartDecoderLayer) has linear layers k_proj"),
         (other, "llama: "),
     ]:
         done = invoke("prune", folder, *SETTINGS, "--output", tmp_path / "out")
