@@ -461,8 +461,6 @@ class ByStream(Allocator):
 
 
 def test_runs_in_company_have_recipes_of_their_own(model, tmp_path):
-    ids = tmp_path / "other.txt"
-    ids.write_text("unused")
     metrics = {"mine": Keeping(On("other", GradientSum)), "plain": "magnitude", "gblm": "gblm"}
     found = pruneforge.prune_each(
         model, metrics, [0.5], batches(), streams={"other": batches()}, objective=Entropy(), output=tmp_path / "all"
@@ -471,11 +469,7 @@ def test_runs_in_company_have_recipes_of_their_own(model, tmp_path):
     assert ["streams" in (each or {}) for each in described.values()] == [True, False, False]
     assert [run.report.get("objective") is not None for run in found.values()] == [True, False, True]
     alone = pruneforge.prune(model, "magnitude", 0.5, None, output=tmp_path / "alone", propagate="dense")
-    assert (
-        outcome(found["plain-0.5"].folder)["model.safetensors.index.json"]
-        == outcome(alone.folder)["model.safetensors.index.json"]
-    )
-    assert found["plain-0.5"].report["identity"] == alone.report["identity"]
+    assert outcome(found["plain-0.5"].folder) == outcome(alone.folder)
 
 
 def test_an_allocator_may_look_at_named_data():
