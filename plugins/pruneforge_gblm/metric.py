@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -12,7 +14,6 @@ from pruneforge import (
     ColumnSquares,
     GradientMagnitude,
     GradientSquares,
-    GradientStatistic,
     GradientSum,
     Layer,
     LayerStatistics,
@@ -36,9 +37,7 @@ class GBLM(Metric):
         """Options of GBLM and of the paper's ablations."""
 
         alpha: float = Field(100.0, ge=0, description="weight of the gradient term; gradient_only has no use for it")
-        norm: Literal["l1", "l2"] = Field(
-            "l1", description="how gradients are gathered over samples; not used if signed"
-        )
+        norm: Literal["l1", "l2"] = Field("l1", description="how gradients are gathered; not used if signed")
         gradient_only: bool = Field(False, description="ablation: |W| * G, without activations")
         signed: bool = Field(False, description="ablation: G = |sum g_n|, gradients cancel before the absolute value")
 
@@ -47,31 +46,21 @@ class GBLM(Metric):
     @property
     def requires(self) -> Sequence[type[Statistic]]:  # type: ignore[override]
         """Column squares unless `gradient_only`, and a gradient statistic unless alpha is 0."""
+        options = self.options
+        gathered = GradientSum if options.signed else GradientMagnitude if options.norm == "l1" else GradientSquares
+        if options.gradient_only:
+            return (gathered,)
         # Without the gradient term, no gradients are computed and no cache is written.
-        needed: list[type[Statistic]] = [] if self.options.gradient_only else [ColumnSquares]
-        if self.options.gradient_only or self.options.alpha > 0:
-            needed.append(self._gathered())
-        return needed
+        return (ColumnSquares, gathered) if options.alpha > 0 else (ColumnSquares,)
 
     def score(self, layer: Layer, stats: LayerStatistics) -> Tensor:
-        """Return |weight| [out, in] times (norm [in] plus alpha times gradient [out, in])."""
+        """Return |weight| [out, in] times norm [in], plus alpha times |weight| times gradient [out, in]."""
         weight = layer.weight.abs()
-        if self.options.gradient_only:
-            return weight * self._gradient(stats)
-        norm = stats[ColumnSquares].per_sample().sqrt()
-        if self.options.alpha == 0:
-            return weight * norm
-        return weight * norm + self.options.alpha * weight * self._gradient(stats)
+        return reduce(torch.add, (self._term(weight, stats[kind]) for kind in self.requires))
 
-    def _gathered(self) -> type[GradientStatistic]:
-        """Return the statistic that sums what `G` needs of each g_n."""
-        if self.options.signed:
-            return GradientSum
-        return GradientMagnitude if self.options.norm == "l1" else GradientSquares
-
-    def _gradient(self, stats: LayerStatistics) -> Tensor:
-        """Return G [out, in]."""
-        total = stats[self._gathered()].total
-        if self.options.signed:
-            return total.abs()
-        return total if self.options.norm == "l1" else total.sqrt()
+    def _term(self, weight: Tensor, statistic: Statistic) -> Tensor:
+        """Return |weight| [out, in] times what a statistic says of the inputs or gradients."""
+        if isinstance(statistic, ColumnSquares):
+            return weight * statistic.per_sample().sqrt()
+        gradient = statistic.total.sqrt() if isinstance(statistic, GradientSquares) else statistic.total.abs()
+        return weight * gradient if self.options.gradient_only else self.options.alpha * weight * gradient

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -35,11 +34,9 @@ class OWL(Allocator):
     ) -> dict[str, Any]:
         """Return the share of outliers among the block's scores."""
         scores = [layer.weight.abs() * stats[layer.name][ColumnSquares].per_sample().sqrt() for layer in block.layers]
-        total = sum(each.double().sum() for each in scores)
-        count = sum(each.numel() for each in scores)
-        threshold = self.options.m * torch.as_tensor(total) / max(count, 1)
-        outliers = sum(int((each > threshold).sum()) for each in scores)
-        return {"outliers": outliers / max(count, 1)}
+        count = sum(each.numel() for each in scores) or 1
+        threshold = self.options.m * sum(each.double().sum().item() for each in scores) / count
+        return {"outliers": sum(int((each > threshold).sum()) for each in scores) / count}
 
     def allocate(
         self, measures: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, Mapping[str, int]], sparsity: float
@@ -48,10 +45,6 @@ class OWL(Allocator):
         outliers = {block: measures[block]["outliers"] for block, layers in sizes.items() if layers}
         low, high = min(outliers.values()), max(outliers.values())
         spread = 2 * self.options.lam / (high - low) if high > low else 0.0
-        density = {block: spread * (share - low) for block, share in outliers.items()}
-        mean = sum(density.values()) / len(density)
-        return {
-            name: min(max(sparsity + mean - density[block], 0.01), 1.0)
-            for block, layers in sizes.items()
-            for name in layers
-        }
+        mean = sum(outliers.values()) / len(outliers)
+        share = {block: sparsity - spread * (each - mean) for block, each in outliers.items()}
+        return {name: min(max(share[block], 0.01), 1.0) for block, layers in sizes.items() for name in layers}

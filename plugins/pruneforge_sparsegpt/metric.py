@@ -86,12 +86,8 @@ class SparseGPT(Metric):
             hessian.diagonal().add_(damping * mean)
             factor = inverse_factor(hessian)
             if factor is not None:
-                raised = damping > self.options.damping
-                return (
-                    factor,
-                    dead,
-                    (f"damping raised to {damping:g} to factorise the Hessian",) if raised else (),
-                )
+                notes = (f"damping raised to {damping:g} to factorise the Hessian",)
+                return factor, dead, notes if damping > self.options.damping else ()
             damping *= 10
         raise PruneForgeError(
             f"the Hessian of layer {name!r} cannot be factorised even with damping {damping / 10:g}; "

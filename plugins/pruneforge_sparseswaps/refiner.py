@@ -39,9 +39,8 @@ class SparseSwaps(Refiner):
             return Pruned(pruned.mask, pruned.weight, ("the metric updates weights, so its mask was not refined",))
         gram, weight, mask = stats[Gram].total, layer.weight, pruned.mask.clone()
         group = pattern.m if isinstance(pattern, NM) else weight.shape[1]
-        for rows in range(0, len(weight), ROWS):
-            part = slice(rows, rows + ROWS)
-            _refine(weight[part], mask[part], gram, group, self.options.steps, self.options.candidates)
+        for rows, keep in zip(weight.split(ROWS), mask.split(ROWS), strict=True):
+            _refine(rows, keep, gram, group, self.options.steps, self.options.candidates)
         return Pruned(mask)
 
 
@@ -77,11 +76,8 @@ def _best_swap(
     start = torch.arange(0, columns, group, device=weight.device)[None, :, None]
     p, u = (best_p.indices + start), (best_u.indices + start)
     w_p, w_u = weight.gather(1, p.flatten(1)).view_as(p), weight.gather(1, u.flatten(1)).view_as(u)
-    pairs = gram[p[..., :, None], u[..., None, :]]
-    change = best_p.values[..., :, None] + best_u.values[..., None, :]
-    change = change - 2 * w_p[..., :, None] * w_u[..., None, :] * pairs
-    least = change.flatten(1).min(1)
-    at = least.indices
-    place, pair = at // (k * k), at % (k * k)
-    row = torch.arange(rows, device=weight.device)
-    return least.values, p[row, place, pair // k], u[row, place, pair % k]
+    together = 2 * w_p[..., :, None] * w_u[..., None, :] * gram[p[..., :, None], u[..., None, :]]
+    change, at = (best_p.values[..., :, None] + best_u.values[..., None, :] - together).flatten(1).min(1)
+    p, u = p.flatten(1), u.flatten(1)
+    place, pair = at // (k * k) * k, at % (k * k)
+    return change, p.gather(1, (place + pair // k)[:, None])[:, 0], u.gather(1, (place + pair % k)[:, None])[:, 0]
