@@ -88,6 +88,48 @@ def test_the_table_of_architectures_is_that_of_the_tests():
     assert supported.PAGE.read_text() == supported.table(), "run python tests/supported.py"
 
 
+SOURCE = """
+'''A module.'''
+
+import os
+from sys import (
+    path,
+)
+
+
+@property
+class One(
+    object
+):
+    '''Text
+
+    more.'''
+
+    # why
+    x = '''a
+    b'''
+    'about x'
+
+def two():  # says
+    import re
+
+    return (
+        1,
+    )
+"""
+
+
+def test_the_page_of_code_lines_counts_the_code_that_there_is():
+    import codelines
+
+    source = SOURCE.replace("'", '"')
+    assert codelines.code_lines(source) == 10  # 6 of the class with its decorator, 4 of the function
+    assert codelines.code_lines(source, ["One"]) == 6
+    assert codelines.PAGE.read_text() == codelines.page(), "run python docs/_ext/codelines.py"
+    beyond = {name for name, lines in codelines.method_lines().items() if lines > codelines.AIMS[name]}
+    assert beyond == codelines.WHY.keys()  # the page says of each by how much, and why
+
+
 def test_no_page_installs_the_other_project_of_this_name():
     pages = [*GUIDES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "Makefile"))]
     pages += [*(ROOT / ".github").rglob("*.*"), *(ROOT / "pruneforge").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")]
