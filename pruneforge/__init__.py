@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from pruneforge.interfaces.summaries import GradientSum as GradientSum
     from pruneforge.interfaces.summaries import Gram as Gram
     from pruneforge.interfaces.summaries import OutputSquares as OutputSquares
+    from pruneforge.plugins import create as create
     from pruneforge.runs.compare import Case as Case
     from pruneforge.runs.compare import compare as compare
     from pruneforge.runs.estimate import Estimate as Estimate
@@ -120,6 +121,7 @@ _MODULES = {
         "Gram",
         "OutputSquares",
     ),
+    "plugins": ("create",),
     "runs.compare": ("Case", "compare"),
     "runs.estimate": ("Estimate", "estimate"),
     "runs.evaluate": ("evaluate",),

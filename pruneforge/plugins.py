@@ -212,6 +212,20 @@ def check_distribution() -> None:
     )
 
 
+def create(kind: str, spec: str, /, **options: Any) -> Any:
+    """Return what is registered under a name, such as the metric that another is built on.
+
+    Args:
+        kind: What it is, as the methods of `Registry` are called, such as "metric".
+        spec: `name` or `name:argument`.
+        options: Its options.
+
+    Raises:
+        PruneForgeError: The kind or the name is unknown, or an option is wrong.
+    """
+    return loaded_plugins().registry.create(kind, spec, options)
+
+
 @functools.cache
 def loaded_plugins() -> Plugins:
     """Return this process's plugins, discovered at the first call as `PRUNEFORGE_PLUGINS` says."""

@@ -214,8 +214,10 @@ class Registry:
             options: Option names and values.
 
         Raises:
-            PruneForgeError: The name is unknown, takes no argument, or an option is wrong.
+            PruneForgeError: The kind or the name is unknown, takes no argument, or an option is wrong.
         """
+        if kind not in KINDS:
+            raise unknown_name("kind of plugin", kind, KINDS)
         name, colon, argument = spec.partition(":")
         cls = self.get(kind, name).load()
         values = dict(options or {})

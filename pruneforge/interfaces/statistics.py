@@ -284,7 +284,8 @@ class LayerStatistics:
     def owned_by(self, part: Configurable) -> LayerStatistics:
         """Return these statistics for one part of a method, whose shared values are apart from those of others.
 
-        The same class with the same options shares them, at several patterns.
+        The same class with the same options shares them, at several patterns. A method that is built on another hands
+        it `stats.owned_by(other)`.
         """
         return LayerStatistics(self._statistics, self._shared, (type(part), repr(part.options)))
 

@@ -7,7 +7,7 @@ import inspect
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from pruneforge.interfaces.adapter import Adapter
+from pruneforge.interfaces.options import Configurable
 from pruneforge.interfaces.registry import KINDS
 from pruneforge.interfaces.run import Run, needed_to_allocate
 from pruneforge.interfaces.statistics import kind_of
@@ -126,7 +127,7 @@ def plugin_sources(run: Run, adapter: Adapter) -> dict[str, dict[str, str]]:
 
     A plugin that was edited between a stop and resuming would go on with another method otherwise.
     """
-    parts = [*run.parts, adapter]
+    parts = _with_parts([*run.parts, adapter])
     installed = loaded_plugins()
     origins = {plugin.name: (plugin.origin, plugin.version) for plugin in installed.loaded}
     entries = [entry for kind in KINDS for entry in installed.registry.entries(kind)]
@@ -139,6 +140,23 @@ def plugin_sources(run: Run, adapter: Adapter) -> dict[str, dict[str, str]]:
         text = _source(name, [cls for cls in classes if cls.__module__.partition(".")[0] == name], name in of_module)
         sources[name] = {"distribution": origin, "version": version, "sha256": hashlib.sha256(text).hexdigest()}
     return sources
+
+
+def _with_parts(plugins: Iterable[Configurable]) -> list[Configurable]:
+    """Return plugins with those that they are built on: what their attributes hold, alone, in sequences or mappings."""
+    found: dict[int, Configurable] = {}
+    waiting = list(plugins)
+    while waiting:
+        plugin = waiting.pop()
+        if id(plugin) in found:
+            continue
+        found[id(plugin)] = plugin
+        for value in vars(plugin).values():
+            values = (
+                value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
+            )
+            waiting += [each for each in values if isinstance(each, Configurable)]
+    return list(found.values())
 
 
 _NOT_PLUGINS = frozenset({"abc", "builtins", "pruneforge", "pydantic", "typing"})

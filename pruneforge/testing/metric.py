@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pruneforge.interfaces.metric import Metric, Pruned
+from pruneforge.interfaces.options import Configurable
 from pruneforge.interfaces.patterns import NM, Pattern, Unstructured, pruned_count
 from pruneforge.interfaces.selection import smallest
 from pruneforge.interfaces.statistics import LayerStatistics, Statistic
@@ -178,6 +179,9 @@ class _Watched(LayerStatistics):
     def __getitem__(self, kind: Any) -> Any:
         self.used.add(kind)
         return super().__getitem__(kind)
+
+    def owned_by(self, part: Configurable) -> LayerStatistics:
+        return self  # what a metric's parts look at counts too
 
 
 def scores_compare_over_several_layers(metric: Metric) -> None:
