@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_llama, tokens
+from conftest import run_of, tiny_llama, tokens
 from pydantic import Field
 
 import pruneforge
@@ -136,7 +136,7 @@ def test_the_sources_of_what_a_method_is_built_on_are_found_however_deep():
     inner, outer, adapter = Squared(base="ria"), Squared(), pruneforge.create("adapter", "llama")
     outer.more = {"inner": inner, "others": 3}
     inner.back = (outer, "a text")  # a circle ends
-    run = SimpleNamespace(metric=outer, refiners=(Reselected(base="magnitude"),), allocator=ByAnother(), requires=())
+    run = replace(run_of(outer, []), refiners=(Reselected(base="magnitude"),), allocator=ByAnother())
     packages = {"pruneforge_llama", "pruneforge_magnitude", "pruneforge_ria", "pruneforge_wanda"}
     found = plugin_sources(run, adapter)
     assert packages <= found.keys()
