@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pruneforge.errors import PruneForgeError as PruneForgeError
     from pruneforge.interfaces.adapter import Adapter as Adapter
     from pruneforge.interfaces.adapter import Block as Block
+    from pruneforge.interfaces.adapter import Example as Example
     from pruneforge.interfaces.adapter import LoadedModel as LoadedModel
     from pruneforge.interfaces.adapter import Skeleton as Skeleton
     from pruneforge.interfaces.allocator import Allocator as Allocator
@@ -83,7 +84,7 @@ _MODULES = {
     "data.images": ("ImageProcessor", "ImageSet", "ImageSource"),
     "data.text": ("TextSource",),
     "errors": ("PruneForgeError",),
-    "interfaces.adapter": ("Adapter", "Block", "LoadedModel", "Skeleton"),
+    "interfaces.adapter": ("Adapter", "Block", "Example", "LoadedModel", "Skeleton"),
     "interfaces.allocator": ("Allocator",),
     "interfaces.batch": ("Batch",),
     "interfaces.demo": ("Demo",),

@@ -8,6 +8,9 @@ come from the model itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from pruneforge import Example
 from pruneforge_transformers.text import CausalLanguageModel
 
 
@@ -19,3 +22,9 @@ class Llama(CausalLanguageModel):
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),  # fused, as in Phi-3
     )
+
+    def examples(self) -> Sequence[Example]:
+        """Return LLaMA and kin that differ in attention, biases, tied embeddings and fused projections."""
+        from pruneforge_llama.examples import examples
+
+        return examples()

@@ -6,6 +6,7 @@ ConvNeXt). A block's layers are its linear modules and 1x1 convolutions: `qkv`, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from pruneforge import Batch, Block, ImageClassifier, ImageProcessor, PruneForgeError, Skeleton, find_layers
+from pruneforge import Batch, Block, Example, ImageClassifier, ImageProcessor, PruneForgeError, Skeleton, find_layers
 
 PREFIX = "timm:"
 """Prefix of the name of a pretrained model; `hf-hub:` is the prefix of a repository, as in timm itself."""
@@ -151,6 +152,12 @@ class Timm(ImageClassifier):
             return 0, 0
         patch = module.patch_embed.patch_size
         return prefix, prefix + (pixels.shape[2] // patch[0]) * (pixels.shape[3] // patch[1])
+
+    def examples(self) -> Sequence[Example]:
+        """Return a DeiT, which has two prefix tokens, windows, and stages of 1x1 convolutions."""
+        from pruneforge_timm.examples import examples
+
+        return examples(self)
 
 
 def _create(reference: str, pretrained: bool) -> nn.Module:

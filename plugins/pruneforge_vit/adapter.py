@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from pruneforge import Batch, Block, ImageClassifier, ImageProcessor, PruneForgeError, Skeleton, find_layers
+from pruneforge import Batch, Block, Example, ImageClassifier, ImageProcessor, PruneForgeError, Skeleton, find_layers
 from pruneforge_transformers.checkpoints import (
     first_line,
     load_pretrained,
@@ -105,6 +106,12 @@ class ViT(ImageClassifier):
         patch = config.patch_size
         return prefix, prefix + (pixels.shape[2] // patch) * (pixels.shape[3] // patch)
 
+    def examples(self) -> Sequence[Example]:
+        """Return a ViT, and a DeiT, which has two prefix tokens."""
+        from pruneforge_vit.examples import examples
+
+        return examples()
+
 
 def _processor(reference: str, config: Any) -> ImageProcessor:
     """Load the checkpoint's image processor."""
@@ -114,6 +121,11 @@ def _processor(reference: str, config: Any) -> ImageProcessor:
         native = transformers.AutoImageProcessor.from_pretrained(reference, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise PruneForgeError(f"model {reference!r} has no image processor: {first_line(error)}") from error
+    return image_processor(native, config)
+
+
+def image_processor(native: Any, config: Any) -> ImageProcessor:
+    """Return the processor of transformers with what the model's configuration says of its classes."""
     mode = "L" if config.num_channels == 1 else "RGB"
     return ImageProcessor(_Transform(native), mode, config.num_labels, _class_names(config), native)
 

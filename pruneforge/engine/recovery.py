@@ -68,9 +68,8 @@ class PrunedBlock(Site):
         self._owners, self._stream, self._group = owners, stream, group
         self._named = recoverable(chain.module, self.block, run.excluded)
         self._parameters = list(self._named.values())
-        held = {id(parameter) for parameter in self._parameters}
-        # Slices of a parameter of which others are pruned.
-        self._left_dense = [(layer, layer.weight.clone()) for layer in run.excluded if id(layer.parameter) in held]
+        inside = {id(parameter) for parameter in self.block.module.parameters()}
+        self._left_dense = [(layer, layer.weight.clone()) for layer in run.excluded if id(layer.parameter) in inside]
         self._generator = torch.Generator()
 
     def recover(self) -> frozenset[str]:
@@ -149,7 +148,7 @@ class PrunedBlock(Site):
             optimizer.step()
             for layer in self.block.layers:
                 zeroed(layer.matrix(), self._masks[layer.name])
-            for layer, weight in self._left_dense:
+            for layer, weight in self._left_dense:  # may be a slice of a parameter of which others are pruned
                 layer.matrix().copy_(weight)
 
     @contextmanager

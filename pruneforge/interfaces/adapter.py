@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from pruneforge.checkpoint.reader import Checkpoint
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,24 @@ class Skeleton:
     processor: Any
     folder: Path
     prefix: str = ""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tiny model with data, on which an adapter, and everything that prunes or evaluates its models, is checked.
+
+    Attributes:
+        name: What messages call it.
+        module: The model, random, float32, on the CPU, with two blocks or more.
+        processor: Its tokenizer or image transform, as `Adapter.load` returns it.
+        data: Two batches or more in the form that `Adapter.batch` takes, of two samples or more each. One has padding
+            where samples can be padded.
+    """
+
+    name: str
+    module: nn.Module = field(repr=False)
+    processor: Any = field(repr=False)
+    data: Sequence[Tensor | Mapping[str, Tensor]] = field(repr=False)
 
 
 class Adapter(Configurable, ABC):
@@ -137,6 +155,13 @@ class Adapter(Configurable, ABC):
     @abstractmethod
     def context_length(self, module: nn.Module) -> int | None:
         """Return the longest sequence that the model takes, or `None` if it has no such limit."""
+
+    def examples(self) -> Sequence[Example]:
+        """Return tiny models of the architectures that this adapter takes, made in memory, the same each time.
+
+        `pruneforge.testing` runs its checks on them, those of metrics and evaluators too. No run uses them.
+        """
+        return []
 
 
 @dataclass(frozen=True)

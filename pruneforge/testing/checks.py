@@ -10,16 +10,18 @@ from typing import Any
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.allocator import Allocator
 from pruneforge.interfaces.metric import Metric
+from pruneforge.interfaces.recovery import Recovery
 from pruneforge.interfaces.refiner import Refiner
 from pruneforge.interfaces.registry import KINDS, imported
 from pruneforge.interfaces.statistics import Statistic
-from pruneforge.testing import allocator, metric, refiner, statistic
+from pruneforge.testing import allocator, metric, recovery, refiner, statistic
 from pruneforge.testing.kit import Kit, name_of
 
 KITS: dict[type, Kit] = {
     Metric: metric.KIT,
     Allocator: allocator.KIT,
     Refiner: refiner.KIT,
+    Recovery: recovery.KIT,
     Statistic: statistic.KIT,
 }
 """The checks of each kind of plugin, by its base class; a new kind is a line here."""
@@ -112,6 +114,7 @@ def checker(base: type) -> Callable[[Any], None]:
 check_metric = checker(Metric)
 check_allocator = checker(Allocator)
 check_refiner = checker(Refiner)
+check_recovery = checker(Recovery)
 check_statistic = checker(Statistic)
 
 

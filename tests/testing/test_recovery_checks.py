@@ -1,0 +1,92 @@
+"""Recoveries keep their promises, and each check catches one that breaks its promise."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from pruneforge import Recovery, create
+from pruneforge.plugins import loaded_plugins
+from pruneforge.testing import check_recovery, parametrize_with_checks, run_checks
+
+FIRST_PARTY = [create("recovery", entry.name) for entry in loaded_plugins().registry.entries("recovery")]
+
+
+@parametrize_with_checks([*FIRST_PARTY, create("recovery", "reconstruct", targets="pruned", epochs=2)])
+def test_first_party_recoveries_keep_their_promises(check):
+    assert check.run() is None  # it raises otherwise
+
+
+def ridge(site):
+    type(create("recovery", "ridge")).recover_block(create("recovery", "ridge"), site)
+
+
+class Solving(Recovery):
+    requires = create("recovery", "ridge").requires
+
+    def recover_block(self, site):
+        ridge(site)
+        self.worsen(site)
+
+    def worsen(self, site):
+        raise NotImplementedError
+
+
+class Scaling(Solving):
+    def worsen(self, site):
+        for layer in site.layers:
+            if not site.masks[layer.name].all():
+                layer.write(site.masks[layer.name], 2 * layer.weight)
+
+
+class Restless(Solving):
+    def worsen(self, site):
+        for layer in site.layers:
+            if site.masks[layer.name].all():
+                layer.write(site.masks[layer.name], 1.01 * layer.weight)
+
+
+class Reaching(Solving):
+    def worsen(self, site):
+        for parameter in site._chain.module.parameters():
+            parameter.data *= 1 if any(parameter is own for own in site.parameters()) else 1.0001
+
+
+class Counting(Solving):
+    calls = itertools.count()
+
+    def worsen(self, site):
+        layer = site.layers[0]
+        layer.write(site.masks[layer.name], layer.weight * (1 + 1e-6 * next(self.calls) % 7))
+
+
+class Wide(Solving):
+    def worsen(self, site):
+        assert next(site.block.module.parameters()).dtype == torch.float64, "it wants float64"
+
+
+BROKEN = {
+    Scaling: {"models come nearer to the dense one"},
+    Restless: {"a dense model stays as it is"},
+    Reaching: {"stem and head and excluded layers stay"},
+    Counting: {"the same seed gives the same weights"},
+    Wide: {"narrow dtypes work"},
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_recovery_is_caught_by_the_check_of_what_it_breaks(broken):
+    assert {check.name for check, said in run_checks([broken()]) if said is not None} == BROKEN[broken]
+
+
+class Moving(Recovery):
+    def recover_block(self, site):
+        for layer in site.layers:
+            layer.parameter.data += 1
+
+
+def test_what_the_engine_refuses_fails_the_check():
+    with pytest.raises(AssertionError, match="pruned weights stay zero: recovery 'moving' moved pruned weights"):
+        check_recovery(Moving())
