@@ -40,7 +40,8 @@ def test_python_takes_every_setting_with_its_default_and_documents_it(function, 
             if name not in ("model", "metric", "task"):
                 default = parameters[name].default
                 assert (default or None) == (field.get_default(call_default_factory=True) or None), name
-            own_words = name in ("model", "metric", "calibration", "progress", "allocator", "refine")
+            takes_objects = ("allocator", "refine", "recover", "objective", "streams")
+            own_words = name in ("model", "metric", "calibration", "progress", *takes_objects)
             assert own_words or f"{name}: {' '.join(field.description.split())}" in text, name
 
 
