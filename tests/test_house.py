@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "checkpoint": SMALL | {"interfaces", "checkpoint"},
     "engine": SMALL | {"interfaces", "checkpoint", "engine"},
     "runs": SMALL | {"plugins", "interfaces", "data", "checkpoint", "engine", "runs"},
-    "testing": SMALL | {"interfaces", "engine", "testing"},
+    "testing": SMALL | {"plugins", "interfaces", "engine", "runs", "testing"},
     "cli": SMALL | {"plugins", "interfaces", "data", "checkpoint", "engine", "runs", "testing", "cli"},
 }
 PUBLIC_MODULES = {
