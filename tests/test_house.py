@@ -24,8 +24,9 @@ MAY_IMPORT = {
     "checkpoint": SMALL | {"interfaces", "checkpoint"},
     "engine": SMALL | {"interfaces", "checkpoint", "engine"},
     "runs": SMALL | {"plugins", "interfaces", "data", "checkpoint", "engine", "runs"},
+    "studies": SMALL | {"plugins", "interfaces", "checkpoint", "runs", "studies"},
     "testing": SMALL | {"plugins", "interfaces", "engine", "runs", "testing"},
-    "cli": SMALL | {"plugins", "interfaces", "data", "checkpoint", "engine", "runs", "testing", "cli"},
+    "cli": SMALL | {"plugins", "interfaces", "data", "checkpoint", "engine", "runs", "testing", "studies", "cli"},
 }
 PUBLIC_MODULES = {
     "pruneforge",

@@ -41,6 +41,10 @@ class ImageNet(Evaluator):
 
     argument: ClassVar[str | None] = "data"
 
+    measure = "top1"
+    higher_is_better = True
+    measured = frozenset({"images_per_second"})
+
     class Options(Options):
         """Options of the ImageNet evaluator."""
 

@@ -24,6 +24,9 @@ class LMEval(Evaluator):
 
     argument: ClassVar[str | None] = "tasks"
 
+    measure = "mean_accuracy"
+    higher_is_better = True
+
     class Options(Options):
         """Options of the lm-eval evaluator."""
 

@@ -11,6 +11,7 @@ class Magnitude(Metric):
     """`|W|`, compared within each layer."""
 
     scope = "layer"
+    control = True
 
     def score(self, layer: Layer, stats: LayerStatistics) -> Tensor:
         """Return the absolute values of the weights [out, in]."""

@@ -25,6 +25,8 @@ class Perplexity(Evaluator):
     is taken. Values for different windows or tokenizers do not compare.
     """
 
+    measure = "perplexity"
+
     class Options(Options):
         """Options of the perplexity evaluator."""
 

@@ -12,6 +12,7 @@ class Random(Metric):
     """Uniform random numbers from the run's seed, compared within each output row."""
 
     scope = "row"
+    control = True
 
     def score(self, layer: Layer, stats: LayerStatistics) -> Tensor:
         """Return random numbers [out, in]; each layer has its own, the same on every device."""

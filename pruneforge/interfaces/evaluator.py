@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -59,7 +59,17 @@ class Subject:
 
 
 class Evaluator(Configurable, ABC):
-    """A task's own harness; a subclass implements `evaluate`, and `registry.evaluator` registers it."""
+    """A task's own harness; a subclass implements `evaluate`, and `registry.evaluator` registers it.
+
+    Attributes:
+        measure: Name of the result by which models are compared.
+        higher_is_better: Whether a higher one is better.
+        measured: Names of results that differ between two evaluations of one model, such as times.
+    """
+
+    measure: ClassVar[str] = "loss"
+    higher_is_better: ClassVar[bool] = False
+    measured: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def evaluate(self, subject: Subject) -> dict[str, Any]:

@@ -43,10 +43,12 @@ class Metric(options.Configurable):
     Attributes:
         requires: The statistics it needs; a property if they depend on the options.
         scope: The comparison group that its paper uses.
+        control: Whether studies show it beside any method, as what a method has to beat.
     """
 
     requires: Sequence[Requirement] = ()
     scope: ClassVar[Scope | None] = "row"
+    control: ClassVar[bool] = False
 
     class Options(options.Options):
         """Options of every metric that scores."""

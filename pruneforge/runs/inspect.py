@@ -61,6 +61,13 @@ def inspect(folder: str | Path, against: str | Path | None = None) -> dict[str, 
     return found
 
 
+def masks_in_short(masks: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the sparsity of each layer, and the structure of all masks beside that of random ones."""
+    found, control = (together(map(of_mask, masks.values())) for of_mask in (structure_of, random_structure))
+    layers = {name: 1 - float(mask.double().mean()) for name, mask in masks.items()}
+    return {**_shares(found, ""), **_shares(control, "random_"), "layers": layers}
+
+
 def diff(first: str | Path, second: str | Path) -> list[str]:
     """Return how two runs differ, one line for each difference, from their reports.
 

@@ -1,0 +1,239 @@
+"""What a study asks for, and the cells that come of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
+
+from pruneforge.errors import PruneForgeError
+from pruneforge.interfaces.metric import Metric
+from pruneforge.interfaces.patterns import parse_pattern
+from pruneforge.interfaces.recipe import PruneRecipe
+from pruneforge.plugins import loaded_plugins
+from pruneforge.runs.recipe_file import validated
+
+STUDY_FILE = "study.yaml"
+
+OF_MODEL = (
+    "model",
+    "calibration",
+    "streams",
+    "samples",
+    "seqlen",
+    "batch_size",
+    "dtype",
+    "exclude",
+    "source_options",
+    "adapter_options",
+)
+"""Settings of the recipe that a study gives for each model."""
+
+OF_METHOD = (
+    "metric",
+    "options",
+    "allocator",
+    "allocator_options",
+    "refine",
+    "refine_options",
+    "recover",
+    "recover_options",
+    "objective",
+    "objective_options",
+)
+"""Settings of the recipe that a study gives for each method."""
+
+
+def _settings(name: str, fields: tuple[str, ...]) -> Any:
+    """Return a model of some of the recipe's settings, declared where the recipe declares them."""
+    chosen: Any = {
+        field: (PruneRecipe.model_fields[field].annotation, PruneRecipe.model_fields[field]) for field in fields
+    }
+    return create_model(name, __config__=ConfigDict(extra="forbid", frozen=True), **chosen)
+
+
+class Task(BaseModel):
+    """One evaluation of each pruned model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: str = Field(description="Name of an evaluator, or name:argument.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the evaluator.")
+    batch_size: int | None = Field(None, ge=1, description="Samples per batch.")
+
+
+class StudyModel(_settings("_OfModel", OF_MODEL)):  # type: ignore[misc]
+    """One model with its data and its tasks."""
+
+    tasks: list[Task] = Field(min_length=1, description="What each pruned model is evaluated on.")
+
+
+Method: Any = _settings("Method", OF_METHOD)
+"""One method, as the settings of a recipe compose it."""
+
+
+class Study(BaseModel):
+    """Models, methods, patterns and calibration draws; each combination is a cell."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    models: dict[str, StudyModel] = Field(min_length=1, description="The models, by what the report calls them.")
+    methods: dict[str, Method] = Field(min_length=1, description="The methods, by what the report calls them.")
+    patterns: list[float | str] = Field(default=[0.5], min_length=1, description="Sparsities, and N:M.")
+    seeds: list[int] = Field(default=[0, 1, 2], min_length=1, description="Seeds; each is a calibration draw.")
+    propagate: Literal["pruned", "dense"] = Field(
+        "dense", description="As for prune; with dense, all methods and patterns of a draw share one pass."
+    )
+    device: str = Field("auto", description="Where to compute.")
+    baseline: str | None = Field(None, description="Method that the others are compared with; by default the first.")
+    controls: bool = Field(True, description="Whether metrics that are controls stand beside the methods.")
+
+    @field_validator("models", "methods")
+    @classmethod
+    def _names(cls, values: dict[str, Any]) -> dict[str, Any]:
+        for name in values:
+            if not re.fullmatch(r"[\w.,+-]+( [\w.,+-]+)*", name):
+                raise ValueError(f"{name!r} cannot be part of a folder's name")
+        return values
+
+    def all_methods(self) -> dict[str, Any]:
+        """Return the methods, with the controls that are not among them."""
+        known = [method.model_dump(exclude_defaults=True) for method in self.methods.values()]
+        controls = {name: Method(metric=name) for name in (control_metrics() if self.controls else ())}
+        added = {name: each for name, each in controls.items() if {"metric": name} not in known}
+        return {**self.methods, **{name: each for name, each in added.items() if name not in self.methods}}
+
+    @property
+    def compared_with(self) -> str:
+        """The baseline's name."""
+        return self.baseline or next(iter(self.methods))
+
+
+def control_metrics() -> list[str]:
+    """Return the names of the registered metrics that stand beside any method as a control."""
+    names = []
+    for entry in loaded_plugins().registry.entries("metric"):
+        try:
+            kind = entry.load()
+        except PruneForgeError:
+            continue  # `pruneforge plugins` says why
+        if issubclass(kind, Metric) and kind.control:
+            names.append(entry.name)
+    return names
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study.
+
+    Attributes:
+        model: Name of the model.
+        method: Name of the method.
+        pattern: Sparsity or N:M.
+        seed: Calibration draw.
+        recipe: The run, which can be repeated alone.
+        tasks: What its result is evaluated on.
+    """
+
+    model: str
+    method: str
+    pattern: float | str
+    seed: int
+    recipe: PruneRecipe
+    tasks: tuple[Task, ...]
+
+    @property
+    def key(self) -> str:
+        """Where the cell is kept below the study's folder."""
+        return f"{self.model}/{self.method}/{str(self.pattern).replace(':', 'of')}/{self.seed}"
+
+    def asked(self) -> dict[str, Any]:
+        """Return everything that decides the cell's result, of types that JSON holds."""
+        tasks = [task.model_dump(mode="json") for task in self.tasks]
+        asked: dict[str, Any] = json.loads(json.dumps({"recipe": self.recipe.model_dump(mode="json"), "tasks": tasks}))
+        return asked
+
+    def fingerprint(self) -> str:
+        """Return a short hash of what was asked."""
+        return hashlib.sha256(json.dumps(self.asked(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def cells_of(study: Study, plugins: list[str]) -> list[Cell]:
+    """Return the cells of a study, in the order of its models, methods, patterns and seeds.
+
+    Args:
+        study: The study.
+        plugins: Python files that were loaded as plugins.
+
+    Raises:
+        PruneForgeError: A pattern is none, or the baseline is not among the methods.
+    """
+    methods = study.all_methods()
+    if study.compared_with not in methods:
+        raise PruneForgeError(f"baseline {study.baseline!r} is not among the methods: {', '.join(methods)}")
+    return [cell for name, model in study.models.items() for cell in _of_model(study, name, model, methods, plugins)]
+
+
+def _of_model(
+    study: Study, name: str, model: StudyModel, methods: Mapping[str, Any], plugins: list[str]
+) -> Iterator[Cell]:
+    of_model = model.model_dump(exclude={"tasks"})
+    for label, method in methods.items():
+        for pattern in study.patterns:
+            sparsity, text = (None, pattern) if isinstance(pattern, str) else (pattern, None)
+            parse_pattern(sparsity, text, "row")
+            for seed in study.seeds:
+                recipe = validated(
+                    PruneRecipe,
+                    **of_model,
+                    **method.model_dump(),
+                    sparsity=sparsity,
+                    pattern=text,
+                    seed=seed,
+                    propagate=study.propagate,
+                    device=study.device,
+                    plugins=plugins,
+                )
+                yield Cell(name, label, pattern, seed, recipe, tuple(model.tasks))
+
+
+def read_study(path: Path) -> Study:
+    """Return the study in a YAML file.
+
+    Raises:
+        PruneForgeError: The file cannot be read, or something in it does not fit; the message says where.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise PruneForgeError(f"study {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise PruneForgeError(f"study {str(path)!r} holds no mapping; it needs `models` and `methods`")
+    return make_study(values, f"study {str(path)!r}")
+
+
+def make_study(values: Mapping[str, Any], who: str = "study") -> Study:
+    """Return a study of plain values.
+
+    Raises:
+        PruneForgeError: Something does not fit; the message says where, and calls the study `who`.
+    """
+    try:
+        return Study(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise PruneForgeError(f"{who}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def save_study(study: Study, folder: Path) -> None:
+    """Write a study to `folder`, without what was left at its default."""
+    text = yaml.safe_dump(study.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+    (folder / STUDY_FILE).write_text(text, encoding="utf-8")
