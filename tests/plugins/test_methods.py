@@ -1,4 +1,4 @@
-"""Further methods against what their papers write: RIA, random, SparseSwaps."""
+"""Further methods against what their papers write: RIA, Wanda++, random, SparseSwaps."""
 
 from __future__ import annotations
 
@@ -34,6 +34,54 @@ def test_ria_selects_what_the_paper_writes(scope, pattern):
             scores = (weight / weight.sum(0) + weight / weight.sum(1, keepdim=True)) * norm**0.5
             expected = reference.mask_by_sorting(scores, 0.5, (2, 4) if pattern else None, scope or "row")
             assert torch.equal(found.masks[layer], expected), layer
+
+
+def padded():
+    """The same tokens in batches, of which two samples end early."""
+    valid = torch.ones(6, 24, dtype=torch.long)
+    valid[4, 17:] = valid[5, 9:] = 0
+    return [{"input_ids": tokens()[rows], "attention_mask": valid[rows]} for rows in (slice(0, 2), slice(2, 6))]
+
+
+def wandapp_masks(lengths, alpha, pattern):
+    """The score of Wanda++ as the paper writes it: one sample at a time, cut where its padding begins."""
+    model, kind, masks = tiny_llama(), reference.LanguageModel, {}
+    cut = [{"input_ids": row[None, :length]} for row, length in zip(tokens(), lengths, strict=True)]
+    whole = [{**sample, "attention_mask": torch.ones_like(sample["input_ids"])} for sample in cut]
+    for name, block in kind.blocks(model):
+        layers = reference.linears(name, block)
+        inputs = reference.layer_inputs(kind, model, layers, whole)
+        squares = {layer: torch.zeros_like(module.weight) for layer, module in layers}
+        outputs = []
+        handle = block.register_forward_hook(lambda _, __, output: outputs.append(output))  # noqa: B023
+        for sample in whole:
+            kind.run(model, sample)
+            gradients = torch.autograd.grad(outputs.pop().norm(), [module.weight for _, module in layers])
+            for (layer, _), gradient in zip(layers, gradients, strict=True):
+                squares[layer] += gradient**2
+        handle.remove()
+        for layer, module in layers:
+            weight = module.weight.detach()
+            norm = (torch.cat(inputs[layer]) ** 2).sum(0).sqrt() / len(whole) ** 0.5
+            score = (alpha * (squares[layer] / len(whole)).sqrt() + norm) * weight.abs()
+            masks[layer] = reference.mask_by_sorting(score, 0.5, pattern, "row")
+        for layer, module in layers:  # the next block sees this one pruned
+            module.weight.data.mul_(masks[layer])
+    return masks
+
+
+@pytest.mark.parametrize("data", [tokens().split(3), padded()], ids=["whole", "padded"])
+@pytest.mark.parametrize(("alpha", "pattern"), [(100.0, None), (1.0, None), (1.0, "2:4")])
+def test_wandapp_selects_what_the_paper_writes(data, alpha, pattern):
+    lengths = [24] * 6 if isinstance(data, tuple) else [24, 24, 24, 24, 17, 9]
+    sparsity, options = None if pattern else 0.5, {"alpha": alpha}
+    found = pruneforge.prune(tiny_llama(), "wanda++", sparsity, pattern, data, options=options)
+    expected = wandapp_masks(lengths, alpha, (2, 4) if pattern else None)
+    assert found.masks.keys() == expected.keys()
+    for layer, mask in expected.items():
+        assert torch.equal(found.masks[layer], mask), layer
+    without = pruneforge.prune(tiny_llama(), "wanda", sparsity, pattern, data).masks
+    assert all(not torch.equal(without[layer], mask) for layer, mask in expected.items())  # gradients have a say
 
 
 def test_random_masks_come_from_the_seed_and_differ_from_layer_to_layer():
