@@ -23,7 +23,7 @@ FAILED = 1
 
 
 def check(
-    name: Annotated[str, typer.Argument(help="Name of a metric, an allocator or a refiner.", metavar="NAME")],
+    name: Annotated[str, typer.Argument(help="Name of a metric, allocator, refiner or recovery.", metavar="NAME")],
     options: Annotated[
         list[str] | None, typer.Option("--option", help="Option of the plugin. Repeatable.", metavar="NAME=VALUE")
     ] = None,
