@@ -7,7 +7,7 @@ of a text. Batches are best padded, each text with its own first and last token,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-from pruneforge import Batch, PruneForgeError
+from pruneforge import Batch, Example, PruneForgeError
 from pruneforge_transformers.checkpoints import config_of
 from pruneforge_transformers.text import TextModel
 from pruneforge_transformers.tokens import mean_losses
@@ -116,6 +116,12 @@ class BERT(TextModel):
             if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
                 return int(part.num_embeddings - part.padding_idx - 1)
         return super().context_length(module)
+
+    def examples(self) -> Sequence[Example]:
+        """Return BERT and DistilBERT with a masked language model head."""
+        from pruneforge_bert.examples import examples
+
+        return examples()
 
 
 def _classes_of(auto: str, config: Any) -> tuple[type, ...]:

@@ -6,6 +6,9 @@ Such a block has attention, with projections apart or fused, and an MLP of two l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from pruneforge import Example
 from pruneforge_transformers.text import CausalLanguageModel
 
 
@@ -25,3 +28,9 @@ class GPT(CausalLanguageModel):
         ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"),  # Nemotron
         ("Wqkv", "out_proj", "up_proj", "down_proj"),  # MPT
     )
+
+    def examples(self) -> Sequence[Example]:
+        """Return GPT-2, OPT and GPT-NeoX, which differ in how they hold their projections."""
+        from pruneforge_gpt.examples import examples
+
+        return examples()

@@ -194,7 +194,7 @@ def test_a_broken_refiner_or_allocator_is_caught(plugin, name):
 def test_expected_failures_need_a_check_and_a_plugin_a_kind():
     with pytest.raises(PruneForgeError, match="'good' has no check 'rows are square'"):
         parametrize_with_checks([Good()], {"good": {"rows are square": "no reason"}})
-    with pytest.raises(PruneForgeError, match="not one of metric, allocator, refiner, statistic class"):
+    with pytest.raises(PruneForgeError, match=r"not one of metric, .*, statistic class"):
         checks_for(object())
     with pytest.raises(PruneForgeError, match="no checks of the class Good"):
         checks_for(Good)
