@@ -2,6 +2,7 @@
 
 from pruneforge.testing.checks import (
     Check,
+    check_adapter,
     check_allocator,
     check_metric,
     check_recovery,
@@ -15,6 +16,7 @@ from pruneforge.testing.checks import (
 
 __all__ = [
     "Check",
+    "check_adapter",
     "check_allocator",
     "check_metric",
     "check_recovery",

@@ -8,13 +8,14 @@ from functools import partial
 from typing import Any
 
 from pruneforge.errors import PruneForgeError
+from pruneforge.interfaces.adapter import Adapter
 from pruneforge.interfaces.allocator import Allocator
 from pruneforge.interfaces.metric import Metric
 from pruneforge.interfaces.recovery import Recovery
 from pruneforge.interfaces.refiner import Refiner
 from pruneforge.interfaces.registry import KINDS, imported
 from pruneforge.interfaces.statistics import Statistic
-from pruneforge.testing import allocator, metric, recovery, refiner, statistic
+from pruneforge.testing import adapter, allocator, metric, recovery, refiner, statistic
 from pruneforge.testing.kit import Kit, name_of
 
 KITS: dict[type, Kit] = {
@@ -22,6 +23,7 @@ KITS: dict[type, Kit] = {
     Allocator: allocator.KIT,
     Refiner: refiner.KIT,
     Recovery: recovery.KIT,
+    Adapter: adapter.KIT,
     Statistic: statistic.KIT,
 }
 """The checks of each kind of plugin, by its base class; a new kind is a line here."""
@@ -115,6 +117,7 @@ check_metric = checker(Metric)
 check_allocator = checker(Allocator)
 check_refiner = checker(Refiner)
 check_recovery = checker(Recovery)
+check_adapter = checker(Adapter)
 check_statistic = checker(Statistic)
 
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Adapter, Example
-from pruneforge.plugins import loaded_plugins
+from pruneforge.interfaces.batch import Batch
+from pruneforge.interfaces.layer import Layer
+from pruneforge.interfaces.metric import Metric
+from pruneforge.plugins import Plugins, loaded_plugins
+from pruneforge.runs.job import make_job
+from pruneforge.runs.result import PruneResult
 
 
 def adapters() -> Iterator[Adapter]:
@@ -40,3 +47,27 @@ def fresh(example: Example, dtype: torch.dtype = torch.float64) -> tuple[nn.Modu
 
 def _as(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def layers_of(adapter: Adapter, module: nn.Module) -> list[Layer]:
+    """Return the layers of all blocks."""
+    return [layer for block in adapter.blocks(module) for layer in block.layers]
+
+
+def prune_with(adapter: Adapter, model: nn.Module | Path, metric: Metric, **settings: Any) -> PruneResult:
+    """Prune as `pruneforge.prune` does, with this adapter, whether it is registered or not, and no other."""
+    plugins = Plugins()
+    plugins.registry.adapter(adapter.name, type(adapter))
+    options = adapter.options.model_dump()
+    job = make_job(model, metric, adapter_options=options, device="cpu", **settings)
+    return replace(job, plugins=plugins).run()[0]
+
+
+def readable(output: Any, batch: Batch) -> list[Tensor]:
+    """Return the tensors in a model's output, without what stands at padding."""
+    found = []
+    for value in tree_leaves(dict(output) if isinstance(output, Mapping) else output):
+        if isinstance(value, Tensor):
+            padded = batch.valid is not None and value.shape[:2] == batch.valid.shape
+            found.append(value.detach()[batch.valid] if padded else value.detach())
+    return found

@@ -15,7 +15,7 @@ from pruneforge.interfaces.recovery import Recovery
 from pruneforge.interfaces.statistics import LayerStatistics
 from pruneforge.runs.prune import prune
 from pruneforge.testing.kit import Kit, by_name
-from pruneforge.testing.models import examples, fresh
+from pruneforge.testing.models import examples, fresh, layers_of, readable
 
 
 def recovered(
@@ -45,7 +45,7 @@ def pruned_weights_stay_zero(recovery: Recovery) -> None:
         for sparsity, pattern in ((0.5, None), (None, "2:4")):
             module, masks = recovered(recovery, example, sparsity, pattern)
             _, expected = recovered(None, example, sparsity, pattern)
-            for layer in _layers(adapter, module):
+            for layer in layers_of(adapter, module):
                 said = f"{layer.name} of {example.name}"
                 assert torch.equal(masks[layer.name], expected[layer.name]), f"the mask of {said} has changed"
                 moved = int(layer.matrix().masked_fill(masks[layer.name], 0).count_nonzero())
@@ -72,10 +72,10 @@ def a_dense_model_stays_as_it_is(recovery: Recovery) -> None:
 def stem_and_head_and_excluded_layers_stay(recovery: Recovery) -> None:
     """Check everything outside of the blocks, and a layer that the user leaves dense."""
     for adapter, example in examples(each=1):
-        left = _layers(adapter, example.module)[0]
+        left = layers_of(adapter, example.module)[0]
         module, _ = recovered(recovery, example, exclude=[left.name])
         inside = {id(p) for block in adapter.blocks(module) for p in block.module.parameters()}
-        fixed = {id(layer.parameter) for layer in _layers(adapter, module) if layer.name == left.name}
+        fixed = {id(layer.parameter) for layer in layers_of(adapter, module) if layer.name == left.name}
         for (name, one, two), parameter in zip(_pairs(module, fresh(example)[0]), module.parameters(), strict=True):
             if id(parameter) not in inside or id(parameter) in fixed:
                 assert torch.equal(one, two), f"{name} of {example.name} changes, and is not the recovery's to change"
@@ -98,19 +98,13 @@ def narrow_dtypes_work(recovery: Recovery) -> None:
             assert parameter.isfinite().all(), f"{name} of {example.name} is not finite"
 
 
-def _layers(adapter: Adapter, module: nn.Module) -> list[Layer]:
-    return [layer for block in adapter.blocks(module) for layer in block.layers]
-
-
 @torch.no_grad()
 def _outputs(adapter: Adapter, module: nn.Module, data: list[Any]) -> Tensor:
     """Return all outputs of a model, without those at padding."""
     outputs = []
     for given in data:
         batch = adapter.batch(given, module)
-        output = adapter.forward(module, batch)
-        values = getattr(output, "logits", output)
-        outputs.append((values if batch.valid is None else values[batch.valid]).flatten())
+        outputs += [value.flatten() for value in readable(adapter.forward(module, batch), batch)]
     return torch.cat(outputs)
 
 
