@@ -38,7 +38,13 @@ class Request:
 
 
 class Source(Configurable, ABC):
-    """A source of calibration data; the same request gives the same data."""
+    """A source of calibration data; the same request gives the same data.
+
+    Attributes:
+        seeded: Whether another seed gives other data.
+    """
+
+    seeded: bool = True
 
     @classmethod
     def reads(cls, path: str) -> bool:

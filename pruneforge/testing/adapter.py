@@ -7,7 +7,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from pruneforge.interfaces.metric import Metric
 from pruneforge.interfaces.objective import Objective
 from pruneforge.interfaces.statistics import LayerStatistics
 from pruneforge.interfaces.summaries import ColumnSquares
-from pruneforge.testing.kit import CheckFunction, Kit, by_name
+from pruneforge.testing.kit import Kit, by_name, where_present
 from pruneforge.testing.models import fresh, layers_of, prune_with, readable
 
 
@@ -260,34 +259,21 @@ def sizes_are_whole_numbers(case: Case) -> None:
         assert allowed, f"`{what}` gives {value!r}"
 
 
-def _on_an_example(check: CheckFunction) -> CheckFunction:
-    """Return a check that passes where there is no example, which `it_brings_examples` says already."""
-
-    @wraps(check)
-    def run(case: Case) -> None:
-        if case.example is not None:
-            check(case)
-
-    return run
-
-
 KIT = Kit(
     by_name(
         it_brings_examples,
         other_models_are_declined,
-        *map(
-            _on_an_example,
-            (
-                blocks_have_layers_of_the_model_s_parameters,
-                each_weight_is_one_layer,
-                blocks_form_a_chain,
-                layers_receive_their_inputs,
-                pruning_changes_layers_alone,
-                losses_are_each_sample_s_own,
-                saved_models_load_as_they_were,
-                streamed_models_are_pruned_alike,
-                sizes_are_whole_numbers,
-            ),
+        *where_present(
+            "example",
+            blocks_have_layers_of_the_model_s_parameters,
+            each_weight_is_one_layer,
+            blocks_form_a_chain,
+            layers_receive_their_inputs,
+            pruning_changes_layers_alone,
+            losses_are_each_sample_s_own,
+            saved_models_load_as_they_were,
+            streamed_models_are_pruned_alike,
+            sizes_are_whole_numbers,
         ),
     ),
     cases,

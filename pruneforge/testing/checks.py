@@ -10,12 +10,14 @@ from typing import Any
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Adapter
 from pruneforge.interfaces.allocator import Allocator
+from pruneforge.interfaces.evaluator import Evaluator
 from pruneforge.interfaces.metric import Metric
 from pruneforge.interfaces.recovery import Recovery
 from pruneforge.interfaces.refiner import Refiner
 from pruneforge.interfaces.registry import KINDS, imported
+from pruneforge.interfaces.source import Source
 from pruneforge.interfaces.statistics import Statistic
-from pruneforge.testing import adapter, allocator, metric, recovery, refiner, statistic
+from pruneforge.testing import adapter, allocator, evaluator, metric, recovery, refiner, source, statistic
 from pruneforge.testing.kit import Kit, name_of
 
 KITS: dict[type, Kit] = {
@@ -24,6 +26,8 @@ KITS: dict[type, Kit] = {
     Refiner: refiner.KIT,
     Recovery: recovery.KIT,
     Adapter: adapter.KIT,
+    Source: source.KIT,
+    Evaluator: evaluator.KIT,
     Statistic: statistic.KIT,
 }
 """The checks of each kind of plugin, by its base class; a new kind is a line here."""
@@ -118,6 +122,8 @@ check_allocator = checker(Allocator)
 check_refiner = checker(Refiner)
 check_recovery = checker(Recovery)
 check_adapter = checker(Adapter)
+check_source = checker(Source)
+check_evaluator = checker(Evaluator)
 check_statistic = checker(Statistic)
 
 

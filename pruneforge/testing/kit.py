@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 CheckFunction = Callable[[Any], None]
@@ -35,6 +36,20 @@ class Kit:
 def by_name(*functions: CheckFunction) -> dict[str, CheckFunction]:
     """Return check functions by what their names say; `_s_` stands for an apostrophe and s."""
     return {function.__name__.replace("_s_", "'s ").replace("_", " "): function for function in functions}
+
+
+def where_present(attribute: str, *functions: CheckFunction) -> list[CheckFunction]:
+    """Return checks that pass where this attribute of a case is `None`, which another check says already."""
+
+    def guarded(check: CheckFunction) -> CheckFunction:
+        @wraps(check)
+        def run(case: Any) -> None:
+            if getattr(case, attribute) is not None:
+                check(case)
+
+        return run
+
+    return [guarded(check) for check in functions]
 
 
 def name_of(plugin: Any) -> str:
