@@ -105,7 +105,7 @@ def _table(shown: StudyTable) -> Table:
     from pruneforge.studies.report import cell_text, number, pattern_name
 
     dense = number(shown.dense, shown.measure)
-    table = Table(title=f"{shown.model}: {shown.measure}, {shown.task}; dense {dense}", title_justify="left")
+    table = Table(title=f"{shown.model}: {shown.title}; dense {dense}", title_justify="left")
     table.add_column("method")
     for pattern in shown.patterns:
         table.add_column(pattern_name(pattern), justify="right")

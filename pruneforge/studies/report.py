@@ -42,6 +42,11 @@ class Table:
     protocol: str
     best: dict[str, set[str]]
 
+    @property
+    def title(self) -> str:
+        """What is measured, on which task."""
+        return self.measure if self.measure == self.task else f"{self.measure}, {self.task}"
+
 
 def write_report(study: Study, cells: Sequence[Cell], folder: Path) -> list[Row]:
     """Write results and report into a study's folder, and return the rows.
@@ -155,7 +160,7 @@ def as_markdown(tables: Sequence[Table], baseline: str) -> str:
     parts = []
     for table in tables:
         dense = number(table.dense, table.measure)
-        parts.append(f"## {table.model}: {table.measure} ({table.task})\n")
+        parts.append(f"## {table.model}: {table.title}\n")
         parts.append(f"Dense: {dense}. {table.protocol}. Bold: not worse than the best beyond the noise of draws.\n")
         parts.append("| method | " + " | ".join(map(pattern_name, table.patterns)) + " |")
         parts.append("|:-|" + "-:|" * len(table.patterns))
