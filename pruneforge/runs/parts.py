@@ -14,6 +14,7 @@ from pruneforge.errors import PruneForgeError, unknown_name
 from pruneforge.interfaces.allocator import Allocator
 from pruneforge.interfaces.metric import Metric
 from pruneforge.interfaces.objective import Objective
+from pruneforge.interfaces.options import Configurable
 from pruneforge.interfaces.recipe import PruneRecipe
 from pruneforge.interfaces.recovery import Recovery, Targets
 from pruneforge.interfaces.refiner import Refiner
@@ -200,39 +201,54 @@ def make_methods(
     refiners = make_refiners(asked_parts["refine"] or (), part_options["refine"], registry)
     recovery = make_recovery(asked_parts["recover"], part_options["recover"], registry)
     objective = make_objective(asked_parts["objective"], part_options["objective"], registry)
-    described = _described(asked_parts, part_options)
+    made = {"allocator": allocator, "recover": recovery, "objective": objective}
+    described = _described(asked_parts, made, refiners, part_options)
     named = by_label(metric)
     recipes: dict[str, PruneRecipe] = {}
     methods: dict[str, Method] = {}
     for label, own_options in options_by_label(named, options, "metric").items():
         asked = named[label]
+        method = methods[label] = Method(
+            make_metric(asked, own_options, registry), allocator, refiners, recovery, objective
+        )
         recipes[label] = validated(
             PruneRecipe,
             model=str(model) if isinstance(model, str | Path) else type(model).__name__,
             metric=asked if isinstance(asked, str) else asked.name,
             calibration=str(calibration) if isinstance(calibration, str | Path) else None,
             streams={name: str(data) for name, data in streams.items() if isinstance(data, str | Path)},
-            options=own_options if isinstance(asked, str) else asked.options.model_dump(),
+            options=_options_of(method.metric, asked, own_options),
             plugins=[plugin.origin for plugin in installed.loaded if plugin.from_file],
             **described,
             **settings,
         )
-        methods[label] = Method(make_metric(asked, own_options, registry), allocator, refiners, recovery, objective)
     return recipes, methods
 
 
-def _described(asked: Mapping[str, Any], options: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the recipe's entries of what goes with the metric; parts that were made already bring their options."""
+def _options_of(part: Configurable, asked: str | Configurable, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a part's options as a recipe holds them, in their own types: those given, or all of an object."""
+    values: dict[str, Any] = part.options.model_dump(mode="json")
+    return {name: values[name] for name in given} if isinstance(asked, str) else values
+
+
+def _described(
+    asked: Mapping[str, Any],
+    made: Mapping[str, Configurable | None],
+    refiners: Sequence[Refiner],
+    options: Mapping[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """Return the recipe's entries of what goes with the metric."""
     described: dict[str, Any] = {}
-    for name in ("allocator", "recover", "objective"):
-        part = asked[name]
-        made = part is not None and not isinstance(part, str)
-        described[name] = part.name if made else part
-        described[f"{name}_options"] = part.options.model_dump() if made else options[name]
-    refiners = asked["refine"] or ()
-    names = [each if isinstance(each, str) else each.name for each in refiners]
-    made_ones = {each.name: each.options.model_dump() for each in refiners if isinstance(each, Refiner)}
-    of_refiners = options["refine"]
-    if made_ones:
-        of_refiners = next(iter(made_ones.values())) if len(names) == 1 else {**of_refiners, **made_ones}
-    return described | {"refine": names, "refine_options": of_refiners}
+    for name, part in made.items():
+        spec = asked[name]
+        described[name] = spec if part is None or isinstance(spec, str) else part.name
+        described[f"{name}_options"] = {} if part is None else _options_of(part, spec, options[name])
+    specs = asked["refine"] or ()
+    names = [spec if isinstance(spec, str) else spec.name for spec in specs]
+    given = options_by_label(names, options["refine"], "refiner") if names else {}
+    of_each = {
+        name: _options_of(refiner, spec, given[name])
+        for name, refiner, spec in zip(names, refiners, specs, strict=True)
+    }
+    chosen = next(iter(of_each.values())) if len(names) == 1 else {name: each for name, each in of_each.items() if each}
+    return described | {"refine": names, "refine_options": chosen}

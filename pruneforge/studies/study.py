@@ -95,6 +95,19 @@ class Study(BaseModel):
     baseline: str | None = Field(None, description="Method that the others are compared with; by default the first.")
     controls: bool = Field(True, description="Whether metrics that are controls stand beside the methods.")
 
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _one_refiner(cls, values: Any) -> Any:
+        """Take one refiner as a text, as `prune` does."""
+        if not isinstance(values, dict):
+            return values
+        return {
+            name: {**given, "refine": [given["refine"]]}
+            if isinstance(given, dict) and isinstance(given.get("refine"), str)
+            else given
+            for name, given in values.items()
+        }
+
     @field_validator("models", "methods")
     @classmethod
     def _names(cls, values: dict[str, Any]) -> dict[str, Any]:
