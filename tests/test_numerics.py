@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_llama, tokens
 
 import pruneforge
-from pruneforge.numerics import exact_arithmetic, products_of, repeatable_gradients
+from pruneforge.numerics import exact_arithmetic, products_of, repeatable_gradients, seed_random_numbers
 
 BACKENDS = torch.backends
 CPU = torch.device("cpu")
@@ -114,3 +116,14 @@ def test_attention_that_gives_nan_at_padding_on_the_left_is_told_what_to_do(metr
         masks = pruneforge.prune(found, metric, 0.5, calibration=[padded]).masks
         agreeing = sum(int((masks[name] == mask).sum()) for name, mask in expected.items())
         assert agreeing >= 0.999 * sum(mask.numel() for mask in expected.values())
+
+
+def test_seeding_covers_the_random_numbers_of_torch_python_and_numpy():
+    def draw(seed):
+        seed_random_numbers(seed, CPU)
+        return torch.rand(()).item(), random.random(), np.random.rand()
+
+    with exact_arithmetic(0, CPU):  # it restores the generators
+        one, same, other, negative = draw(1), draw(1), draw(2), draw(-5)
+    assert one == same
+    assert len({*one, *other, *negative}) == 9

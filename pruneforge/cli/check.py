@@ -23,7 +23,7 @@ FAILED = 1
 
 
 def check(
-    name: Annotated[str, typer.Argument(help="Name of a metric, allocator, refiner or recovery.", metavar="NAME")],
+    name: Annotated[str, typer.Argument(help="Name of the plugin.", metavar="NAME")],
     options: Annotated[
         list[str] | None, typer.Option("--option", help="Option of the plugin. Repeatable.", metavar="NAME=VALUE")
     ] = None,
@@ -31,7 +31,7 @@ def check(
     plugins: common.PluginFiles = None,
     config: common.Config = None,
 ) -> None:
-    """Check that a plugin keeps its promises, on small layers of made-up data, and print what it breaks."""
+    """Check that a plugin keeps its promises, on made-up data and tiny models, and print what it breaks."""
     from pruneforge.errors import unknown_name
     from pruneforge.plugins import loaded_plugins
     from pruneforge.testing import checked_kinds, run_checks
@@ -45,13 +45,17 @@ def check(
     results = list(run_checks(registry.create(kind, name, given) for kind in named))
     failed = [said for _, said in results if said is not None]
     if as_json:
-        print(json.dumps([{"check": each.name, "error": said} for each, said in results], indent=2))
+        print(
+            json.dumps([{"check": each.name, "error": said, "left_out": each.skip} for each, said in results], indent=2)
+        )
     else:
-        table = Table(title=f"{name}: {len(results) - len(failed)} of {len(results)} checks pass", title_justify="left")
+        run = sum(each.skip is None for each, _ in results)
+        table = Table(title=f"{name}: {run - len(failed)} of {run} checks pass", title_justify="left")
         table.add_column("check", overflow="fold")
         table.add_column("result", overflow="fold")
         for each, said in results:
-            table.add_row(each.name, "passes" if said is None else escape(said))
+            passed = "passes" if each.skip is None else f"left out: {each.skip}"
+            table.add_row(each.name, passed if said is None else escape(said))
         common.console.print(table)
     if failed:
         raise typer.Exit(FAILED)

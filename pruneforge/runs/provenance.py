@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import os
@@ -31,13 +32,17 @@ PACKAGES = ("pruneforge", "torch", "triton", "transformers", "timm", "datasets",
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that affect a result."""
-    installed = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            installed[name] = metadata.version(DISTRIBUTION if name == "pruneforge" else name)
-        except metadata.PackageNotFoundError:
-            installed[name] = "not installed"
-    return installed
+    packages = {name: _version(DISTRIBUTION if name == "pruneforge" else name) for name in PACKAGES}
+    return {"python": platform.python_version(), **packages}
+
+
+@functools.cache
+def _version(distribution: str) -> str:
+    """Return an installed version, read once: parsing the metadata of all takes as long as pruning a tiny model."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def machine() -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,11 @@ from pruneforge.interfaces.selection import smallest
 from pruneforge.interfaces.statistics import LayerStatistics, Statistic
 from pruneforge.numerics import all_finite, seed_random_numbers
 from pruneforge.testing.kit import Kit, by_name
+from pruneforge.testing.metric_on_models import (
+    batches_of_a_model_have_no_say,
+    every_scope_it_allows_works,
+    whole_models_are_pruned_as_asked_for,
+)
 from pruneforge.testing.samples import Sample, nothing_changed, sample
 
 HALF = 0.5
@@ -27,7 +34,7 @@ def scores(metric: Metric) -> bool:
 
 def prune(metric: Metric, made: Sample, pattern: Pattern, parts: int = 1) -> Pruned:
     """Prune a sample as the engine does: seeded, without gradients."""
-    seed_random_numbers(0, torch.device("cpu"))
+    seed_random_numbers(0, made.weight.device)
     with torch.no_grad():
         return metric.prune_layer(made.layer(), made.statistics(metric.requires, parts), pattern)
 
@@ -118,6 +125,33 @@ def the_same_twice(metric: Metric) -> None:
         assert torch.equal(first.weight, second.weight), "two calls give two weights"
 
 
+def hashes_have_no_say(metric: Metric) -> None:
+    """Check that the hash of a text, which differs between processes, does not change the mask."""
+    masks = []
+    for salt in ("one process", "another"):
+        with _texts_hashed_with(salt):
+            masks.append(prune(metric, sample(), unstructured(metric)).mask)
+    assert torch.equal(*masks), "masks depend on `hash` of a text, which is another one in each process; use zlib.crc32"
+
+
+@contextmanager
+def _texts_hashed_with(salt: str) -> Iterator[None]:
+    """Let `hash` give other values of texts, and of tuples with texts, as with another PYTHONHASHSEED.
+
+    A process of its own would take seconds to import torch.
+    """
+    plain = builtins.hash
+
+    def has_text(value: object) -> bool:
+        return isinstance(value, str | bytes) or (isinstance(value, tuple) and any(map(has_text, value)))
+
+    builtins.hash = lambda value, /: plain((salt, value)) if has_text(value) else plain(value)
+    try:
+        yield
+    finally:
+        builtins.hash = plain
+
+
 def the_order_in_memory_has_no_say(metric: Metric) -> None:
     """Check a weight that lies transposed in memory, as those of some checkpoints do."""
     made = sample()
@@ -201,6 +235,19 @@ def scores_compare_over_several_layers(metric: Metric) -> None:
     assert pruned == count, f"{pruned} weights of three layers are pruned together, where {count} were asked for"
 
 
+def cuda_gives_the_masks_of_the_cpu(metric: Metric) -> None:
+    """Check that masks agree in float64, but for ties within rounding."""
+    made, pattern = sample(), unstructured(metric)
+    on_device = prune(metric, made.to(torch.device("cuda", torch.cuda.current_device())), pattern).mask
+    assert on_device.is_cuda, f"the mask of a weight on CUDA is on {on_device.device}"
+    alike = (prune(metric, made, pattern).mask == on_device.cpu()).double().mean().item()
+    assert alike >= 0.99, f"{1 - alike:.1%} of a mask differ between CUDA and the CPU"
+
+
+def _without_cuda() -> str | None:
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
 KIT = Kit(
     by_name(
         masks_are_boolean_and_of_the_weight_s_shape,
@@ -217,5 +264,11 @@ KIT = Kit(
         weights_and_statistics_are_not_changed,
         the_statistics_required_are_used,
         scores_compare_over_several_layers,
-    )
+        hashes_have_no_say,
+        whole_models_are_pruned_as_asked_for,
+        every_scope_it_allows_works,
+        batches_of_a_model_have_no_say,
+        cuda_gives_the_masks_of_the_cpu,
+    ),
+    skips={"cuda gives the masks of the cpu": _without_cuda},
 )

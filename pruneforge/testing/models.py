@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,14 @@ def adapters() -> Iterator[Adapter]:
 def examples(each: int | None = None) -> Iterator[tuple[Adapter, Example]]:
     """Yield the examples of all registered adapters with their adapters, at most `each` of one adapter."""
     for adapter in adapters():
-        for example in list(adapter.examples())[:each]:
+        for example in _examples(type(adapter))[:each]:
             yield adapter, example
+
+
+@functools.cache
+def _examples(kind: type[Adapter]) -> Sequence[Example]:
+    """Return an adapter's examples, which checks copy and do not change."""
+    return tuple(kind().examples())
 
 
 def fresh(example: Example, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, list[Any]]:

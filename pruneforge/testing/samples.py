@@ -44,6 +44,10 @@ class Sample:
         """What the layer puts out, [samples, tokens, out]."""
         return self.inputs @ self.weight.T
 
+    def to(self, device: torch.device) -> Sample:
+        """Return the sample on a device."""
+        return Sample(self.weight.to(device), self.inputs.to(device), self.gradients.to(device))
+
     def layer(self) -> Layer:
         """Return the layer, with a copy of the weight in the same order in memory."""
         return Layer("layer", nn.Parameter(self.weight.clone(memory_format=torch.preserve_format), requires_grad=False))

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from pruneforge import Allocator, ColumnSquares, Gram, Metric, Pruned, PruneForgeError, Refiner
+from pruneforge import NM, Allocator, ColumnSquares, Gram, Metric, Pruned, PruneForgeError, Refiner
 from pruneforge.plugins import Plugins
 from pruneforge.testing import checks_for, parametrize_with_checks, run_checks
 from pruneforge.testing.samples import sample
@@ -63,8 +63,35 @@ class First(ColumnSquares):
         self.first = getattr(self, "first", len(inputs))
 
 
-def by_first(layer, stats):
-    return layer.weight.abs() * (torch.arange(32) if stats[First].first > 40 else 1)
+def in_order(layer):
+    """Other scores, which make another mask."""
+    return layer.weight.abs() * torch.arange(layer.weight.shape[1])
+
+
+def by_first(tokens):
+    return lambda layer, stats: in_order(layer) if stats[First].first > tokens else layer.weight.abs()
+
+
+def by_hash(layer, stats):
+    generator = torch.Generator().manual_seed(hash(layer.name) % 2**32)
+    return layer.weight.abs() * torch.rand(layer.weight.shape[1], generator=generator)
+
+
+def never_two_of_four(layer, stats, pattern):
+    if isinstance(pattern, NM) and layer.name != sample().layer().name:
+        raise ValueError("not in a model")
+    return Pruned(half(layer, pattern))
+
+
+class NotByLayer(Metric):
+    def score(self, layer, stats):
+        if self.options.scope == "layer":
+            raise ValueError("not this scope")
+        return layer.weight.abs()
+
+
+def on_the_cpu_alone(layer, stats):
+    return layer.weight.abs() if layer.weight.device.type == "cpu" else in_order(layer)
 
 
 def one_layer_fails(layer, stats):
@@ -77,7 +104,7 @@ CALLS = itertools.count()
 
 
 def by_calls(layer, stats):
-    return layer.weight.abs() * (torch.arange(32) if next(CALLS) % 2 else 1)
+    return in_order(layer) if next(CALLS) % 2 else layer.weight.abs()
 
 
 def spoils(layer, stats):
@@ -99,7 +126,7 @@ def float_only(layer, stats):
 
 
 def by_memory(layer, stats):
-    return layer.weight.abs() * (1 if layer.weight.is_contiguous() else torch.arange(32))
+    return layer.weight.abs() if layer.weight.is_contiguous() else in_order(layer)
 
 
 def too_few(layer, stats, pattern):
@@ -123,26 +150,54 @@ BROKEN = {
     "the same twice": scoring(by_calls),
     "the order in memory has no say": scoring(by_memory),
     "narrow dtypes work": scoring(float_only),
-    "rows are pruned alike": scoring(lambda la, stats: la.weight.abs() * torch.arange(12)[:, None], scope="layer"),
-    "the split into batches has no say": scoring(by_first, requires=(First,)),
+    "rows are pruned alike": scoring(
+        lambda la, stats: la.weight.abs() * torch.arange(la.weight.shape[0])[:, None], scope="layer"
+    ),
+    "the split into batches has no say": scoring(by_first(40), requires=(First,)),
     "weights and statistics are not changed": scoring(spoils),
     "the statistics required are used": scoring(lambda layer, stats: layer.weight.abs(), requires=(Gram,)),
     "scores compare over several layers": scoring(one_layer_fails),
+    "hashes have no say": scoring(by_hash),
+    "whole models are pruned as asked for": pruning(never_two_of_four, scope="layer"),
+    "every scope it allows works": NotByLayer(),
+    "batches of a model have no say": scoring(by_first(20), requires=(First,)),
 }
+
+MODELS = {"whole models are pruned as asked for", "every scope it allows works", "batches of a model have no say"}
+COMPARING = {"the order in memory has no say", "the split into batches has no say", "rows are pruned alike"}
+BESIDES = {
+    # The engine refuses these.
+    "masks are boolean and of the weight's shape": MODELS,
+    "weights and statistics are not changed": MODELS,
+    # Nothing compares with what differs each time.
+    "the same twice": COMPARING | MODELS | {"scores compare over several layers", "hashes have no say"},
+    "the split into batches has no say": {"batches of a model have no say"},
+}
+"""What else a broken metric may fail, by what it breaks."""
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_metric_is_caught_by_the_check_of_what_it_breaks(name):
     failed = {check.name: said for check, said in run_checks([BROKEN[name]]) if said is not None}
     assert name in failed, failed
-    comparing = {"the order in memory has no say", "the split into batches has no say", "rows are pruned alike"}
-    comparing |= {"scores compare over several layers"}
-    assert set(failed) <= {name} | (comparing if name == "the same twice" else set()), failed
+    assert set(failed) <= {name} | BESIDES.get(name, set()), failed
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_a_metric_that_is_another_on_cuda_is_caught():
+    failed = [check.name for check, said in run_checks([scoring(on_the_cpu_alone)]) if said is not None]
+    assert failed == ["cuda gives the masks of the cpu"]
 
 
 def test_a_good_metric_passes_everything():
     assert [said for _, said in run_checks([Good()]) if said is not None] == []
-    assert len(checks_for(Good())) == len(BROKEN)
+    assert {check.name for check in checks_for(Good())} == {*BROKEN, "cuda gives the masks of the cpu"}
+
+
+def test_a_check_that_cannot_be_run_here_says_why():
+    skipped = {check.name: check.skip for check in checks_for(Good()) if check.skip is not None}
+    reason = {"cuda gives the masks of the cpu": "torch sees no CUDA device"}
+    assert skipped == ({} if torch.cuda.is_available() else reason)
 
 
 class Loses(Refiner):
