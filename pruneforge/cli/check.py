@@ -32,7 +32,9 @@ def check(
     config: common.Config = None,
 ) -> None:
     """Check that a plugin keeps its promises, on made-up data and tiny models, and print what it breaks."""
-    from pruneforge.errors import unknown_name
+    from pruneforge.errors import PruneForgeError, unknown_name
+    from pruneforge.interfaces.options import describe_options
+    from pruneforge.interfaces.registry import KINDS
     from pruneforge.plugins import loaded_plugins
     from pruneforge.testing import checked_kinds, run_checks
 
@@ -40,8 +42,18 @@ def check(
     kinds = checked_kinds()
     named = [kind for kind in kinds if name in {entry.name for entry in registry.entries(kind)}]
     if not named:
+        for kind in KINDS:
+            if name in {entry.name for entry in registry.entries(kind)}:
+                raise PruneForgeError(
+                    f"there are no checks of {kind} {name!r}; those of {', '.join(kinds)} can be checked"
+                )
         raise unknown_name("plugin", name, [entry.name for kind in kinds for entry in registry.entries(kind)])
     given = common.assignments(options, "--option")
+    for kind in named:
+        needed = [field["name"] for field in describe_options(registry.get(kind, name).load()) if field["required"]]
+        if set(needed) - set(given):
+            wanted = " ".join(f"--option {each}=VALUE" for each in needed)
+            raise PruneForgeError(f"{kind} {name!r} is checked with the options that it needs: {wanted}")
     results = list(run_checks(registry.create(kind, name, given) for kind in named))
     failed = [said for _, said in results if said is not None]
     if as_json:

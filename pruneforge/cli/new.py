@@ -12,6 +12,8 @@ import typer
 from pruneforge.cli import common, templates
 from pruneforge.errors import PruneForgeError
 
+Kind = Literal["metric", "allocator", "refiner", "recovery", "objective", "adapter", "source", "evaluator"]
+
 EXAMPLES = """[bold]Examples[/bold]
 
 pruneforge new metric mine
@@ -23,7 +25,7 @@ pruneforge new metric mine --single-file
 
 
 def new(
-    kind: Annotated[Literal["metric", "allocator", "refiner"], typer.Argument(help="What to write.", metavar="KIND")],
+    kind: Annotated[Kind, typer.Argument(help="What to write.", metavar="KIND")],
     name: Annotated[str, typer.Argument(help="What users will call it.", metavar="NAME")],
     output: Annotated[
         Path | None,
@@ -39,7 +41,9 @@ def new(
         raise PruneForgeError(f"{name!r} cannot be a plugin's name; use lower-case letters, digits and underscores")
     title = "".join(part.capitalize() for part in name.split("_"))
     package = f"pruneforge_{name}"
+    command = "plugins" if kind == "objective" else "check"  # there are no checks of objectives
     values = {"kind": kind, "name": name, "title": title, "package": package, "distribution": package.replace("_", "-")}
+    values["try"] = f"pruneforge {command} {name}"
     method = f'"""The {kind} {name}."""\n\n{templates.METHODS[kind]}'
     if single_file:
         files = {output or Path(f"{name}.py"): method}
@@ -50,7 +54,7 @@ def new(
             folder / "README.md": templates.README,
             folder / package / "__init__.py": templates.INIT,
             folder / package / f"{kind}.py": method,
-            folder / "tests" / f"test_{name}.py": templates.TEST,
+            folder / "tests" / f"test_{name}.py": templates.TESTS[kind],
         }
     taken = [path for path in files if path.exists()]
     if taken:
@@ -65,7 +69,7 @@ def new(
             f"{str(first)!r} cannot be written: {error.strerror}; name another place with `output`"
         ) from error
     if single_file:
-        print(f"wrote {first}; try: pruneforge check {title.lower()} -p {first}")
+        print(f"wrote {first}; try: pruneforge {command} {title.lower()} -p {first}")
     else:
         print(f"wrote {first.parent}; next: cd {first.parent} && pip install -e .")
-        print(f"then: pruneforge check {name}")
+        print(f"then: {values['try']}")

@@ -59,9 +59,9 @@ class Case:
 def cases(source: Source) -> Sequence[Case]:
     """Return the source with the first processor, of one example of each adapter, that it gives data for."""
     reasons: list[str] = []
-    for _, example in examples(each=1):
+    for processor in [example.processor for _, example in examples(each=1) if example.processor is not None]:
         try:
-            case = Case(source, _fitted(example.processor, source))
+            case = Case(source, _fitted(processor, source))
             case.draw()
         except PruneForgeError as error:
             reasons.append(str(error))

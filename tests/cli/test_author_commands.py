@@ -12,8 +12,10 @@ import pytest
 import torch
 from commands import invoke
 
+KINDS = ["metric", "allocator", "refiner", "recovery", "objective", "adapter", "source", "evaluator"]
 
-@pytest.mark.parametrize("kind", ["metric", "allocator", "refiner"])
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_new_plugin_works_and_its_tests_pass_at_once(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = f"fresh_{kind}"
@@ -28,8 +30,9 @@ def test_a_new_plugin_works_and_its_tests_pass_at_once(kind, tmp_path, monkeypat
     assert f'\n{name} = "pruneforge_{name}"\n' in (folder / "pyproject.toml").read_text()
     done = invoke("new", kind, f"single{kind}", "--single-file")
     assert done.exit_code == 0, done.output
-    checked = invoke("check", f"single{kind}", "-p", tmp_path / f"single{kind}.py")
+    checked = invoke("plugins" if kind == "objective" else "check", f"single{kind}", "-p", f"single{kind}.py")
     assert checked.exit_code == 0, checked.output
+    assert f"single{kind}" in checked.output
     for wrong, said in (
         ((kind, name), "is there already; name another place with --output"),
         ((kind, "Not-A-Name"), "cannot be a plugin's name"),
@@ -60,3 +63,21 @@ def test_check_prints_what_a_plugin_breaks_and_says_so_by_its_exit_code(tmp_path
     assert [result["check"] for result in results if result["error"]] == ["the statistics required are used"]
     done = invoke("check", "unstead")
     assert (done.exit_code, "did you mean 'unsteady'" in done.output) == (2, True)
+
+
+def test_check_says_what_a_plugin_needs_and_which_kinds_it_can_check(tmp_path):
+    done = invoke("check", "text")
+    assert (done.exit_code, "needs: --option path=VALUE" in done.output) == (2, True), done.output
+    file = tmp_path / "words.txt"
+    file.write_text("some words of a text, one after another. " * 40)
+    done = invoke("check", "text", "--option", f"path={file}")
+    assert done.exit_code == 0, done.output
+    file = tmp_path / "flat.py"
+    file.write_text(
+        "from pruneforge import Objective\n"
+        "class Flat(Objective):\n"
+        "    def losses(self, output, batch):\n"
+        "        return output.logits.mean((1, 2))\n"
+    )
+    done = invoke("check", "flat", "-p", file)
+    assert (done.exit_code, "there are no checks of objective 'flat'" in done.output) == (2, True), done.output
