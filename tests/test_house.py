@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "engine": SMALL | {"interfaces", "checkpoint", "engine"},
     "runs": SMALL | {"plugins", "interfaces", "data", "checkpoint", "engine", "runs"},
     "studies": SMALL | {"plugins", "interfaces", "checkpoint", "runs", "studies"},
-    "testing": SMALL | {"plugins", "interfaces", "engine", "runs", "testing"},
+    "testing": SMALL | {"plugins", "interfaces", "data", "checkpoint", "engine", "runs", "testing"},
     "cli": SMALL | {"plugins", "interfaces", "data", "checkpoint", "engine", "runs", "testing", "studies", "cli"},
 }
 PUBLIC_MODULES = {

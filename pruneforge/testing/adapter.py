@@ -53,7 +53,7 @@ class Case:
 
 
 class _Watching(Metric):
-    """Wanda's score; notes how many samples and tokens each layer has received."""
+    """Weights by the norms of their inputs; notes how many samples and tokens each layer has received."""
 
     requires = (ColumnSquares,)
 

@@ -58,7 +58,7 @@ def whole_models_are_pruned_as_asked_for(metric: Metric) -> None:
 def every_scope_it_allows_works(metric: Metric) -> None:
     """Check the counts within rows, layers, blocks and the model, as far as the `scope` option and the method go."""
     for scoped, scope in _scoped(metric):
-        wide = {"propagate": "dense"} if scope == "model" else {}
+        wide: dict[str, Any] = {"propagate": "dense"} if scope == "model" else {}
         for adapter, example in examples(each=1):
             module, masks = prune_example(scoped, adapter, example, sparsity=HALF, **wide)
             blocks = [[masks[layer.name] for layer in block.layers] for block in adapter.blocks(module)]
