@@ -22,4 +22,7 @@ python_maximum_signature_line_length = 88
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 
-nitpick_ignore = [("py:class", "types.Annotated")]  # what Sphinx calls typing.Annotated
+nitpick_ignore = [
+    ("py:class", "types.Annotated"),  # what Sphinx calls typing.Annotated
+    ("py:class", "torch.optim.optimizer.Optimizer"),  # torch deletes the module that its class says it is in
+]
