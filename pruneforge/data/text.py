@@ -69,7 +69,7 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
     Raises:
         PruneForgeError: There is no tokenizer.
     """
-    if tokenizer is None:
+    if not callable(tokenizer):  # none, or the image transform of a model of images
         raise PruneForgeError(
             "the model came without a tokenizer, which text needs; pass processor=, or batches of token ids"
         )

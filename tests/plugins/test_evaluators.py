@@ -92,6 +92,12 @@ def test_too_little_text_and_no_tokenizer_are_named(checkpoint, tmp_path):
         pruneforge.evaluate(tiny_llama(), "perplexity", data=file)
 
 
+def test_text_is_no_task_for_a_model_of_images(tmp_path):
+    (tmp_path / "text.txt").write_text("some words " * 100)
+    with pytest.raises(PruneForgeError, match="without a tokenizer"):
+        pruneforge.evaluate("demo:image", "perplexity", data=tmp_path / "text.txt", window=8)
+
+
 def test_the_results_for_a_pruned_folder_are_added_to_its_report(checkpoint, tmp_path):
     output = tmp_path / "pruned"
     pruneforge.prune(checkpoint, "magnitude", 0.5, output=output)
