@@ -170,7 +170,7 @@ def test_demo_prunes_both_models_with_a_metric_at_both_patterns():
         assert all((row[result] < dense[result]) == (half == "image") for row in rows)
 
 
-METRICS = ("admm", "gblm", "magnitude", "random", "ria", "sparsegpt", "wanda")
+METRICS = ("admm", "gblm", "magnitude", "random", "ria", "sparsegpt", "wanda", "wanda++")
 
 
 @pytest.mark.slow
@@ -179,7 +179,7 @@ def test_demo_prunes_with_every_metric_at_both_patterns():
     assert done.returncode == 0, done.stderr
     halves = json.loads(done.stdout)
     digits = {(row["metric"], row["pattern"]): row["top1"] for row in halves["image"]["rows"]}
-    assert len(digits) == 15
+    assert len(digits) == 1 + 2 * len(METRICS)
     assert digits["dense", ""] > 0.95
     methods = {key: accuracy for key, accuracy in digits.items() if key[0] not in ("dense", "random")}
     assert all(digits["dense", ""] > accuracy > 0.8 for accuracy in methods.values())
