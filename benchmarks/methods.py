@@ -7,7 +7,7 @@ is measured on the second half. Run
     python benchmarks/methods.py --data DIR
 
 with a folder that holds `stories260K/` and `tinystories.txt`. Writes `benchmarks/results/methods.json` and
-`docs/results/methods.md`.
+`docs/results/methods.md`. With `--methods NAME ...` only those are measured, and the others' rows stay.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,8 @@ class Collected(Metric):
         return statistics.mean(errors)
 
 
-def measure(data: Path) -> dict[str, Any]:
-    """Prune and evaluate every method at every pattern with every draw."""
+def measure(data: Path, methods: Sequence[str]) -> dict[str, Any]:
+    """Prune and evaluate methods at every pattern with every draw."""
     model, text = data / "stories260K", data / "tinystories.txt"
     calibration, held_out = f"{text}[:50%]", f"{text}[50%:]"
     setup = {"samples": SAMPLES, "seqlen": SEQLEN}
@@ -86,7 +87,7 @@ def measure(data: Path) -> dict[str, Any]:
     pruneforge.prune(model, reference, 0.5, None, calibration, propagate="dense", **setup)
     dense = pruneforge.evaluate(model, "perplexity", data=held_out, window=WINDOW)
     rows = []
-    jobs = [(name, pattern, seed) for name in METHODS for pattern in PATTERNS for seed in SEEDS]
+    jobs = [(name, pattern, seed) for name in methods for pattern in PATTERNS for seed in SEEDS]
     for name, pattern, seed in BarProgress().track(jobs, "methods"):
         asked = dict(METHODS[name])
         sparsity, text_pattern = (None, pattern) if isinstance(pattern, str) else (pattern, None)
@@ -188,8 +189,14 @@ def _table(results: dict[str, Any], key: str, form: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with stories260K/ and tinystories.txt")
-    results = measure(parser.parse_args().data)
-    (ROOT / "benchmarks" / "results" / "methods.json").write_text(json.dumps(results, indent=2) + "\n")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
+    asked = parser.parse_args()
+    results, file = measure(asked.data, asked.methods), ROOT / "benchmarks" / "results" / "methods.json"
+    if file.exists():
+        others = [row for row in json.loads(file.read_text())["rows"] if row["method"] not in asked.methods]
+        order = list(METHODS)
+        results["rows"] = sorted([*others, *results["rows"]], key=lambda row: order.index(row["method"]))
+    file.write_text(json.dumps(results, indent=2) + "\n")
     (ROOT / "docs" / "results" / "methods.md").write_text(page(results))
     print(page(results))
 
