@@ -134,7 +134,7 @@ def page(results: dict[str, Any]) -> str:
         f"{setup['tokens']:,} tokens of held-out text in windows of {setup['window']}, mean and standard deviation of "
         f"{len(setup['seeds'])} calibration draws of {setup['samples']} samples of {setup['seqlen']} tokens from the "
         f"other half of the text. Dense: **{results['dense']:.2f}**. Every part with its defaults. Lower is better. A "
-        "model this small is redundant in nothing, so differences are larger than in models that people use.",
+        "model this small has little to spare, so differences are larger than in models that people use.",
         "",
         "## Perplexity",
         "",
