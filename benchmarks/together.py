@@ -36,14 +36,16 @@ def main() -> None:
     """Run the cases in turns and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    asked = parser.parse_args()
+    rounds, cases = asked.rounds, {case: CASES[case] for case in asked.cases}
     with tempfile.TemporaryDirectory(prefix="pruneforge-together-") as name:
         folder = Path(name)
         model, batches = write_model(folder / "model"), token_ids().split(2)
-        seconds: dict[str, list[float]] = {case: [] for case in CASES}
+        seconds: dict[str, list[float]] = {case: [] for case in cases}
         stages: dict[str, dict[str, float]] = {}
         for _ in range(rounds):
-            for case, (metrics, sparsities) in CASES.items():
+            for case, (metrics, sparsities) in cases.items():
                 cache, output = folder / "cache", folder / "out"
                 start = time.perf_counter()
                 made = pruneforge.prune_each(
