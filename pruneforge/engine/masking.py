@@ -26,6 +26,7 @@ from pruneforge.interfaces.patterns import Unstructured, pruned_count
 from pruneforge.interfaces.run import BlockResult, Run
 from pruneforge.interfaces.selection import Threshold, smallest
 from pruneforge.interfaces.statistics import LayerStatistics, Requirement
+from pruneforge.numerics import accumulation_dtype
 
 
 class _Outcome(NamedTuple):
@@ -66,7 +67,7 @@ class Applier:
                     for layer in reached(block.layers, stats, run.requires):
                         threshold.select(metric_score(run, layer, stats[layer.name]))
                 return
-            dense = {layer.name: layer.weight.clone() for layer in block.layers} if run.recovery is not None else {}
+            dense = _copies(block.layers) if run.recovery is not None else {}
             masks, outcomes = self._masks(run, block, stats, threshold)
         pruning = reached(block.layers, stats, run.requires)
         notes = [f"{layer.name}: {note}" for layer in pruning for note in outcomes[layer.name].notes]
@@ -204,13 +205,18 @@ class Applier:
         return pruned
 
 
+def _copies(layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """Return copies of weights [out, in] in float32 or better, by layer name."""
+    return {la.name: la.matrix().to(accumulation_dtype(la.parameter.dtype), copy=True) for la in layers}
+
+
 def _prune_together(run: Run, layers: Sequence[Layer], block: Block, stats: BlockStatistics) -> dict[str, Pruned]:
     """Return what a metric that decides over whole blocks makes of the layers of a block that data reached.
 
     Raises:
         PruneForgeError: It fails, leaves a layer out, or changes what it is given.
     """
-    who, layers = f"metric {run.metric.name!r}", block.layers
+    who = f"metric {run.metric.name!r}"
     own = {layer.name: stats[layer.name].owned_by(run.metric) for layer in layers}
     patterns = {layer.name: run.pattern_for(layer) for layer in layers}
     seed_for(run, block.name, layers[0].parameter.device)

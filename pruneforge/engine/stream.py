@@ -262,9 +262,12 @@ class Streams:
         for name, kinds in self.model_gradients().items():
             by_layer = stores[name].get(block, kinds, self._flow.chain.residency.device)
             wanted = [each for each in self._requires if self._stream_of(each) == name]
-            for layer, of_layer in by_layer.items():
-                joined = {each: of_layer[kind] for each in wanted for kind in kinds if kind is kind_of(each)}
-                found = {**found, layer: found[layer].joined(joined)}
+            found = {
+                layer: stats.joined(
+                    {each: by_layer[layer][kind] for each in wanted for kind in kinds if kind is kind_of(each)}
+                )
+                for layer, stats in found.items()
+            }
         return found
 
     def pass_beside(self, index: int) -> None:

@@ -17,7 +17,7 @@ from experts import EXPERTS, MISSED, tiny
 from test_processes import free_port
 
 import pruneforge
-from pruneforge import ColumnSquares, GradientMagnitude, Metric, PruneForgeError
+from pruneforge import ColumnSquares, GradientMagnitude, Metric, Pruned, PruneForgeError
 from pruneforge.checkpoint.reader import Checkpoint
 
 KINDS = ("gate_up_proj", "down_proj")
@@ -116,6 +116,28 @@ def test_an_expert_that_no_token_reached_stays_dense_and_the_report_names_it(set
 def test_every_metric_leaves_it_dense(metric):
     result = pruneforge.prune(tiny(), metric, 0.5, None, tokens().split(1))
     assert [name for name, mask in result.masks.items() if mask.all()] == UNREACHED
+
+
+class Together(Metric):
+    """Decides over whole blocks, each layer by Wanda's score, and keeps the names of what it was given."""
+
+    requires = (ColumnSquares,)
+
+    def __init__(self):
+        super().__init__()
+        self.given = set()
+
+    def prune_block(self, layers, stats, patterns):
+        self.given |= {layer.name for layer in layers} | stats.keys() | patterns.keys()
+        scores = {la.name: la.weight.abs() * stats[la.name][ColumnSquares].per_sample().sqrt() for la in layers}
+        return {name: Pruned(patterns[name].select(score)) for name, score in scores.items()}
+
+
+def test_a_metric_that_decides_over_blocks_is_not_given_it():
+    metric = Together()
+    found = pruneforge.prune(tiny(), metric, 0.5, None, tokens().split(2))
+    assert metric.given == found.masks.keys() - set(UNREACHED)
+    assert all(found.masks[name].all() for name in UNREACHED)
 
 
 def test_a_metric_that_needs_no_data_prunes_it():
