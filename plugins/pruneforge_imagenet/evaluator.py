@@ -43,6 +43,7 @@ class ImageNet(Evaluator):
 
     measure = "top1"
     higher_is_better = True
+    share = True
     measured = frozenset({"images_per_second"})
 
     class Options(Options):

@@ -26,6 +26,7 @@ class LMEval(Evaluator):
 
     measure = "mean_accuracy"
     higher_is_better = True
+    share = True
 
     class Options(Options):
         """Options of the lm-eval evaluator."""

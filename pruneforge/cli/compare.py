@@ -104,7 +104,7 @@ def _study(
 def _table(shown: StudyTable) -> Table:
     from pruneforge.studies.report import cell_text, number, pattern_name
 
-    dense = number(shown.dense, shown.measure)
+    dense = number(shown.dense, shown.share)
     table = Table(title=f"{shown.model}: {shown.title}; dense {dense}", title_justify="left")
     table.add_column("method")
     for pattern in shown.patterns:
@@ -112,7 +112,7 @@ def _table(shown: StudyTable) -> Table:
     for method, line in shown.lines.items():
         texts = []
         for pattern in shown.patterns:
-            text = cell_text(line[pattern], shown.measure) if pattern in line else ""
+            text = cell_text(line[pattern], shown.share) if pattern in line else ""
             texts.append(f"[bold]{text}[/bold]" if method in shown.best[pattern] else text)
         table.add_row(method, *texts)
     return table

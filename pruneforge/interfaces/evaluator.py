@@ -64,11 +64,13 @@ class Evaluator(Configurable, ABC):
     Attributes:
         measure: Name of the result by which models are compared.
         higher_is_better: Whether a higher one is better.
+        share: Whether it is a share, which tables show in percent.
         measured: Names of results that differ between two evaluations of one model, such as times.
     """
 
     measure: ClassVar[str] = "loss"
     higher_is_better: ClassVar[bool] = False
+    share: ClassVar[bool] = False
     measured: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pruneforge.checkpoint.durable import write_text
-from pruneforge.studies.results import Row, Summary, as_csv, rows_of, summaries
+from pruneforge.studies.results import Row, Summary, as_csv, interval, rows_of, summaries
 from pruneforge.studies.run import StudyFolder
 from pruneforge.studies.study import Cell, Study
 
@@ -25,6 +25,7 @@ class Table:
         task: The task.
         measure: What the cells hold.
         higher_is_better: Whether a higher one is better.
+        share: Whether it is a share, shown in percent.
         dense: What the dense model has.
         patterns: The columns.
         lines: For each method its summaries, by pattern.
@@ -36,6 +37,7 @@ class Table:
     task: str
     measure: str
     higher_is_better: bool
+    share: bool
     dense: float | None
     patterns: list[str]
     lines: dict[str, dict[str, Summary]]
@@ -54,7 +56,7 @@ def write_report(study: Study, cells: Sequence[Cell], folder: Path) -> list[Row]
     Nothing in them differs between a study that was stopped and one that was not; times are in `measured.csv` alone.
     """
     held = StudyFolder(folder)
-    rows = rows_of(study, cells, held)
+    rows = rows_of(cells, held)
     tables = tables_of(rows, study.compared_with)
     write_text(as_csv(rows), folder / "results.csv")
     write_text(json.dumps(rows, indent=1) + "\n", folder / "results.json")
@@ -94,6 +96,7 @@ def tables_of(rows: Sequence[Row], baseline: str) -> list[Table]:
                 task,
                 first["measure"],
                 higher,
+                first["share"],
                 first["dense"],
                 patterns,
                 lines,
@@ -109,8 +112,6 @@ def tables_of(rows: Sequence[Row], baseline: str) -> list[Table]:
 
 def _best(column: Sequence[Summary], higher: bool) -> set[str]:
     """Return the methods that are not worse than the best one by more than draws of calibration data explain."""
-    from pruneforge.studies.results import interval
-
     if not column:
         return set()
     best = (max if higher else min)(column, key=lambda each: each.mean)
@@ -135,19 +136,19 @@ def _protocol(rows: Sequence[Row]) -> str:
     return "; ".join(words)
 
 
-def number(value: float | None, measure: str) -> str:
-    """Return a number as a table shows it: accuracies in percent, others with four digits."""
+def number(value: float | None, share: bool) -> str:
+    """Return a number as a table shows it: shares in percent, and without decimals from 1,000 on."""
     if value is None:
         return ""
-    if measure.startswith(("top", "mean_acc", "acc")):
+    if share:
         return f"{100 * value:.2f}"
     return f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def cell_text(summary: Summary, measure: str, between: str = " ± ") -> str:
+def cell_text(summary: Summary, share: bool, between: str = " ± ") -> str:
     """Return mean and deviation of a summary."""
-    text = number(summary.mean, measure)
-    return text if summary.deviation is None else f"{text}{between}{number(summary.deviation, measure)}"
+    text = number(summary.mean, share)
+    return text if summary.deviation is None else f"{text}{between}{number(summary.deviation, share)}"
 
 
 def pattern_name(pattern: str) -> str:
@@ -159,7 +160,7 @@ def as_markdown(tables: Sequence[Table], baseline: str) -> str:
     """Return the tables as Markdown."""
     parts = []
     for table in tables:
-        dense = number(table.dense, table.measure)
+        dense = number(table.dense, table.share)
         parts.append(f"## {table.model}: {table.title}\n")
         parts.append(f"Dense: {dense}. {table.protocol}. Bold: not worse than the best beyond the noise of draws.\n")
         parts.append("| method | " + " | ".join(map(pattern_name, table.patterns)) + " |")
@@ -167,7 +168,7 @@ def as_markdown(tables: Sequence[Table], baseline: str) -> str:
         for method, line in table.lines.items():
             texts = []
             for pattern in table.patterns:
-                text = cell_text(line[pattern], table.measure) if pattern in line else ""
+                text = cell_text(line[pattern], table.share) if pattern in line else ""
                 texts.append(f"**{text}**" if method in table.best[pattern] else text)
             name = f"{method} (baseline)" if method == baseline else method
             parts.append(f"| {name} | " + " | ".join(texts) + " |")
@@ -188,7 +189,7 @@ def as_latex(tables: Sequence[Table]) -> str:
         for method, line in table.lines.items():
             texts = []
             for pattern in table.patterns:
-                text = f"${cell_text(line[pattern], table.measure, chr(92) + 'pm ')}$" if pattern in line else ""
+                text = f"${cell_text(line[pattern], table.share, chr(92) + 'pm ')}$" if pattern in line else ""
                 texts.append(f"\\textbf{{{text}}}" if method in table.best[pattern] else text)
             parts.append(f"{method.replace('_', chr(92) + '_')} & " + " & ".join(texts) + " \\\\")
         parts += ["\\bottomrule", "\\end{tabular}", ""]

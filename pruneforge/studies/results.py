@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pruneforge.studies.run import StudyFolder
-from pruneforge.studies.study import Cell, Study
+from pruneforge.studies.study import Cell
 
 Row = dict[str, Any]
 
@@ -19,7 +19,7 @@ RESAMPLES = 2000
 """Bootstrap samples of a paired difference."""
 
 
-def rows_of(study: Study, cells: Sequence[Cell], held: StudyFolder) -> list[Row]:
+def rows_of(cells: Sequence[Cell], held: StudyFolder) -> list[Row]:
     """Return a row for each cell and task, and one for each failed cell, in the order of the study.
 
     Returns:
@@ -68,6 +68,7 @@ def _outcome(found: Mapping[str, Any], evaluation: Mapping[str, Any], dense: Map
         "task": evaluation["task"],
         "measure": measure,
         "higher_is_better": evaluation["higher_is_better"],
+        "share": evaluation["share"],
         "value": evaluation.get(measure),
         "dense": dense.get(measure),
         "loss": loss,
@@ -120,11 +121,6 @@ class Summary:
     difference: float | None
     low: float | None
     high: float | None
-
-    @property
-    def beyond_noise(self) -> bool:
-        """Whether the interval of the difference to the baseline leaves out zero."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 def summaries(rows: Sequence[Row], baseline: str) -> list[Summary]:

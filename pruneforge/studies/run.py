@@ -215,6 +215,7 @@ def _evaluated(model: str | PruneResult, task: Any, device: str) -> dict[str, An
         **{name: value for name, value in outcome.items() if name not in left_out},
         "measure": kind.measure,
         "higher_is_better": kind.higher_is_better,
+        "share": kind.share,
     }
 
 

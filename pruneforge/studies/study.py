@@ -119,9 +119,8 @@ class Study(BaseModel):
     def all_methods(self) -> dict[str, Any]:
         """Return the methods, with the controls that are not among them."""
         known = [method.model_dump(exclude_defaults=True) for method in self.methods.values()]
-        controls = {name: Method(metric=name) for name in (control_metrics() if self.controls else ())}
-        added = {name: each for name, each in controls.items() if {"metric": name} not in known}
-        return {**self.methods, **{name: each for name, each in added.items() if name not in self.methods}}
+        controls = [name for name in (control_metrics() if self.controls else ()) if {"metric": name} not in known]
+        return {**self.methods, **{name: Method(metric=name) for name in controls if name not in self.methods}}
 
     @property
     def compared_with(self) -> str:
@@ -215,21 +214,6 @@ def _of_model(
                     plugins=plugins,
                 )
                 yield Cell(name, label, pattern, seed, recipe, tuple(model.tasks))
-
-
-def read_study(path: Path) -> Study:
-    """Return the study in a YAML file.
-
-    Raises:
-        PruneForgeError: The file cannot be read, or something in it does not fit; the message says where.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise PruneForgeError(f"study {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise PruneForgeError(f"study {str(path)!r} holds no mapping; it needs `models` and `methods`")
-    return make_study(values, f"study {str(path)!r}")
 
 
 def make_study(values: Mapping[str, Any], who: str = "study") -> Study:
