@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Adapter, Example, LoadedModel
 from pruneforge.interfaces.evaluator import Evaluator, Subject
 from pruneforge.plugins import loaded_plugins
 from pruneforge.testing.kit import Kit, by_name, where_present
-from pruneforge.testing.models import examples, fresh
+from pruneforge.testing.models import examples, first_that_works, fresh
 from pruneforge.testing.source import seeded_globally
 
 TOLERANCE = 1e-6
@@ -57,18 +56,14 @@ class Case:
 
 def cases(evaluator: Evaluator) -> Sequence[Case]:
     """Return the evaluator with the first example, of one of each adapter, that it takes."""
-    reasons: list[str] = []
-    for adapter, example in examples(each=1):
-        case = Case(evaluator, adapter, example)
-        try:
-            case.results()
-        except PruneForgeError as error:
-            reasons.append(str(error))
-        except Exception as error:  # a plugin may fail in any way
-            reasons.append(f"{type(error).__name__}: {error}")
-        else:
-            return [case]
-    return [Case(evaluator, reason="; ".join(dict.fromkeys(reasons)) or "no adapter brings an example")]
+
+    def evaluated(candidate: tuple[Adapter, Example]) -> Case:
+        case = Case(evaluator, *candidate)
+        case.results()
+        return case
+
+    case, reason = first_that_works(examples(each=1), evaluated)
+    return [case or Case(evaluator, reason=reason)]
 
 
 def it_evaluates_a_model(case: Case) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from pruneforge.interfaces.metric import Metric
 from pruneforge.plugins import Plugins, loaded_plugins
 from pruneforge.runs.job import make_job
 from pruneforge.runs.result import PruneResult
+
+C = TypeVar("C")
+T = TypeVar("T")
 
 
 def adapters() -> Iterator[Adapter]:
@@ -45,6 +48,19 @@ def examples(each: int | None = None) -> Iterator[tuple[Adapter, Example]]:
 def _examples(kind: type[Adapter]) -> Sequence[Example]:
     """Return an adapter's examples, which checks copy and do not change."""
     return tuple(kind().examples())
+
+
+def first_that_works(candidates: Iterable[C], work: Callable[[C], T]) -> tuple[T | None, str]:
+    """Return what `work` gives for the first candidate that it does not fail on; or `None`, and why each failed."""
+    reasons: list[str] = []
+    for candidate in candidates:
+        try:
+            return work(candidate), ""
+        except PruneForgeError as error:
+            reasons.append(str(error))
+        except Exception as error:  # a plugin may fail in any way
+            reasons.append(f"{type(error).__name__}: {error}")
+    return None, "; ".join(dict.fromkeys(reasons)) or "no adapter brings an example"
 
 
 def fresh(example: Example, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, list[Any]]:

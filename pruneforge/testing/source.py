@@ -18,7 +18,7 @@ from pruneforge.data.images import ImageProcessor, ImageSource
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.source import Request, Source
 from pruneforge.testing.kit import Kit, by_name, where_present
-from pruneforge.testing.models import examples
+from pruneforge.testing.models import examples, first_that_works
 
 SAMPLES, SEQLEN, BATCH_SIZE, SEED = 4, 16, 3, 7
 TOO_MANY, ENOUGH = 1_000_000, 64
@@ -58,19 +58,15 @@ class Case:
 
 def cases(source: Source) -> Sequence[Case]:
     """Return the source with the first processor, of one example of each adapter, that it gives data for."""
-    reasons: list[str] = []
-    for processor in [example.processor for _, example in examples(each=1) if example.processor is not None]:
-        try:
-            case = Case(source, _fitted(processor, source))
-            case.draw()
-        except PruneForgeError as error:
-            reasons.append(str(error))
-        except Exception as error:  # a plugin may fail in any way
-            reasons.append(f"{type(error).__name__}: {error}")
-        else:
-            return [case]
-    reason = "; ".join(dict.fromkeys(reasons)) or "no adapter brings an example"
-    return [Case(source, reason=reason)]
+    processors = [example.processor for _, example in examples(each=1) if example.processor is not None]
+
+    def drawn(processor: Any) -> Case:
+        case = Case(source, _fitted(processor, source))
+        case.draw()
+        return case
+
+    case, reason = first_that_works(processors, drawn)
+    return [case or Case(source, reason=reason)]
 
 
 def _fitted(processor: Any, source: Source) -> Any:
