@@ -6,6 +6,7 @@ import json
 import os
 import sysconfig
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -22,7 +23,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pruneforge import Block, Metric
+from pruneforge import Block, Metric, hookimpl
 from pruneforge.interfaces.recipe import PruneRecipe
 from pruneforge.interfaces.run import Run
 from pruneforge.plugins import loaded_plugins
@@ -130,6 +131,25 @@ def run_of(metric: Metric, blocks: list[Block], **settings: object) -> Run:
     return replace(
         Method(metric, None, ()).run(PruneRecipe(model="tiny", metric=metric.name, **settings), None), blocks=blocks
     )
+
+
+@contextmanager
+def interrupted_after(block: int) -> Iterator[None]:
+    """Runs in this process are interrupted, as by Ctrl-C, once they have pruned a block, which the context expects."""
+
+    class Interrupted:
+        @hookimpl
+        def pruneforge_block_pruned(self, result):
+            if result.index == block:
+                raise KeyboardInterrupt
+
+    observer = Interrupted()
+    loaded_plugins().register(observer)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        loaded_plugins().unregister(observer)
 
 
 def outcome(folder: Path) -> dict[str, object]:

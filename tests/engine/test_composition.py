@@ -10,14 +10,13 @@ import commands
 import pytest
 import reference
 import torch
-from conftest import outcome, tiny_llama, tokens
+from conftest import interrupted_after, outcome, tiny_llama, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pruneforge
 from pruneforge import Allocator, Pruned, PruneForgeError, Refiner
 from pruneforge.engine.allocation import within_budget
-from pruneforge.interfaces.hookspecs import hookimpl
 from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.patterns import NM, Unstructured, pruned_count
 from pruneforge.plugins import loaded_plugins
@@ -145,20 +144,9 @@ def test_streaming_gives_what_a_run_in_memory_gives(metric, propagate, model, tm
 
 @pytest.mark.parametrize("at", [0, 1])
 def test_a_resumed_run_allocates_once_and_gives_the_same_bytes(at, model, tmp_path, monkeypatch):
-    class Interrupted:
-        @hookimpl
-        def pruneforge_block_pruned(self, result):
-            if result.index == at:
-                raise KeyboardInterrupt
-
     asked = {"allocator": "owl", "refine": ["sparseswaps"]}
-    observer = Interrupted()
-    loaded_plugins().register(observer)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            pruneforge.prune(model, "wanda", 0.6, None, batches(), output=tmp_path / "out", **asked)
-    finally:
-        loaded_plugins().unregister(observer)
+    with interrupted_after(at):
+        pruneforge.prune(model, "wanda", 0.6, None, batches(), output=tmp_path / "out", **asked)
     whole = pruneforge.prune(model, "wanda", 0.6, None, batches(), output=tmp_path / "whole", **asked)
 
     def measure(self, block, stats, score):

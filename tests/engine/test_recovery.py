@@ -11,14 +11,12 @@ import pytest
 import reference
 import timm
 import torch
-from conftest import outcome, tiny_llama, tokens
+from conftest import interrupted_after, outcome, tiny_llama, tokens
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import pruneforge
 from pruneforge import PruneForgeError, Recovery
-from pruneforge.interfaces.hookspecs import hookimpl
-from pruneforge.plugins import loaded_plugins
 
 RECOVERIES = ("ridge", "reconstruct")
 
@@ -160,22 +158,11 @@ def test_pruned_weights_stay_zero_and_what_remains_is_nearer_to_the_dense_model(
 def test_a_streamed_run_recovers_as_one_in_memory_and_resumes_to_the_same_bytes(
     recovery, propagate, dtype, model, tmp_path
 ):
-    class Interrupted:
-        @hookimpl
-        def pruneforge_block_pruned(self, result):
-            if result.index == 1:
-                raise KeyboardInterrupt
-
     asked = {"recover": recovery, "propagate": propagate, "dtype": dtype, "exclude": ["*.0.*.down_proj"]}
     expected = pruneforge.prune(model, "wanda", 0.6, None, batches(), **asked)
     whole = pruneforge.prune(model, "wanda", 0.6, None, batches(), output=tmp_path / "whole", **asked)
-    observer = Interrupted()
-    loaded_plugins().register(observer)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            pruneforge.prune(model, "wanda", 0.6, None, batches(), output=tmp_path / "out", **asked)
-    finally:
-        loaded_plugins().unregister(observer)
+    with interrupted_after(1):
+        pruneforge.prune(model, "wanda", 0.6, None, batches(), output=tmp_path / "out", **asked)
     pruneforge.prune(model, "wanda", 0.6, None, batches(), output=tmp_path / "out", resume=True, **asked)
     assert outcome(tmp_path / "out") == outcome(whole.folder)
     written = dict(AutoModelForCausalLM.from_pretrained(whole.folder, dtype=torch.float32).named_parameters())
