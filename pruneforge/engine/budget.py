@@ -16,7 +16,7 @@ from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Block, LoadedModel
 from pruneforge.interfaces.batch import Batch
 from pruneforge.interfaces.run import Run, needed_to_allocate, required_statistics
-from pruneforge.interfaces.statistics import GradientStatistic, Statistic, empty_statistics, kind_of
+from pruneforge.interfaces.statistics import GradientStatistic, Statistic, empty_statistics, kind_of, of_model_gradients
 from pruneforge.memory import resident_bytes, usual_tokens_a_batch
 from pruneforge.numerics import accumulation_dtype
 
@@ -87,14 +87,16 @@ class Budgets:
             if run.allocator is not None:
                 measured = [kind_of(required) for required in needed_to_allocate(run)]
                 working = max(working, fixed_bytes(blocks, measured, model.module)[1])
+        head, attention = gradient_bytes(model, batches, device)
         if any(issubclass(kind, GradientStatistic) for kind in kinds):
-            head, attention = gradient_bytes(model, batches, device)
-            working = max(working + attention, head)
+            working += attention
+        if any(map(of_model_gradients, kinds)):
+            working = max(working, head)
         if len(runs) > 1:
             working += max(sum(la.size * la.parameter.element_size() for la in block.layers) for block in blocks)
         if any(run.recovery is not None for run in runs):
             trains = any(run.recovery is not None and run.recovery.targets for run in runs)
-            working += recovery_bytes(blocks) + (gradient_bytes(model, batches, device)[1] if trains else 0)
+            working += recovery_bytes(blocks) + (attention if trains else 0)
         resident = resident_bytes()
         here = _sharing()
         host = resident + SHARE_OF_FREE * free_bytes() / here if self.host is None else self.host / here

@@ -19,7 +19,6 @@ from pruneforge.interfaces.adapter import Block
 from pruneforge.interfaces.recovery import Targets
 from pruneforge.interfaces.statistics import (
     BlockGradientStatistic,
-    GradientStatistic,
     InputStatistic,
     LayerStatistics,
     On,
@@ -27,6 +26,7 @@ from pruneforge.interfaces.statistics import (
     Requirement,
     Statistic,
     kind_of,
+    of_model_gradients,
 )
 from pruneforge.profile import Profile
 
@@ -80,11 +80,7 @@ class Stream:
         self._input_kinds = [kind for kind in kinds if issubclass(kind, InputStatistic)]
         self._output_kinds = [kind for kind in kinds if issubclass(kind, OutputStatistic)]
         self._block_gradients = [kind for kind in kinds if issubclass(kind, BlockGradientStatistic)]
-        self.model_gradients: list[Kind] = [
-            kind
-            for kind in kinds
-            if issubclass(kind, GradientStatistic) and not issubclass(kind, BlockGradientStatistic)
-        ]
+        self.model_gradients: list[Kind] = [kind for kind in kinds if of_model_gradients(kind)]
         self.records_inputs = bool(self._input_kinds or self._output_kinds)
         passes = self.records_inputs or bool(self._block_gradients) or flow.targets is not None
         self.batches = [replace(in_flight) for in_flight in batches] if passes else []

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -231,6 +231,11 @@ class On(Generic[S]):
 
 Requirement = type[Statistic] | On[Any]
 """What `requires` may name."""
+
+
+def of_model_gradients(kind: type[Statistic]) -> TypeGuard[type[GradientStatistic]]:
+    """Return whether a statistic sums gradients of the model's loss, and not of a loss on the block's own output."""
+    return issubclass(kind, GradientStatistic) and not issubclass(kind, BlockGradientStatistic)
 
 
 def kind_of(required: Requirement) -> type[Statistic]:

@@ -16,7 +16,7 @@ from pruneforge.engine.probe import probe
 from pruneforge.engine.processes import Group
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.metric import Metric
-from pruneforge.interfaces.statistics import BlockGradientStatistic, GradientStatistic, empty_statistics, kind_of
+from pruneforge.interfaces.statistics import empty_statistics, kind_of, of_model_gradients
 from pruneforge.memory import one_line_for_full_devices
 from pruneforge.numerics import exact_arithmetic
 from pruneforge.runs.job import make_job
@@ -90,8 +90,7 @@ def estimate(
     waits_on_host = min(waiting - waits_on_device, host_room)
     layers = [layer for block in run.blocks for layer in block.layers]
     weights = sum(layer.size for layer in layers)
-    kinds = [kind_of(required) for required in run.requires]
-    gradients = [k for k in kinds if issubclass(k, GradientStatistic) and not issubclass(k, BlockGradientStatistic)]
+    gradients = [kind for kind in map(kind_of, run.requires) if of_model_gradients(kind)]
     statistics = sum(
         made.total.nbytes for kind in gradients for la in layers for made in empty_statistics(la, [kind], META).values()
     )

@@ -18,10 +18,10 @@ from pruneforge.interfaces.refiner import Refiner
 from pruneforge.interfaces.run import Run
 from pruneforge.interfaces.statistics import (
     BlockGradientStatistic,
-    GradientStatistic,
     InputStatistic,
     OutputStatistic,
     kind_of,
+    of_model_gradients,
 )
 
 
@@ -116,5 +116,4 @@ def sees_activations(run: Run) -> bool:
 
 def uses_model_gradients(run: Run) -> bool:
     """Return whether a run requires gradients of the model's loss."""
-    kinds = [kind_of(required) for required in run.requires]
-    return any(issubclass(kind, GradientStatistic) and not issubclass(kind, BlockGradientStatistic) for kind in kinds)
+    return any(of_model_gradients(kind_of(required)) for required in run.requires)
