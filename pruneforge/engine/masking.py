@@ -162,11 +162,7 @@ class Applier:
             empty = torch.empty(layer.shape, dtype=torch.uint8, device=device)
             sent = empty if mask is None else mask.to(device).contiguous().byte()
             self.group.send(sent, owner)
-            # The parameter may hold the weights of other layers, which other processes prune, so it is not sent whole.
-            matrix = layer.matrix()
-            weight = matrix.contiguous()
-            self.group.send(weight, owner)
-            matrix.copy_(weight)
+            self.group.send_weight(layer, owner)
             mask = sent.bool().cpu()
         assert mask is not None
         return mask

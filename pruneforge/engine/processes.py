@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from pruneforge.errors import PruneForgeError, UnfinishedError
 from pruneforge.interfaces.batch import Batch
+from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.statistics import Statistic
 
 T = TypeVar("T")
@@ -131,6 +132,17 @@ class Group:
         if self.size > 1:
             with _others():
                 dist.broadcast(tensor, owner)
+
+    def send_weight(self, layer: Layer, owner: int) -> None:
+        """Copy a layer's weight of process `owner` into every process.
+
+        Its parameter is not sent whole: it may hold the weights of other layers, of which other processes take care.
+        """
+        if self.size > 1:
+            matrix = layer.matrix()
+            weight = matrix.contiguous()
+            self.send(weight, owner)
+            matrix.copy_(weight)
 
     def from_owner(self, value: T | None, owner: int, device: torch.device) -> T:
         """Return the value of process `owner` in every process, with its tensors and batches on `device`."""

@@ -204,14 +204,9 @@ class PrunedBlock(Site):
 
     def _share(self) -> None:
         """Send each layer and its bias from the process that recovers it, and everything else from the first."""
-        if self._group.size == 1:
-            return
         with torch.no_grad():
             for layer in self.block.layers:
-                matrix = layer.matrix()
-                weight = matrix.contiguous()  # its parameter may hold other layers, of other processes
-                self._group.send(weight, self._owners.get(layer.name, 0))
-                matrix.copy_(weight)
+                self._group.send_weight(layer, self._owners.get(layer.name, 0))
         biases = {f"{layer}.bias": owner for layer, owner in self._owners.items()}
         weights = {id(layer.parameter) for layer in self.block.layers}
         for name, parameter in self._named.items():
