@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pruneforge.engine.gradient_store import GradientStore
-from pruneforge.engine.guard import named, seed_for, unchanged
+from pruneforge.engine.guard import metric_score, named, seed_for, unchanged
 from pruneforge.engine.hidden_states import BatchInFlight
-from pruneforge.engine.masking import metric_score, reached
+from pruneforge.engine.masking import reached
 from pruneforge.engine.stream import BlockStatistics, Flow, Streams
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Block

@@ -45,6 +45,13 @@ def guarded(run: Run, layer: Layer, stats: LayerStatistics, who: str, work: Call
         return named(who, f"on layer {layer.name!r}", work)
 
 
+def metric_score(run: Run, layer: Layer, stats: LayerStatistics) -> Tensor:
+    """Return a layer's scores [out, in]; equal at each call, since random numbers are seeded by layer."""
+    who = f"metric {run.metric.name!r}"
+    own = stats.owned_by(run.metric)
+    return guarded(run, layer, own, who, lambda: run.metric.checked_score(layer, own))
+
+
 @contextmanager
 def unchanged(who: str, layers: Sequence[tuple[Layer, LayerStatistics]], weights: bool = True) -> Iterator[None]:
     """Raise at the end of the context if a layer's weight or a statistic was changed in place, as torch counts it.

@@ -17,7 +17,8 @@ from pruneforge.engine.allocation import allocate
 from pruneforge.engine.chain import Chain
 from pruneforge.engine.gradient_store import GradientStore, InMemoryGradientStore
 from pruneforge.engine.gradients import gradient_statistics
-from pruneforge.engine.masking import Applier, check_count, metric_score, reached
+from pruneforge.engine.guard import metric_score
+from pruneforge.engine.masking import Applier, check_count, reached
 from pruneforge.engine.processes import Group
 from pruneforge.engine.stream import BlockStatistics, Flow, Streams
 from pruneforge.errors import PruneForgeError

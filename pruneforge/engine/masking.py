@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from pruneforge.engine.chain import Chain
-from pruneforge.engine.guard import check_pruned, check_share, guarded, named, seed_for, unchanged
+from pruneforge.engine.details import LayerDetails
+from pruneforge.engine.guard import check_pruned, check_share, guarded, metric_score, named, seed_for, unchanged
 from pruneforge.engine.processes import Group
 from pruneforge.engine.recovery import PrunedBlock
 from pruneforge.engine.stream import BlockStatistics, Stream
@@ -67,6 +68,7 @@ class Applier:
                     for layer in reached(block.layers, stats, run.requires):
                         threshold.select(metric_score(run, layer, stats[layer.name]))
                 return
+            details = LayerDetails(run, block, stats) if run.wants_details and self.group.first else None
             dense = _copies(block.layers) if run.recovery is not None else {}
             masks, outcomes = self._masks(run, block, stats, threshold)
         pruning = reached(block.layers, stats, run.requires)
@@ -88,7 +90,9 @@ class Applier:
         run.pruned.update(pruned)
         if run.scope == "block":
             check_count(run, pruning, sum(pruned.values()), f"block {block.name!r}")
-        result = BlockResult(index, block, masks, pruned, notes, updated)
+        measured = details.measured() if details is not None else {}
+        run.details.update(measured)
+        result = BlockResult(index, block, masks, pruned, notes, updated, measured)
         run.output.add(result)
         self.block_pruned(run, result)
 
@@ -230,13 +234,6 @@ def reached(layers: Iterable[Layer], stats: BlockStatistics, requires: Iterable[
     A method knows nothing of those: their scores would all be equal, and the order of the weights would decide.
     """
     return [layer for layer in layers if not layer.routed or all(stats[layer.name][kind].tokens for kind in requires)]
-
-
-def metric_score(run: Run, layer: Layer, stats: LayerStatistics) -> Tensor:
-    """Return a layer's scores [out, in]; equal at each call, since random numbers are seeded by layer."""
-    who = f"metric {run.metric.name!r}"
-    own = stats.owned_by(run.metric)
-    return guarded(run, layer, own, who, lambda: run.metric.checked_score(layer, own))
 
 
 def check_count(run: Run, layers: Sequence[Layer], pruned: int, of: str) -> None:

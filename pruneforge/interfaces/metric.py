@@ -130,6 +130,11 @@ class Metric(options.Configurable):
         return scope
 
 
+def scores_layers(metric: Metric) -> bool:
+    """Return whether a metric gives each weight a score."""
+    return type(metric).score is not Metric.score
+
+
 def prunes_blocks(metric: Metric) -> bool:
     """Return whether a metric decides over a block's layers together."""
     return type(metric).prune_block is not Metric.prune_block

@@ -21,7 +21,11 @@ from pruneforge.interfaces.recovery import Recovery
 from pruneforge.interfaces.refiner import Refiner
 from pruneforge.interfaces.selection import Threshold
 from pruneforge.interfaces.statistics import On, Requirement
+from pruneforge.interfaces.summaries import Gram
 from pruneforge.profile import Profile
+
+MEASURES_ERROR = Gram
+"""The statistic that the error of a layer's output is measured by."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class BlockResult:
         masks: Mask [out, in] of each of its layers on the CPU, by full name; `True` keeps.
         pruned: Number of pruned weights of each layer, by full name.
         notes: Notes of the metric about its layers, one line each.
+        details: What is measured of each layer if the run asks for details, by full name.
         updated: Names of the layers whose remaining weights were updated, and of other parameters of the block that
             recovery changed.
     """
@@ -44,6 +49,7 @@ class BlockResult:
     pruned: dict[str, int]
     notes: list[str] = field(default_factory=list)
     updated: frozenset[str] = frozenset()
+    details: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Output:
@@ -74,6 +80,7 @@ class Run:
         refiners: Change each mask after the metric, in this order.
         recovery: Changes the remaining weights of each block once it is pruned.
         objective: The loss of gradient statistics; by default the adapter's.
+        wants_details: Whether the error and the scores of each layer are measured for the report.
         blocks: The model's blocks in the order they run.
         excluded: Layers of the blocks that the user left out; they stay dense.
         warnings: Warnings for the user, one line each.
@@ -83,6 +90,7 @@ class Run:
         finished: Number of blocks, from the first, that an earlier process of the same run has finished.
         pruned: Number of pruned weights of each finished layer, by full name. The masks are in each block's
             `BlockResult`; a mask is never inferred from zeros.
+        details: What was measured of each finished layer, by full name.
         activations: Peak bytes of stored hidden states, by place (device, host, disk).
         allocation: With an allocator, how many of its pattern's steps each layer is pruned by, once that is known.
         threshold: Threshold over the scores of the whole model, for scope "model", once it is known.
@@ -98,6 +106,7 @@ class Run:
     refiners: tuple[Refiner, ...] = ()
     recovery: Recovery | None = None
     objective: Objective | None = None
+    wants_details: bool = False
     blocks: list[Block] = field(default_factory=list)
     excluded: list[Layer] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -106,6 +115,7 @@ class Run:
     output: Output = field(default_factory=Output)
     finished: int = 0
     pruned: dict[str, int] = field(default_factory=dict)
+    details: dict[str, dict[str, Any]] = field(default_factory=dict)
     activations: dict[str, int] = field(default_factory=dict)
     gradient_cache: dict[str, int] = field(default_factory=dict)
     allocation: dict[str, int] | None = None
@@ -144,9 +154,11 @@ class Run:
 
     @property
     def uses_data(self) -> bool:
-        """Whether calibration data have a say in the result."""
+        """Whether calibration data have a say in the result or in what is measured of it."""
         targets = self.recovery.targets if self.recovery is not None else None
-        return bool(self.requires or targets or (self.allocator is not None and self.allocator.requires))
+        return bool(
+            self.requires or self.wants_details or targets or (self.allocator is not None and self.allocator.requires)
+        )
 
     def pattern_for(self, layer: Layer) -> Pattern:
         """Return the pattern of one layer: the run's, with the layer's own share if there is an allocation."""
@@ -161,8 +173,9 @@ class Run:
 
 
 def required_statistics(runs: Iterable[Run]) -> tuple[Requirement, ...]:
-    """Return the statistics that any of the runs requires, each once."""
-    return tuple(dict.fromkeys(kind for run in runs for kind in run.requires))
+    """Return the statistics to collect for the runs: those that any of them requires or measures by, each once."""
+    measuring = [MEASURES_ERROR] if any(run.wants_details for run in runs) else []
+    return tuple(dict.fromkeys([*(kind for run in runs for kind in run.requires), *measuring]))
 
 
 def needed_to_allocate(run: Run) -> tuple[Requirement, ...]:

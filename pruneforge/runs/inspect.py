@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from pruneforge.checkpoint.masks import load_masks, pack, packed_bytes
+from pruneforge.engine.structure import Structure, random_structure, structure_of, together
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.patterns import NM
 from pruneforge.runs.report import REPORT_FILE, load_report
-from pruneforge.runs.structure import Structure, random_structure, structure_of, together
 
 PATTERNS = (NM(2, 4), NM(4, 8), NM(1, 4))
 """Patterns that are looked for in each mask."""
@@ -33,10 +33,10 @@ def inspect(folder: str | Path, against: str | Path | None = None) -> dict[str, 
 
     Returns:
         `layers` and `components` (layers of the same role in all blocks), each by name with `weights`, `sparsity`,
-        `rows` and `columns` (shares of the mask's variance that they explain, see `runs.structure`), `random_rows` and
-        `random_columns` (of a random mask), `dead_rows`, `dead_columns` and `patterns` (those that the mask satisfies);
-        `all` for all layers together; `bytes` with the size of the pruned layers `dense`, `packed` (the values that
-        are kept and one bit a weight) and `masks` and `masks_compressed` (by zlib); with `against`, also `agreement`
+        `rows` and `columns` (shares of the mask's variance that they explain, see `engine.structure`), `random_rows`
+        and `random_columns` (of a random mask), `dead_rows`, `dead_columns` and `patterns` (those that the mask
+        satisfies); `all` for all layers together; `bytes` with the size of the pruned layers `dense`, `packed` (the
+        values that are kept and one bit a weight) and `masks` and `masks_compressed` (by zlib); with `against`, also `agreement`
         with `same` (share of weights that both keep or both prune) and `jaccard` (of what is pruned) for all layers
         and for each.
 

@@ -162,6 +162,7 @@ def make_job(
         assert folder is not None
         runs = make_runs(recipes, methods, patterns, folder)
     for run in runs:
+        run.wants_details = resources.details
         if run.uses_data and calibration is None:
             raise PruneForgeError(f"{_what_needs_data(run)} needs calibration data; pass `calibration` SOURCE or PATH")
     asked_objective = next(iter(methods.values())).objective
@@ -208,5 +209,6 @@ def _what_needs_data(run: Run) -> str:
         return f"refiner {refiner.name!r}"
     if run.recovery is not None and (run.recovery.requires or run.recovery.targets):
         return f"recovery {run.recovery.name!r}"
-    assert run.allocator is not None
+    if run.allocator is None:
+        return "`details`, the error of each layer,"
     return f"allocator {run.allocator.name!r}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.allocator import Allocator
-from pruneforge.interfaces.metric import Metric, prunes_blocks
+from pruneforge.interfaces.metric import Metric, prunes_blocks, scores_layers
 from pruneforge.interfaces.objective import Objective
 from pruneforge.interfaces.patterns import NM, Pattern, parse_pattern
 from pruneforge.interfaces.recipe import PruneRecipe
@@ -63,7 +63,7 @@ def _contradictions(run: Run) -> Iterator[str]:
             "scope=model compares scores of all blocks, so none can be pruned before the last is calibrated; "
             "add `propagate` dense"
         )
-    if run.scope in ("block", "model") and type(metric).score is Metric.score:
+    if run.scope in ("block", "model") and not scores_layers(metric):
         yield (
             f"scope={run.scope} compares scores of several layers, and metric {metric.name!r} has none: it "
             "prunes each layer for itself"

@@ -62,6 +62,7 @@ def prune(  # noqa: D417 -- the settings are described where they are declared
     device_memory_budget: str | int | None = None,
     gradient_cache: str | Path | None = None,
     profile: bool = False,
+    details: bool = False,
     progress: bool | Progress = False,
     processor: Any = None,
 ) -> PruneResult:

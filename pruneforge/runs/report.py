@@ -43,7 +43,12 @@ def make_report(
     """
     shapes = {layer.name: layer.shape for block in run.blocks for layer in block.layers}
     layers = {
-        name: {"shape": list(shape), "pruned": run.pruned[name], "sparsity": round(run.pruned[name] / prod(shape), 6)}
+        name: {
+            "shape": list(shape),
+            "pruned": run.pruned[name],
+            "sparsity": round(run.pruned[name] / prod(shape), 6),
+            **run.details.get(name, {}),
+        }
         for name, shape in shapes.items()
     }
     weights = sum(layer.size for layer in run.excluded) + sum(prod(shape) for shape in shapes.values())

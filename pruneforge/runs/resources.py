@@ -44,6 +44,11 @@ class Resources(BaseModel):
         description="Measure time and memory by stage and block for the report, and leave a trace in the output that "
         "https://ui.perfetto.dev opens.",
     )
+    details: bool = Field(
+        False,
+        description="Measure the error of each layer's output and the distribution of its scores for the report; takes "
+        "calibration data and the time of their Gram matrices.",
+    )
     progress: bool | Progress = Field(False, exclude=True, description="True for bars on a terminal.")
 
     @property

@@ -127,6 +127,7 @@ class StreamedOutput(Output):
                 self.run.allocation = entry["allocation"]
             else:
                 self.run.pruned.update(entry["pruned"])
+                self.run.details.update(entry.get("details", {}))
                 self.run.warnings += entry["notes"]
                 self.run.finished += 1
 
@@ -234,4 +235,5 @@ class StreamedOutput(Output):
         assert self._journal is not None
         with self.run.profile.stage("write", result.index, wait=False):
             self.rewrite.write({name: copy.on_host() for name, copy in copies.items()}, result.masks)
-            self._journal.append({"block": result.index, "pruned": result.pruned, "notes": result.notes})
+            entry = {"block": result.index, "pruned": result.pruned, "notes": result.notes}
+            self._journal.append({**entry, "details": result.details} if result.details else entry)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruneforge.interfaces.metric import Metric, Pruned
+from pruneforge.interfaces.metric import Metric, Pruned, scores_layers
 from pruneforge.interfaces.options import Configurable
 from pruneforge.interfaces.patterns import NM, Pattern, Unstructured, pruned_count
 from pruneforge.interfaces.selection import smallest
@@ -29,7 +29,7 @@ HALF = 0.5
 
 def scores(metric: Metric) -> bool:
     """Return whether a metric scores, rather than pruning layers for itself."""
-    return type(metric).score is not Metric.score
+    return scores_layers(metric)
 
 
 def prune(metric: Metric, made: Sample, pattern: Pattern, parts: int = 1) -> Pruned:

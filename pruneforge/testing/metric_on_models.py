@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from pruneforge.interfaces.adapter import Adapter, Example
-from pruneforge.interfaces.metric import Metric, prunes_blocks
+from pruneforge.interfaces.metric import Metric, prunes_blocks, scores_layers
 from pruneforge.interfaces.patterns import NM, Pattern, Scope, Unstructured, pruned_count
 from pruneforge.interfaces.statistics import On, kind_of
 from pruneforge.testing.models import examples, fresh, layers_of, prune_with
@@ -76,7 +76,7 @@ def _pruned(masks: Sequence[Tensor]) -> int:
 
 def _scoped(metric: Metric) -> Iterator[tuple[Metric, Scope]]:
     """Yield the metric with each scope that its options allow, where what it requires and decides allows it too."""
-    scores = type(metric).score is not Metric.score
+    scores = scores_layers(metric)
     compares = any(getattr(kind_of(required), "with_target", False) for required in metric.requires)
     for scope in get_args(Scope) if "scope" in type(metric.options).model_fields else ():
         several = scope in ("block", "model")

@@ -12,7 +12,7 @@ from conftest import tiny_llama, tokens
 
 import pruneforge
 from pruneforge import PruneForgeError
-from pruneforge.runs.structure import random_structure, structure_of, together
+from pruneforge.engine.structure import random_structure, structure_of, together
 
 
 def two_way(mask):

@@ -1,4 +1,4 @@
-"""The structure of masks: how much of what a mask keeps its rows and columns explain."""
+"""The structure of masks and scores: how much of their variance rows and columns explain."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Structure:
-    """Shares of a mask's variance.
+    """Shares of the variance of a matrix [out, in].
 
-    With the kept share p of a mask [out, in], the variance over all its weights is `SST = out * in * p (1 - p)`. Rows
-    with the kept shares r explain `in * sum (r - p)^2` of it, columns with the kept shares c `out * sum (c - p)^2`.
+    Over all its entries, with their mean p, the variance is `SST = sum (x - p)^2`; of a mask that keeps the share p,
+    `out * in * p (1 - p)`. Rows with the means r explain `in * sum (r - p)^2` of it, columns with the means c
+    `out * sum (c - p)^2`.
 
     Attributes:
-        rows: Share that rows explain; 0 where each row keeps the same.
+        rows: Share that rows explain; 0 where each row of a mask keeps the same.
         columns: Share that columns explain.
         variance: SST, by which several masks are weighted.
     """
@@ -27,15 +28,15 @@ class Structure:
     variance: float
 
 
-def structure_of(mask: Tensor) -> Structure:
-    """Return the structure of a mask, boolean [out, in]; all of it is 0 where everything or nothing is kept."""
-    kept = mask.double()
-    p = kept.mean()
-    variance = float(mask.numel() * p * (1 - p))
+def structure_of(matrix: Tensor) -> Structure:
+    """Return the structure of a mask or of scores [out, in]; all of it is 0 where all entries are equal."""
+    values = matrix.double()
+    p = values.mean()
+    variance = float((values - p).square().sum())
     if not variance:
         return Structure(0.0, 0.0, 0.0)
-    rows = mask.shape[1] * (kept.mean(1) - p).square().sum()
-    columns = mask.shape[0] * (kept.mean(0) - p).square().sum()
+    rows = matrix.shape[1] * (values.mean(1) - p).square().sum()
+    columns = matrix.shape[0] * (values.mean(0) - p).square().sum()
     return Structure(float(rows) / variance, float(columns) / variance, variance)
 
 
