@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import Tensor
 
 from pruneforge.checkpoint import reader
@@ -40,8 +40,13 @@ def _metadata(shapes: Mapping[str, list[int]]) -> dict[str, str]:
 
 def save_masks(masks: Mapping[str, Tensor], folder: Path) -> None:
     """Write masks, boolean [out, in] by layer name, to `folder`."""
-    packed = {name: pack(mask) for name, mask in masks.items()}
-    save_file(packed, folder / MASKS_FILE, metadata=_metadata({name: list(mask.shape) for name, mask in masks.items()}))
+    (folder / MASKS_FILE).write_bytes(masks_file(masks))
+
+
+def masks_file(masks: Mapping[str, Tensor]) -> bytes:
+    """Return the content of a file of masks, boolean [out, in] by layer name."""
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    return save({name: pack(mask) for name, mask in masks.items()}, metadata=_metadata(shapes))
 
 
 def load_masks(folder: Path) -> dict[str, Tensor]:

@@ -15,7 +15,10 @@ from pruneforge.cli.settings import SettingsCommand, settings
 from pruneforge.errors import PruneForgeError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pruneforge.studies.report import Table as StudyTable
+    from pruneforge.studies.study import Study
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -23,6 +26,12 @@ pruneforge compare study.yaml --output study
 
 with, in study.yaml, models (each with model, calibration, samples, seqlen and tasks), methods (each with metric, and
 maybe options, allocator, refine, recover), patterns and seeds
+
+pruneforge compare study.yaml --output study --workers 2
+
+pruneforge compare study.yaml --output study --executor ray --address 10.0.0.5:6379
+
+pruneforge compare study.yaml --output study --cells 3/16
 
 pruneforge compare cases.yaml --metric NAME --metric OTHER --pattern 2:4
 
@@ -48,6 +57,30 @@ def compare(
         Path | None,
         typer.Option(help="Folder of a study: results, report, and what is finished of it.", metavar="DIR"),
     ] = None,
+    cells: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Run only these cells of a study: MODEL/METHOD/PATTERN/SEED with wildcards, or a part of several such "
+            "as 2/16; repeatable. The report waits for a call without it.",
+            metavar="GLOB|PART",
+        ),
+    ] = None,
+    executor: Annotated[
+        str, typer.Option(help="Where the cells of a study run: local, or ray.", metavar="NAME")
+    ] = "local",
+    workers: Annotated[
+        int | None, typer.Option(help="Processes of this machine that run cells side by side.", metavar="N")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join; by default RAY_ADDRESS, or a new one here.")
+    ] = None,
+    num_cpus: Annotated[
+        float | None, typer.Option(help="Cores of the Ray cluster that each part of a study asks for.", metavar="N")
+    ] = None,
+    num_gpus: Annotated[
+        float | None,
+        typer.Option(help="GPUs that each part asks for; by default one if the cluster has any.", metavar="N"),
+    ] = None,
     as_json: common.Json = False,
     plugins: common.PluginFiles = None,
     config: common.Config = None,
@@ -57,35 +90,43 @@ def compare(
     A study with --output keeps each finished cell; the same command goes on where it stopped, and runs what was added.
     """
     entries = _read(cases)
+    asked = {"workers": workers, "address": address, "num_cpus": num_cpus, "num_gpus": num_gpus}
+    where = {name: value for name, value in asked.items() if value is not None}
     if isinstance(entries, dict):
-        _study(entries, cases, output, metric, settings(ctx), as_json)
-    elif output is not None:
-        raise PruneForgeError("`output` is for a study; a list of models is printed")
+        if output is None:
+            raise PruneForgeError("a study needs a folder for its cells; name it with `output`")
+        study = _study(entries, cases, metric, settings(ctx))
+        _run(study, output, executor, where, cells or [], as_json)
+    elif output is not None or cells or where or executor != "local":
+        raise PruneForgeError("`output`, `cells` and `executor` are for a study; a list of models is printed")
     elif not metric:
         raise PruneForgeError("a list of models needs the metrics to compare; name them with `metric`")
     else:
         _cases(entries, cases, metric, settings(ctx), as_json)
 
 
-def _study(
-    values: dict[str, Any],
-    file: Path,
-    output: Path | None,
-    metric: list[str] | None,
-    given: dict[str, Any],
-    as_json: bool,
-) -> None:
-    from pruneforge.studies.report import tables_of, write_report
-    from pruneforge.studies.run import run_study
+def _study(values: dict[str, Any], file: Path, metric: list[str] | None, given: dict[str, Any]) -> Study:
     from pruneforge.studies.study import make_study
 
-    if output is None:
-        raise PruneForgeError("a study needs a folder for its cells; name it with `output`")
     others = [*(["metric"] if metric else []), *given]
     if others:
         raise PruneForgeError(f"`{others[0]}` is for a list of models; a study says it in {str(file)!r}")
-    study = make_study(values, f"study {str(file)!r}")
-    rows = write_report(study, run_study(study, output, progress=True), output)
+    return make_study(values, f"study {str(file)!r}")
+
+
+def _run(study: Study, output: Path, executor: str, where: dict[str, Any], only: Sequence[str], as_json: bool) -> None:
+    """Run a study or a part of it, write the report unless other parts may be missing, and print the tables."""
+    from pruneforge.studies.executors import make_executor
+    from pruneforge.studies.report import tables_of, write_report
+    from pruneforge.studies.run import chosen_cells, run_study
+
+    cells = run_study(study, output, progress=True, executor=make_executor(executor, **where), only=only)
+    if only:
+        print(
+            f"{len(chosen_cells(cells, only))} of {len(cells)} cells are in {output}; without --cells comes the report"
+        )
+        return
+    rows = write_report(study, cells, output)
     common.warn(
         [
             f"{row['model']}/{row['method']}/{row['pattern']}/{row['seed']}: {row['failed']}"

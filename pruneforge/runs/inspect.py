@@ -36,9 +36,9 @@ def inspect(folder: str | Path, against: str | Path | None = None) -> dict[str, 
         `rows` and `columns` (shares of the mask's variance that they explain, see `engine.structure`), `random_rows`
         and `random_columns` (of a random mask), `dead_rows`, `dead_columns` and `patterns` (those that the mask
         satisfies); `all` for all layers together; `bytes` with the size of the pruned layers `dense`, `packed` (the
-        values that are kept and one bit a weight) and `masks` and `masks_compressed` (by zlib); with `against`, also `agreement`
-        with `same` (share of weights that both keep or both prune) and `jaccard` (of what is pruned) for all layers
-        and for each.
+        values that are kept and one bit a weight) and `masks` and `masks_compressed` (by zlib); with `against`,
+        also `agreement` with `same` (share of weights that both keep or both prune) and `jaccard` (of what is pruned)
+        for all layers and for each.
 
     Raises:
         PruneForgeError: A folder is not the output of a pruning run, or the two are of models with other layers.

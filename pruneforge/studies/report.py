@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pruneforge.checkpoint.durable import write_text
+from pruneforge.studies.folder import StudyFolder
 from pruneforge.studies.results import Row, Summary, as_csv, interval, rows_of, summaries
-from pruneforge.studies.run import StudyFolder
 from pruneforge.studies.study import Cell, Study
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pruneforge.studies.run import StudyFolder
+from pruneforge.studies.folder import StudyFolder
 from pruneforge.studies.study import Cell
 
 Row = dict[str, Any]

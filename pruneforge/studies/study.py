@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
@@ -16,24 +16,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.metric import Metric
 from pruneforge.interfaces.patterns import parse_pattern
-from pruneforge.interfaces.recipe import PruneRecipe
+from pruneforge.interfaces.recipe import Propagate, PruneRecipe
 from pruneforge.plugins import loaded_plugins
 from pruneforge.runs.recipe_file import validated
 
 STUDY_FILE = "study.yaml"
 
-OF_MODEL = (
-    "model",
-    "calibration",
-    "streams",
-    "samples",
-    "seqlen",
-    "batch_size",
-    "dtype",
-    "exclude",
-    "source_options",
-    "adapter_options",
-)
+OF_DATA = ("calibration", "source_options", "streams", "samples", "seqlen")
+"""Settings of the recipe that a study gives for each model, and for a method that is to see other data."""
+
+OF_MODEL = ("model", *OF_DATA, "batch_size", "dtype", "exclude", "adapter_options")
 """Settings of the recipe that a study gives for each model."""
 
 OF_METHOD = (
@@ -75,8 +67,24 @@ class StudyModel(_settings("_OfModel", OF_MODEL)):  # type: ignore[misc]
     tasks: list[Task] = Field(min_length=1, description="What each pruned model is evaluated on.")
 
 
-Method: Any = _settings("Method", OF_METHOD)
-"""One method, as the settings of a recipe compose it."""
+def _overrides(fields: tuple[str, ...]) -> Any:
+    """Return a model of settings that may be left out; the recipe checks those that are given."""
+    declared: dict[str, Any] = {field: PruneRecipe.model_fields[field].annotation for field in fields}
+    chosen: Any = {
+        field: (kind | None, Field(None, description="In place of the model's.")) for field, kind in declared.items()
+    }
+    return create_model("_Overrides", __config__=ConfigDict(extra="forbid", frozen=True), **chosen)
+
+
+class Method(_settings("_OfMethod", OF_METHOD), _overrides(OF_DATA)):  # type: ignore[misc]
+    """One method, as the settings of a recipe compose it, and the data that it sees if they are not the model's."""
+
+    propagate: Propagate | None = Field(None, description="In place of the study's.")
+
+    def overrides(self) -> dict[str, Any]:
+        """Return what it has in place of the model's and the study's settings."""
+        given: dict[str, Any] = self.model_dump(include={*OF_DATA, "propagate"}, exclude_none=True)
+        return given
 
 
 class Study(BaseModel):
@@ -88,12 +96,17 @@ class Study(BaseModel):
     methods: dict[str, Method] = Field(min_length=1, description="The methods, by what the report calls them.")
     patterns: list[float | str] = Field(default=[0.5], min_length=1, description="Sparsities, and N:M.")
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1, description="Seeds; each is a calibration draw.")
-    propagate: Literal["pruned", "dense"] = Field(
+    propagate: Propagate = Field(
         "dense", description="As for prune; with dense, all methods and patterns of a draw share one pass."
     )
     device: str = Field("auto", description="Where to compute.")
     baseline: str | None = Field(None, description="Method that the others are compared with; by default the first.")
     controls: bool = Field(True, description="Whether metrics that are controls stand beside the methods.")
+    details: bool = Field(
+        True, description="Whether layers' errors and scores and a mask's picture are kept, of the first draw."
+    )
+    items: bool = Field(True, description="Whether the outcome of each image or question is kept, for paired tests.")
+    keep_masks: bool = Field(False, description="Whether the masks of each cell are kept, a bit a weight.")
 
     @field_validator("methods", mode="before")
     @classmethod
@@ -152,6 +165,7 @@ class Cell:
         seed: Calibration draw.
         recipe: The run, which can be repeated alone.
         tasks: What its result is evaluated on.
+        keeps: What is kept of it beside the results: "details", "items", "masks".
     """
 
     model: str
@@ -160,6 +174,7 @@ class Cell:
     seed: int
     recipe: PruneRecipe
     tasks: tuple[Task, ...]
+    keeps: frozenset[str] = frozenset()
 
     @property
     def key(self) -> str:
@@ -169,7 +184,8 @@ class Cell:
     def asked(self) -> dict[str, Any]:
         """Return everything that decides the cell's result, of types that JSON holds."""
         tasks = [task.model_dump(mode="json") for task in self.tasks]
-        asked: dict[str, Any] = json.loads(json.dumps({"recipe": self.recipe.model_dump(mode="json"), "tasks": tasks}))
+        everything = {"recipe": self.recipe.model_dump(mode="json"), "tasks": tasks}
+        asked: dict[str, Any] = json.loads(json.dumps(everything, sort_keys=True))  # whatever the order in a file
         return asked
 
     def fingerprint(self) -> str:
@@ -196,24 +212,30 @@ def cells_of(study: Study, plugins: list[str]) -> list[Cell]:
 def _of_model(
     study: Study, name: str, model: StudyModel, methods: Mapping[str, Any], plugins: list[str]
 ) -> Iterator[Cell]:
-    of_model = model.model_dump(exclude={"tasks"})
+    of_model = {**model.model_dump(exclude={"tasks"}), "propagate": study.propagate}
     for label, method in methods.items():
+        own = {**of_model, **method.overrides()}
         for pattern in study.patterns:
             sparsity, text = (None, pattern) if isinstance(pattern, str) else (pattern, None)
             parse_pattern(sparsity, text, "row")
             for seed in study.seeds:
                 recipe = validated(
                     PruneRecipe,
-                    **of_model,
-                    **method.model_dump(),
+                    **own,
+                    **method.model_dump(include=set(OF_METHOD)),
                     sparsity=sparsity,
                     pattern=text,
                     seed=seed,
-                    propagate=study.propagate,
                     device=study.device,
                     plugins=plugins,
                 )
-                yield Cell(name, label, pattern, seed, recipe, tuple(model.tasks))
+                kept = {
+                    "details": study.details and seed == study.seeds[0] and recipe.calibration is not None,
+                    "items": study.items,
+                    "masks": study.keep_masks,
+                }
+                keeps = frozenset(what for what, wanted in kept.items() if wanted)
+                yield Cell(name, label, pattern, seed, recipe, tuple(model.tasks), keeps)
 
 
 def make_study(values: Mapping[str, Any], who: str = "study") -> Study:

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 import re
+import signal
 import statistics
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import commands
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 import pruneforge
 from pruneforge import Metric, PruneForgeError
+from pruneforge.checkpoint.masks import load_masks
 from pruneforge.plugins import loaded_plugins
-from pruneforge.studies import run as running
+from pruneforge.studies.executors import make_executor
+from pruneforge.studies.folder import CELL_FILE, StudyFolder
 from pruneforge.studies.report import as_latex, as_markdown, tables_of, write_report
 from pruneforge.studies.results import interval, summaries
-from pruneforge.studies.run import StudyFolder, run_study
+from pruneforge.studies.run import chosen_cells, run_study
 from pruneforge.studies.study import make_study
 
 
@@ -69,37 +79,156 @@ def test_every_cell_is_what_a_run_of_its_own_gives(unbroken):
     assert float(row["loss_increase"]) == pytest.approx(found["loss"] / dense["loss"] - 1)
 
 
-def test_a_stopped_study_goes_on_with_what_is_missing_and_ends_in_the_same_bytes(unbroken, tmp_path, monkeypatch):
-    study, folder, finish = make_study(values()), tmp_path / "out", running._finish
-    made = []
+def same_files(one: Path, two: Path) -> None:
+    """Compare everything but times and memory."""
+    names = [
+        {str(path.relative_to(top)) for path in top.rglob("*") if path.is_file() and path.name != ".lock"}
+        for top in (one, two)
+    ]
+    assert names[0] == names[1]
+    for name in names[0]:
+        if "measured" not in name:
+            assert (one / name).read_bytes() == (two / name).read_bytes(), name
 
-    def stopping(cell, *more):
-        if len(made) == 5:
-            raise KeyboardInterrupt
-        made.append(cell.key)
-        finish(cell, *more)
 
-    monkeypatch.setattr(running, "_finish", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        run_study(study, folder)
-    monkeypatch.setattr(running, "_finish", lambda cell, *more: (made.append(cell.key), finish(cell, *more)))
+def finished_in(folder: Path) -> dict[str, int]:
+    """When each cell was finished, by its key."""
+    cells = folder / "cells"
+    return {str(path.parent.relative_to(cells)): path.stat().st_mtime_ns for path in cells.rglob(CELL_FILE)}
+
+
+def test_a_killed_study_goes_on_with_what_is_missing_and_ends_in_the_same_bytes(unbroken, tmp_path):
+    folder, file = tmp_path / "out", tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(values(), sort_keys=False))
+    killed = subprocess.run([sys.executable, "-c", KILLED_AFTER_FIVE, str(file), str(folder)], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    before = finished_in(folder)
+    assert len(before) == 5
+    assert list(folder.glob(".work-*/pass"))  # which nobody was left to remove
+    study = make_study(values())
     write_report(study, run_study(study, folder), folder)
-    assert len(made) == len(set(made)) == 8
-    for name in ("results.csv", "results.json", "report.html", "report.md", "report.tex", "study.yaml"):
-        assert (folder / name).read_bytes() == (unbroken / name).read_bytes(), name
-    assert not (folder / "work").exists()
+    after = finished_in(folder)
+    assert len(after) == 8
+    assert {key: after[key] for key in before} == before
+    same_files(folder, unbroken)
 
 
-def test_what_is_added_later_runs_alone(unbroken, tmp_path, monkeypatch):
+KILLED_AFTER_FIVE = """
+import os, signal, sys, yaml
+from pathlib import Path
+from pruneforge.studies.folder import CELL_FILE, StudyFolder
+from pruneforge.studies.run import run_study
+from pruneforge.studies.study import make_study
+
+keep, kept = StudyFolder.keep, []
+
+def keeping(self, place, content):
+    kept.extend([place] if place.endswith(CELL_FILE) else [])
+    if len(kept) == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    keep(self, place, content)
+
+StudyFolder.keep = keeping
+run_study(make_study(yaml.safe_load(open(sys.argv[1]))), Path(sys.argv[2]))
+"""
+
+
+def test_several_processes_leave_the_same_files(unbroken, tmp_path):
+    study, folder = make_study(values()), tmp_path / "out"
+    write_report(study, run_study(study, folder, executor=make_executor("local", workers=2)), folder)
+    same_files(folder, unbroken)
+
+
+@pytest.fixture
+def new_ray(monkeypatch):
+    """A cluster of this test's own, which leaves nothing behind; its sockets need a short path."""
+    pytest.importorskip("ray", reason="ray is not installed (pip install '.[ray]')")
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:
+        for name, value in {"TMPDIR": folder, "AUTH_MODE": "disabled", "USAGE_STATS_ENABLED": "0"}.items():
+            monkeypatch.setenv(f"RAY_{name}", value)
+        yield
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_leaves_the_same_files(unbroken, tmp_path, new_ray):
+    study, folder = make_study(values()), tmp_path / "out"
+    write_report(study, run_study(study, folder, executor=make_executor("ray", num_cpus=0.5)), folder)
+    same_files(folder, unbroken)
+    with pytest.raises(PruneForgeError, match=r"no Ray cluster at '127\.0\.0\.1:1': .*refused"):
+        run_study(study, tmp_path / "other", executor=make_executor("ray", address="127.0.0.1:1"))
+
+
+def test_a_wrong_executor_is_one_line():
+    for name, options, said in (
+        ("slurm", {}, "unknown executor 'slurm'"),
+        ("local", {"workers": 0}, "option workers=0 of local"),
+        ("local", {"address": "here"}, "unknown option of local 'address'"),
+    ):
+        with pytest.raises(PruneForgeError, match=said):
+            make_executor(name, **options)
+
+
+def test_parts_of_a_study_run_apart_and_make_it_together(unbroken, tmp_path):
+    study, folder = make_study(values()), tmp_path / "out"
+    for part in ("2/2", "1/2"):
+        cells = run_study(study, folder, only=[part])
+    assert {key.split("/")[-1] for key in finished_in(folder)} == {"0", "1"}
+    write_report(study, cells, folder)
+    same_files(folder, unbroken)
+    by_name = [cell.key for cell in chosen_cells(cells, ["*/wanda/*/1", "digits/random/*"])]
+    assert by_name == ["digits/wanda/2of4/1", "digits/random/2of4/0", "digits/random/2of4/1"]
+    parts = [cell.key for part in ("1/3", "2/3", "3/3") for cell in chosen_cells(cells, [part])]
+    assert sorted(parts) == sorted(cell.key for cell in cells)
+    for asked, said in (("0/3", "from 1 to 3"), ("4/3", "from 1 to 3"), ("text/*", "names none")):
+        with pytest.raises(PruneForgeError, match=said):
+            chosen_cells(cells, [asked])
+
+
+def test_what_is_kept_of_each_cell(unbroken, tmp_path):
+    study, folder = make_study(values(controls=False, keep_masks=True, items=False)), tmp_path / "out"
+    cells = run_study(study, folder)
+    held = StudyFolder(folder)
+    for cell in cells:
+        found = held.cell(cell)
+        masks = load_masks(folder / "cells" / cell.key)
+        assert {name: 1 - float(mask.double().mean()) for name, mask in masks.items()} == found["masks"]["layers"]
+        assert held.items(cell, 0) is None
+        assert ("details" in found) == ("picture" in found) == (cell.seed == 0)
+    of_first = held.cell(cells[0])
+    assert set(of_first["details"]) == set(of_first["masks"]["layers"])
+    picture = of_first["picture"]
+    image = Image.open(io.BytesIO(base64.b64decode(picture["png"])))
+    mask = load_masks(folder / "cells" / cells[0].key)[picture["layer"]]
+    rows, columns = picture["shape"]
+    assert image.size == (columns, rows)
+    assert (np.asarray(image) == mask[:rows, :columns].numpy()).all()
+    made = finished_in(folder)
+    (folder / "cells" / cells[0].key / "masks.safetensors").unlink()
+    run_study(study, folder)
+    assert [key for key, when in finished_in(folder).items() if when != made[key]] == [cells[0].key]
+
+
+def test_a_method_may_see_other_data(tmp_path):
+    asked = {"few": {"metric": "wanda", "samples": 4}, "pruned": {"metric": "wanda", "propagate": "pruned"}}
+    cells = run_study(make_study(values(methods=asked, controls=False, seeds=[0], details=False)), tmp_path / "out")
+    assert [(cell.recipe.samples, cell.recipe.propagate) for cell in cells] == [(4, "dense"), (8, "pruned")]
+    for cell, settings in zip(cells, ({"samples": 4, "propagate": "dense"}, {"samples": 8}), strict=True):
+        alone = pruneforge.prune("demo:image", "wanda", None, "2:4", "digits", **settings)
+        found = pruneforge.evaluate(alone, "imagenet", data="digits", workers=0, limit=40)
+        assert StudyFolder(tmp_path / "out").cell(cell)["evaluations"][0]["loss"] == found["loss"]
+
+
+def test_what_is_added_later_runs_alone(tmp_path):
     folder = tmp_path / "out"
     first = make_study(values(controls=False, seeds=[0]))
     run_study(first, folder)
-    made, finish = [], running._finish
-    monkeypatch.setattr(running, "_finish", lambda cell, *more: (made.append(cell.key), finish(cell, *more)))
+    before = finished_in(folder)
     more = {**values()["methods"], "recovered": {"metric": "magnitude", "recover": "ridge"}}
     wider = make_study(values(controls=False, seeds=[0], methods=more))
     run_study(wider, folder)
-    assert made == ["digits/recovered/2of4/0"]
+    after = finished_in(folder)
+    assert after.keys() - before.keys() == {"digits/recovered/2of4/0"}
+    assert {key: after[key] for key in before} == before
     changed = values(controls=False, seeds=[0])
     changed["methods"]["gradients"]["options"] = {"alpha": 20}
     with pytest.raises(PruneForgeError, match="is of another study: recipe options alpha was 10 and is 20 now"):

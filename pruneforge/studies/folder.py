@@ -1,0 +1,131 @@
+"""The folder of a study: what its cells have found, each file whole or not there."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pruneforge.checkpoint.durable import write_bytes
+from pruneforge.checkpoint.masks import MASKS_FILE
+from pruneforge.errors import PruneForgeError
+from pruneforge.studies.study import Cell
+
+CELL_FILE = "cell.json"
+"""What a cell found; the cell is finished once it is there, since it is written last."""
+
+MEASURED_FILE = "measured.json"
+"""What differs between two runs of a cell: times and memory."""
+
+LOCK_FILE = "lock"
+
+
+class StudyFolder:
+    """The folder of a study: `study.yaml`, `cells/`, `dense/`, and what is made of them.
+
+    Attributes:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def cell(self, cell: Cell) -> dict[str, Any] | None:
+        """Return what a finished or failed cell found, or `None`."""
+        return _read(self.path / place_of(cell, CELL_FILE))
+
+    def measured(self, cell: Cell) -> dict[str, Any]:
+        """Return the times and the memory of a finished cell."""
+        return _read(self.path / place_of(cell, MEASURED_FILE)) or {}
+
+    def items(self, cell: Cell, task: int) -> dict[str, Any] | None:
+        """Return a cell's outcome of each image or question of a task, or `None`; see `items_file`."""
+        return _read(self.path / place_of(cell, items_file(task)))
+
+    def dense(self, model: str, task: int) -> dict[str, Any] | None:
+        """Return what the dense model gave on one of its tasks, or `None`."""
+        return _read(self.path / dense_place(model, task))
+
+    def lacks(self, cell: Cell) -> bool:
+        """Return whether something is not there that the study wants to keep of a finished cell."""
+        wanted = [MASKS_FILE] if "masks" in cell.keeps else []
+        wanted += [items_file(number) for number in range(len(cell.tasks))] if "items" in cell.keeps else []
+        if "details" in cell.keeps and "details" not in (self.cell(cell) or {}):
+            return True
+        return not all((self.path / place_of(cell, name)).is_file() for name in wanted)
+
+    def keep(self, place: str, content: bytes) -> None:
+        """Write a file below the folder, whole or not at all."""
+        file = self.path / place
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(content, file)
+
+    @contextmanager
+    def work(self) -> Iterator[Path]:
+        """Return a folder for what a pass writes; it is removed afterwards, and so are those of killed processes."""
+        with _locked(self.path / ".lock", wait=True):  # no other process looks while this one makes its own
+            for left in self.path.glob(".work-*"):
+                with _locked(left / LOCK_FILE) as dead:
+                    if dead:
+                        shutil.rmtree(left, ignore_errors=True)
+            made = Path(tempfile.mkdtemp(prefix=".work-", dir=self.path))
+            held = os.open(made / LOCK_FILE, os.O_RDWR | os.O_CREAT)
+            fcntl.flock(held, fcntl.LOCK_EX)
+        try:
+            yield made
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+            os.close(held)
+
+
+def place_of(cell: Cell, name: str) -> str:
+    """Return where a file of a cell is below the study's folder."""
+    return f"cells/{cell.key}/{name}"
+
+
+def dense_place(model: str, task: int) -> str:
+    """Return where the dense model's outcome of a task is below the study's folder."""
+    return f"dense/{model}/{task}.json"
+
+
+def items_file(task: int) -> str:
+    """Return the name of the file with the outcome of each item of a task.
+
+    It holds `measure`, `ids` (a hash of what the items are called) and `values`, a number for each item whose mean is
+    the measure; without items it holds nothing.
+    """
+    return f"items-{task}.json"
+
+
+def as_json(found: Any) -> bytes:
+    """Return the content of a JSON file."""
+    return (json.dumps(found, indent=1) + "\n").encode()
+
+
+@contextmanager
+def _locked(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold a lock within the context; return whether it could be had, if not waited for."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(file)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PruneForgeError(f"{str(path)!r} is damaged: {error}; remove it to run the cell again") from error
+    return found
