@@ -30,6 +30,7 @@ MAY_IMPORT = {
 }
 PUBLIC_MODULES = {
     "pruneforge",
+    "pruneforge.data.evaluation",
     "pruneforge.data.images",
     "pruneforge.data.overlap",
     "pruneforge.data.text",

@@ -9,11 +9,7 @@ import torch
 from pydantic import Field
 
 from pruneforge import Evaluator, Options, PruneForgeError, Subject, TextSource
-from pruneforge.data.overlap import shared
-from pruneforge.data.text import tokenize
-
-LONGEST = 2048
-"""Tokens a window unless more are asked for: the published length. A model's own context can be far longer."""
+from pruneforge.data.evaluation import text_windows
 
 
 class Perplexity(Evaluator):
@@ -48,20 +44,7 @@ class Perplexity(Evaluator):
             raise PruneForgeError(
                 f"perplexity is of models that predict the next token, and {type(model.module).__name__} does not"
             )
-        context = model.adapter.context_length(model.module)
-        window = self.options.window or min(context or LONGEST, LONGEST)
-        if context and window > context:
-            raise PruneForgeError(f"window {window} is longer than the model's context of {context} tokens")
-        documents = source.documents("evaluation")
-        tokens = tokenize(model.processor, source.separator.join(documents))
-        count = len(tokens) // window
-        if count == 0:
-            raise PruneForgeError(
-                f"{self.options.data!r} holds {len(tokens)} tokens, less than one window of {window}; "
-                "use a shorter `window` or more text"
-            )
-        scored = min(count, self.options.limit or count)
-        windows = tokens[: scored * window].view(scored, window)
+        windows, warnings = text_windows(subject, source, self.options.window, self.options.limit)
         losses = self._losses(subject, windows)
         mean = losses.mean().item()
         if not math.isfinite(mean):
@@ -72,10 +55,10 @@ class Perplexity(Evaluator):
             "perplexity": math.exp(mean),
             "loss": mean,
             "data": {"source": self.options.data, **source.describe("evaluation")},
-            "window": window,
-            "windows": scored,
-            "tokens": scored * window,
-            "warnings": self._warnings(subject, tokens),
+            "window": windows.shape[1],
+            "windows": len(windows),
+            "tokens": windows.numel(),
+            "warnings": warnings,
         }
 
     def _losses(self, subject: Subject, windows: torch.Tensor) -> torch.Tensor:
@@ -88,12 +71,3 @@ class Perplexity(Evaluator):
                 batch = model.adapter.batch(chunk, model.module).to(subject.device)
                 losses.append(model.adapter.losses(model.adapter.forward(model.module, batch), batch).double().cpu())
         return torch.cat(losses)
-
-    def _warnings(self, subject: Subject, tokens: torch.Tensor) -> list[str]:
-        sketched = (subject.calibration or {}).get("sketch")
-        share = shared(sketched, tokens) if sketched else 0.0
-        if share == 0:
-            return []
-        return [
-            f"about {share:.0%} of the calibration text stands in the evaluation text too; the perplexity is flattered"
-        ]
