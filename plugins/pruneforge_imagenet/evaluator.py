@@ -25,7 +25,7 @@ from pruneforge import (
     PruneForgeError,
     Subject,
 )
-from pruneforge.data.evaluation import image_batches, spread
+from pruneforge.data.evaluation import image_batches, spread, unique_names
 from pruneforge.data.images import Reading, class_indices, image_processor
 
 CONFUSED = 10
@@ -75,7 +75,10 @@ class ImageNet(Evaluator):
     options: Options
 
     def evaluate(self, subject: Subject) -> dict[str, Any]:
-        """Return accuracies with 95 % intervals, images a second, and accuracy by class."""
+        """Return accuracies with 95 % intervals, images a second, and accuracy by class.
+
+        Items are the images that count, by name: whether `top1` and `top5` are right (1) or wrong (0), and the `loss`.
+        """
         source = subject.source(self.options.data, self.options.source_options)
         if not isinstance(source, ImageSource):
             raise PruneForgeError(f"imagenet needs images, and source {source.name!r} gives none")
@@ -88,7 +91,8 @@ class ImageNet(Evaluator):
         start = time.perf_counter()
         predicted, reading = self._predicted(subject, source, images, labels)
         seconds = time.perf_counter() - start
-        return self._results(source, predicted, truth, reading, processor, seconds)
+        results = self._results(source, predicted, truth, reading, processor, seconds)
+        return {**results, **({"items": _items(images, predicted, truth)} if subject.items else {})}
 
     def _truth(self, labels: list[Any], images: ImageSet, classes: int) -> list[set[int]]:
         """Return the right classes of each image."""
@@ -172,6 +176,20 @@ class ImageNet(Evaluator):
             "loss": math.fsum(each.loss for each in predicted.values()) / len(predicted),
             "warnings": reading.warnings(),
         }
+
+
+def _items(
+    images: ImageSet, predicted: dict[int, Prediction], truth: list[set[int]]
+) -> dict[str, list[str] | list[int] | list[float]]:
+    """Return a record of each image that counts, in the order of the data."""
+    counted = [index for index in predicted if truth[index]]
+    tops = [(truth[index], predicted[index].top) for index in counted]
+    return {
+        "id": unique_names(images, counted),
+        "top1": [int(top[0] in right) for right, top in tops],
+        "top5": [int(not right.isdisjoint(top)) for right, top in tops],
+        "loss": [predicted[index].loss for index in counted],
+    }
 
 
 def interval(right: int, total: int) -> list[float]:

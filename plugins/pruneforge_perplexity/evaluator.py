@@ -34,7 +34,7 @@ class Perplexity(Evaluator):
     options: Options
 
     def evaluate(self, subject: Subject) -> dict[str, Any]:
-        """Return perplexity, loss, and what they were measured on."""
+        """Return perplexity, loss, and what they were measured on; items are windows, with the loss of each."""
         source = subject.source(self.options.data, self.options.source_options)
         if not isinstance(source, TextSource):
             raise PruneForgeError(f"perplexity needs text, and source {source.name!r} gives none")
@@ -59,7 +59,11 @@ class Perplexity(Evaluator):
             "windows": len(windows),
             "tokens": windows.numel(),
             "warnings": warnings,
+            **({"items": self._items(losses)} if subject.items else {}),
         }
+
+    def _items(self, losses: torch.Tensor) -> dict[str, list[Any]]:
+        return {"id": [str(number) for number in range(len(losses))], "loss": losses.tolist()}
 
     def _losses(self, subject: Subject, windows: torch.Tensor) -> torch.Tensor:
         """Return each window's mean loss [windows], float64 on the CPU."""

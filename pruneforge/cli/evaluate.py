@@ -44,6 +44,12 @@ def evaluate(
         Path | None,
         typer.Option(help="JSON file for the results and the recipe that repeats them.", metavar="FILE"),
     ] = None,
+    items: Annotated[
+        Path | None,
+        typer.Option(
+            help="File for a record of each image, window or question, one JSON object a line.", metavar="FILE"
+        ),
+    ] = None,
     as_json: common.Json = False,
     plugins: common.PluginFiles = None,
     config: common.Config = None,
@@ -55,7 +61,7 @@ def evaluate(
     from pruneforge.runs.evaluate import evaluate as run
 
     asked = settings(ctx)
-    outcome = run(model, output=output, progress=True, **asked)
+    outcome = run(model, output=output, items=items or False, progress=True, **asked)
     common.warn(outcome["warnings"])
     if as_json:
         print(json.dumps(outcome, indent=2))

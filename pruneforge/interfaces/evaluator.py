@@ -31,6 +31,7 @@ class Subject:
         registry: To look up sources.
         calibration: The report's `calibration` entry of a pruned model, else `None`.
         progress: Progress bars.
+        items: Whether to keep a record of each item; see `Evaluator.evaluate`.
     """
 
     model: LoadedModel
@@ -40,6 +41,7 @@ class Subject:
     registry: Registry
     calibration: dict[str, Any] | None = None
     progress: Progress = field(default_factory=Progress)
+    items: bool = False
 
     def source(self, data: str, options: Mapping[str, Any]) -> Source:
         """Return the source of evaluation data.
@@ -78,6 +80,11 @@ class Evaluator(Configurable, ABC):
         """Return the results, of types that JSON holds, with everything needed to compare them.
 
         A `warnings` entry, a list of texts, is shown to the user.
+
+        With `subject.items`, an `items` entry has a record of each item that was measured (an image, a window of text,
+        a question): lists by column, each with an entry for each item, in an order that does not vary. The column `id`
+        has a text that no other item has, and the others have numbers. Where the measure is a mean over items, the
+        column of its name has that of each item.
 
         Raises:
             PruneForgeError: The data or the model does not fit the task.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from pruneforge.checkpoint.durable import write_text
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.evaluator import Evaluator, Subject
 from pruneforge.interfaces.recipe import EvalRecipe
@@ -33,6 +34,7 @@ def evaluate(  # noqa: D417 -- the settings are described where they are declare
     dtype: str = "auto",
     seed: int = 0,
     output: str | Path | None = None,
+    items: str | Path | bool = False,
     progress: bool | Progress = False,
     processor: Any = None,
     **more_options: Any,
@@ -44,6 +46,8 @@ def evaluate(  # noqa: D417 -- the settings are described where they are declare
     Args:
         model: A folder, a hub id, a model in memory, or what `prune` returned.
         output: JSON file to write the results to, with the recipe that repeats them.
+        items: File to write a record of each item to (an image, a window of text, a question), one JSON object a line;
+            or `True` to return the records, lists by column, as `items` of the results.
         progress: `True` for bars on a terminal.
         processor: Tokenizer or image transform of a model in memory.
         more_options: Further options of the evaluator, by name, such as `data` and `window` of the perplexity.
@@ -62,8 +66,7 @@ def evaluate(  # noqa: D417 -- the settings are described where they are declare
     given = {**(options or {}), **given}
     evaluator: Evaluator = installed.registry.create("evaluator", task, given)
     target, _ = parse_device(device), parse_dtype(dtype)
-    if output is not None:
-        _check_writable(Path(output))
+    _check_writable([Path(file) for file in (output, items) if file is not None and not isinstance(file, bool)])
     if isinstance(model, PruneResult):
         loaded, report, folder = model.loaded, model.report, None
     else:
@@ -86,11 +89,13 @@ def evaluate(  # noqa: D417 -- the settings are described where they are declare
         try:
             loaded.module.to(target)
             calibration, bars = report.get("calibration"), as_progress(progress)
-            subject = Subject(loaded, target, batch_size, seed, installed.registry, calibration, bars)
+            subject = Subject(loaded, target, batch_size, seed, installed.registry, calibration, bars, bool(items))
             results = evaluator.evaluate(subject)
         finally:
             loaded.module.to(home)
-    warnings = results.pop("warnings", [])
+    warnings, records = results.pop("warnings", []), results.pop("items", None)
+    if items and records is None:
+        warnings = [*warnings, f"evaluator {evaluator.name!r} keeps no record of its items, so there is none"]
     outcome = {
         "task": task,
         **results,
@@ -102,12 +107,23 @@ def evaluate(  # noqa: D417 -- the settings are described where they are declare
         failed = reports.record_evaluation(folder, outcome)
         outcome["warnings"] += [failed] if failed else []
     if output is not None:
-        reports.write_text(json.dumps(outcome, indent=2) + "\n", Path(output))
-    return outcome
+        write_text(json.dumps(outcome, indent=2) + "\n", Path(output))
+    if records is not None and isinstance(items, str | Path):
+        write_text(_as_lines(records), Path(items))
+    return {**outcome, "items": records} if records is not None and items is True else outcome
 
 
-def _check_writable(path: Path) -> None:
-    if path.is_dir() or not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise PruneForgeError(
-            f"cannot write {str(path)!r}: its folder does not exist or is read-only, or it is a folder itself"
-        )
+def _as_lines(records: Mapping[str, Sequence[Any]]) -> str:
+    """Return records as JSON Lines, an object for each item."""
+    rows = zip(*records.values(), strict=True)
+    return "".join(json.dumps(dict(zip(records, row, strict=True))) + "\n" for row in rows)
+
+
+def _check_writable(files: Sequence[Path]) -> None:
+    for path in files:
+        if path.is_dir() or not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+            raise PruneForgeError(
+                f"cannot write {str(path)!r}: its folder does not exist or is read-only, or it is a folder itself"
+            )
+    if len({path.resolve() for path in files}) < len(files):
+        raise PruneForgeError(f"results and items cannot both be written to {str(files[0])!r}")

@@ -48,10 +48,12 @@ class Case:
         module, _ = fresh(self.example, torch.float32)
         return LoadedModel(module.eval(), self.adapter, self.example.processor, type(module).__name__)
 
-    def results(self, model: LoadedModel | None = None, batch_size: int | None = 2) -> dict[str, Any]:
+    def results(
+        self, model: LoadedModel | None = None, batch_size: int | None = 2, items: bool = False
+    ) -> dict[str, Any]:
         """Return what the evaluator says of a model, by default of a fresh copy."""
         cpu, registry = torch.device("cpu"), loaded_plugins().registry
-        return self.evaluator.evaluate(Subject(model or self.model(), cpu, batch_size, 0, registry))
+        return self.evaluator.evaluate(Subject(model or self.model(), cpu, batch_size, 0, registry, items=items))
 
 
 def cases(evaluator: Evaluator) -> Sequence[Case]:
@@ -103,6 +105,30 @@ def the_batch_size_has_no_say(case: Case) -> None:
         assert same, f"{name} is {value!r} in batches of one and {other!r} in batches of three"
 
 
+def items_are_one_record_each(case: Case) -> None:
+    """Check what is recorded of each item, where anything is, and that the measure is the mean of its column."""
+    assert "items" not in case.results(), "there are items, and `subject.items` is false"
+    results = case.results(items=True)
+    items = results.get("items")
+    if items is None:
+        return
+    assert isinstance(items, Mapping), f"the items are {type(items).__name__}, not lists by column"
+    lengths = {name: len(column) for name, column in items.items()}
+    assert len(set(lengths.values())) == 1, f"the columns of the items differ in length: {lengths}"
+    names = items.get("id", [])
+    assert names, "the items have no column `id`, or there is none"
+    assert all(isinstance(name, str) for name in names), "an item's `id` is no text"
+    assert len(set(names)) == len(names), "several items have the same `id`"
+    for name, column in items.items():
+        numbers = name == "id" or all(isinstance(value, int | float) and math.isfinite(value) for value in column)
+        assert numbers, f"column {name!r} of the items holds something that is no finite number"
+    measure = case.evaluator.measure
+    if measure in items:
+        mean = math.fsum(items[measure]) / len(names)
+        same = math.isclose(mean, results[measure], rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+        assert same, f"{measure} is {results[measure]}, and the mean of its items {mean}"
+
+
 def the_model_stays_as_it_is(case: Case) -> None:
     """Check weights, buffers, modes, gradients and what requires them."""
     model = case.model()
@@ -141,6 +167,7 @@ KIT = Kit(
             results_are_what_json_holds,
             the_same_twice,
             the_batch_size_has_no_say,
+            items_are_one_record_each,
             the_model_stays_as_it_is,
         ),
     ),

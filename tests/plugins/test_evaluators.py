@@ -32,6 +32,21 @@ def test_perplexity_is_the_plain_computation(checkpoint, tmp_path):
     assert found["data"]["file"] == "rows.jsonl"
 
 
+def test_perplexity_keeps_the_loss_of_each_window(checkpoint):
+    found = pruneforge.evaluate(checkpoint, "perplexity", data="python-docs", window=64, limit=3, items=True)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    from pruneforge_demo import corpus
+
+    ids = tokenizer("\n\n".join(corpus.documents("evaluation")[:30]), verbose=False)["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        windows = [torch.tensor([ids[start : start + 64]]) for start in (0, 64, 128)]
+        losses = [model(window, labels=window).loss.item() for window in windows]
+    assert found["items"]["id"] == ["0", "1", "2"]
+    assert found["items"]["loss"] == pytest.approx(losses, rel=1e-4)
+    assert found["perplexity"] == pytest.approx(math.exp(sum(losses) / 3), rel=1e-4)
+
+
 def test_dense_perplexity_of_the_pretrained_model_is_the_published_one(shared_data):
     found = pruneforge.evaluate(
         shared_data / "stories260K", "perplexity", data=shared_data / "tinystories.txt", window=512

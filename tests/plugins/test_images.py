@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
@@ -175,6 +176,45 @@ def test_accuracy_is_the_plain_computation(folder, checkpoint):
     assert limited["images"] == 6
     mixed = pruneforge.evaluate(checkpoint, "imagenet", data=folder, options={"workers": 0, "amp": True})
     assert mixed["images"] == EACH * 3
+
+
+def test_each_image_has_a_record_by_name(folder, checkpoint, tmp_path):
+    (folder / "val" / "dog" / "1.png").write_bytes(b"no image at all")
+    found = pruneforge.evaluate(checkpoint, "imagenet", data=folder, options={"workers": 0}, items=True, batch_size=5)
+    module, transform, expected = model(), processor().transform, []
+    for path in sorted((folder / "val").rglob("*.*")):
+        if path != folder / "val" / "dog" / "1.png":
+            with Image.open(path) as image, torch.no_grad():
+                logits = module(transform(image.convert("RGB"))[None])[0].double()
+            truth = CLASSES.index(path.parent.name)
+            row = (int(logits.argmax() == truth), 1, float(logits.logsumexp(0) - logits[truth]))
+            expected.append((path.relative_to(folder).as_posix(), *row))
+    items = found["items"]
+    assert items["id"] == [row[0] for row in expected]
+    assert items["top1"] == [row[1] for row in expected]
+    assert items["top5"] == [row[2] for row in expected]
+    assert items["loss"] == pytest.approx([row[3] for row in expected], rel=1e-4)
+    assert sum(items["top1"]) / len(items["top1"]) == found["top1"]
+    real = tmp_path / "real.json"
+    real.write_text(json.dumps([[0, 1, 2]] * (EACH * 3 - 1) + [[]]))
+    options = {"workers": 0, "real_labels": str(real)}
+    counted = pruneforge.evaluate(checkpoint, "imagenet", options, data=folder, items=True)
+    assert len(counted["items"]["id"]) == counted["images"] == EACH * 3 - 2
+    assert set(counted["items"]["top1"]) == {1}
+
+
+def test_images_that_are_called_alike_have_records_of_their_own(tmp_path, checkpoint):
+    pictures = []
+    for number, name in enumerate(("a.png", "b.png", "a.png")):
+        picture(number).save(buffer := io.BytesIO(), "png")
+        pictures.append({"bytes": buffer.getvalue(), "path": name})
+    rows = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1, 2]}).cast_column("image", datasets.Image())
+    (tmp_path / "rows").mkdir()
+    rows.to_parquet(tmp_path / "rows" / "train.parquet")
+    hub = {"evaluation_split": "train"}
+    asked = {"data": f"imagenet:{tmp_path / 'rows'}", "source_options": hub, "workers": 0}
+    found = pruneforge.evaluate(checkpoint, "imagenet", asked, items=True)
+    assert found["items"]["id"] == ["a.png (0)", "b.png", "a.png (2)"]
 
 
 def test_real_labels_count_every_right_class_and_leave_out_images_without(folder, checkpoint, tmp_path):

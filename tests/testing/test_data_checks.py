@@ -254,7 +254,57 @@ class Freezing(Steady):
         return super().evaluate(subject)
 
 
+class Itemised(Steady):
+    """Keeps a record of each text."""
+
+    def evaluate(self, subject):
+        results = super().evaluate(subject)
+        return {**results, "items": self.items(results["loss"])} if subject.items else results
+
+    def items(self, loss):
+        return {"id": ["a", "b", "c", "d"], "loss": [loss + off for off in (0.5, -0.5, 1, -1)], "right": [1, 0, 1, 1]}
+
+
+class Ragged(Itemised):
+    def items(self, loss):
+        return {**super().items(loss), "right": [1, 0, 1]}
+
+
+class Nameless(Itemised):
+    def items(self, loss):
+        return {"loss": super().items(loss)["loss"]}
+
+
+class Numbered(Itemised):
+    def items(self, loss):
+        return {**super().items(loss), "id": [0, 1, 2, 3]}
+
+
+class Repeated(Itemised):
+    def items(self, loss):
+        return {**super().items(loss), "id": ["a", "b", "c", "a"]}
+
+
+class Worded(Itemised):
+    def items(self, loss):
+        return {**super().items(loss), "right": ["yes", "no", "yes", "yes"]}
+
+
+class Astray(Itemised):
+    """Items of which the measure is not the mean."""
+
+    def items(self, loss):
+        return {**super().items(loss), "loss": [loss, loss, loss, loss + 1]}
+
+
+class Unasked(Itemised):
+    def evaluate(self, subject):
+        results = super().evaluate(subject)
+        return {**results, "items": self.items(results["loss"])}
+
+
 EVALUATORS = {
+    **dict.fromkeys((Ragged, Nameless, Numbered, Repeated, Worded, Astray, Unasked), "items are one record each"),
     Choosy: "it evaluates a model",
     Tensors: "results are what json holds",
     Infinite: "results are what json holds",
@@ -266,7 +316,7 @@ EVALUATORS = {
 }
 
 
-@pytest.mark.parametrize("good", [Steady, Timed])
+@pytest.mark.parametrize("good", [Steady, Timed, Itemised])
 def test_a_good_evaluator_passes_everything(good):
     assert check_evaluator(good()) is None
 
