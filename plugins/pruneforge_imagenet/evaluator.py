@@ -15,16 +15,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from pruneforge import (
-    Evaluator,
-    ImageClassifier,
-    ImageProcessor,
-    ImageSet,
-    ImageSource,
-    Options,
-    PruneForgeError,
-    Subject,
-)
+from pruneforge import Evaluator, ImageProcessor, ImageSet, ImageSource, Options, PruneForgeError, Subject
 from pruneforge.data.evaluation import image_batches, spread, unique_names
 from pruneforge.data.images import Reading, class_indices, image_processor
 
@@ -116,7 +107,6 @@ class ImageNet(Evaluator):
     ) -> tuple[dict[int, Prediction], Reading]:
         """Return what is predicted for each readable image, by its index, and what became of the others."""
         module, adapter = subject.model.module, subject.model.adapter
-        assert isinstance(adapter, ImageClassifier)  # it made the processor
         predicted: dict[int, Prediction] = {}
         reading, strict = Reading(), self.options.strict or source.options.strict
         chosen = spread(len(images), self.options.limit)

@@ -95,6 +95,11 @@ class TextModel(Adapter):
         """
         return token_inputs(data, module.get_input_embeddings().weight.shape[0], self.context_length(module))
 
+    def logits(self, output: Any) -> Tensor:
+        """Return the logits of each token, or of each text."""
+        logits: Tensor = output.logits
+        return logits
+
     def attention_heads(self, module: Any) -> int:
         """Return the number of query heads."""
         return int(module.config.get_text_config().num_attention_heads)

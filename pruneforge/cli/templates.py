@@ -259,6 +259,10 @@ class $title(Adapter):
         logits, targets = output[:, :-1].transpose(1, 2), batch.inputs["ids"][:, 1:]
         return F.cross_entropy(logits, targets, reduction="none").mean(1)
 
+    def logits(self, output):
+        """Return the logits [samples, tokens, vocabulary], for evaluators that compare what models predict."""
+        return output
+
     def logits_a_token(self, module):
         """Return the size of the vocabulary, for which memory is planned."""
         return module.head.out_features

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.batch import Batch
 from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.options import Configurable
@@ -137,6 +138,16 @@ class Adapter(Configurable, ABC):
     @abstractmethod
     def losses(self, output: Any, batch: Batch) -> Tensor:
         """Return each sample's own mean loss [samples], differentiable, for the result of `forward`."""
+
+    def logits(self, output: Any) -> Tensor:
+        """Return the logits in the result of `forward`: [samples, classes], or [samples, tokens, classes].
+
+        Only evaluators that compare what models predict need them.
+
+        Raises:
+            PruneForgeError: The adapter does not say which they are.
+        """
+        raise PruneForgeError(f"adapter {self.name!r} does not say what a model's logits are")
 
     def logits_a_token(self, module: nn.Module) -> int:
         """Return the number of logits of each token; 0 where they are few, such as those of a whole image.

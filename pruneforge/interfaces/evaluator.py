@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.options import Configurable
 from pruneforge.interfaces.source import Source, create_source
 from pruneforge.memory import usual_tokens_a_batch
@@ -32,6 +33,8 @@ class Subject:
         calibration: The report's `calibration` entry of a pruned model, else `None`.
         progress: Progress bars.
         items: Whether to keep a record of each item; see `Evaluator.evaluate`.
+        made_of: Folder or hub id of the dense model that a pruned model was made of, else `None`.
+        loader: Loads a folder or hub id to compare the model with.
     """
 
     model: LoadedModel
@@ -42,6 +45,8 @@ class Subject:
     calibration: dict[str, Any] | None = None
     progress: Progress = field(default_factory=Progress)
     items: bool = False
+    made_of: str | None = None
+    loader: Callable[[str], LoadedModel] | None = None
 
     def source(self, data: str, options: Mapping[str, Any]) -> Source:
         """Return the source of evaluation data.
@@ -54,6 +59,30 @@ class Subject:
             PruneForgeError: There is no such source or path, no source reads the path, or it has no such option.
         """
         return create_source(data, options, self.registry)
+
+    def original(self, reference: str | None = None) -> LoadedModel:
+        """Return the dense model that this one was made of, on `device` and in the same dtype.
+
+        A model that was never pruned is its own original.
+
+        Args:
+            reference: Its folder or hub id, from an option that evaluators call `dense`; `None` for the one that the
+                pruned model's report names.
+
+        Raises:
+            PruneForgeError: It cannot be loaded.
+        """
+        reference = reference or self.made_of
+        if reference is None:
+            return self.model
+        try:
+            if self.loader is None:
+                raise PruneForgeError(f"nothing here loads {reference!r}")
+            return self.loader(reference)
+        except PruneForgeError as error:
+            raise PruneForgeError(
+                f"the dense model to compare with cannot be loaded: {error}; name its folder or hub id with `dense`"
+            ) from error
 
     def samples_a_batch(self, tokens: int) -> int:
         """Return the batch size asked for, or the default for samples of `tokens` tokens each."""

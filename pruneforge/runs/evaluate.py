@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from pruneforge.checkpoint.durable import write_text
 from pruneforge.errors import PruneForgeError
+from pruneforge.interfaces.adapter import LoadedModel
 from pruneforge.interfaces.evaluator import Evaluator, Subject
 from pruneforge.interfaces.recipe import EvalRecipe
+from pruneforge.interfaces.registry import Registry
 from pruneforge.plugins import loaded_plugins
 from pruneforge.progress import Progress, as_progress
 from pruneforge.runs import report as reports
@@ -88,8 +91,18 @@ def evaluate(  # noqa: D417 -- the settings are described where they are declare
     with in_evaluation_mode(loaded.module):
         try:
             loaded.module.to(target)
-            calibration, bars = report.get("calibration"), as_progress(progress)
-            subject = Subject(loaded, target, batch_size, seed, installed.registry, calibration, bars, bool(items))
+            subject = Subject(
+                loaded,
+                target,
+                batch_size,
+                seed,
+                installed.registry,
+                calibration=report.get("calibration"),
+                progress=as_progress(progress),
+                items=bool(items),
+                made_of=report["recipe"]["model"] if report else None,
+                loader=_loader(loaded, target, report, installed.registry),
+            )
             results = evaluator.evaluate(subject)
         finally:
             loaded.module.to(home)
@@ -111,6 +124,23 @@ def evaluate(  # noqa: D417 -- the settings are described where they are declare
     if records is not None and isinstance(items, str | Path):
         write_text(_as_lines(records), Path(items))
     return {**outcome, "items": records} if records is not None and items is True else outcome
+
+
+def _loader(
+    loaded: LoadedModel, device: torch.device, report: Mapping[str, Any], registry: Registry
+) -> Callable[[str], LoadedModel]:
+    """Return what loads a model to compare another with, on the same device and in the same dtype."""
+    pruned_from = report.get("model", {})
+
+    def load(reference: str) -> LoadedModel:
+        if reference == pruned_from.get("reference") == pruned_from.get("class"):
+            raise PruneForgeError(f"it was a {reference} in memory")
+        dtype = str(next(loaded.module.parameters()).dtype).removeprefix("torch.")
+        other = load_model(reference, dtype, None, registry)
+        other.module.eval().to(device)
+        return other
+
+    return load
 
 
 def _as_lines(records: Mapping[str, Sequence[Any]]) -> str:
