@@ -214,7 +214,7 @@ def _picture(masks: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _evaluated(model: str | PruneResult, task: Task, device: str, items: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return an evaluation without what differs between two runs of it, and the outcome of each item."""
-    outcome = evaluate(model, task.task, task.options, batch_size=task.batch_size, device=device)  # ITEMS
+    outcome = evaluate(model, task.task, task.options, batch_size=task.batch_size, device=device, items=items)
     kind = loaded_plugins().registry.get("evaluator", task.task.partition(":")[0]).load()
     assert issubclass(kind, Evaluator)
     of_items = outcome.pop("items", {})

@@ -29,7 +29,7 @@ from pruneforge.studies.folder import CELL_FILE, StudyFolder
 from pruneforge.studies.report import as_latex, as_markdown, tables_of, write_report
 from pruneforge.studies.results import interval, summaries
 from pruneforge.studies.run import chosen_cells, run_study
-from pruneforge.studies.study import make_study
+from pruneforge.studies.study import cells_of, make_study
 
 
 def values(**changes):
@@ -118,7 +118,7 @@ import os, signal, sys, yaml
 from pathlib import Path
 from pruneforge.studies.folder import CELL_FILE, StudyFolder
 from pruneforge.studies.run import run_study
-from pruneforge.studies.study import make_study
+from pruneforge.studies.study import cells_of, make_study
 
 keep, kept = StudyFolder.keep, []
 
@@ -206,6 +206,20 @@ def test_what_is_kept_of_each_cell(unbroken, tmp_path):
     (folder / "cells" / cells[0].key / "masks.safetensors").unlink()
     run_study(study, folder)
     assert [key for key, when in finished_in(folder).items() if when != made[key]] == [cells[0].key]
+
+
+def test_the_outcome_of_each_item_is_kept_and_its_mean_is_the_measure(unbroken):
+    cells = cells_of(make_study(values()), [])
+    held = StudyFolder(unbroken)
+    ids = set()
+    for cell in cells:
+        items = held.items(cell, 0)
+        assert items["measure"] == "top1"
+        assert statistics.fmean(items["values"]) == held.cell(cell)["evaluations"][0]["top1"]
+        ids.add(items["ids"])
+    dense = json.loads((unbroken / "dense" / "digits" / "items-0.json").read_text())
+    assert statistics.fmean(dense["values"]) == held.dense("digits", 0)["top1"]
+    assert ids == {dense["ids"]}
 
 
 def test_a_method_may_see_other_data(tmp_path):
