@@ -7,10 +7,11 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pruneforge.errors import PruneForgeError, unknown_name
 from pruneforge.interfaces.options import Configurable
+from pruneforge.interfaces.shipped import Shipped, ShippedKind
 
 KINDS = {
     "metric": "pruneforge.interfaces.metric:Metric",
@@ -108,6 +109,9 @@ class Entry:
         return f"{needs}; install {extra}" if self.distribution else needs
 
 
+Registered = TypeVar("Registered", Entry, Shipped)
+
+
 def imported(target: str) -> Any:
     """Return what `module:attribute` names."""
     module, _, attribute = target.partition(":")
@@ -117,12 +121,14 @@ def imported(target: str) -> Any:
 class Registry:
     """Metrics, allocators, refiners, recoveries, objectives, adapters, sources, evaluators and demos by name.
 
-    A plugin fills it in its `pruneforge_register` hook. What needs a library that a plain installation of the plugin
-    does not bring is registered with `library="module", extra="name"`: the module, and the extra that brings it.
+    Besides these classes a plugin may register files: studies, and published numbers. A plugin fills it in its
+    `pruneforge_register` hook. What needs a library that a plain installation of the plugin does not bring is
+    registered with `library="module", extra="name"`: the module, and the extra that brings it.
     """
 
     def __init__(self) -> None:
         self._entries: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
+        self._files: dict[ShippedKind, dict[str, Shipped]] = {"study": {}, "published": {}}
         self.plugin = "python"
         """Name of the plugin that is registering now."""
         self.distribution = ""
@@ -164,6 +170,14 @@ class Registry:
         """Register a `pruneforge.Objective`."""
         self._add("objective", name, target, **needs)
 
+    def study(self, name: str, target: str | Path) -> None:
+        """Register a study: a YAML file, as its path or as `"package:path"` of a file in a package."""
+        self._place(Shipped("study", name, target, self.plugin), self._files["study"])
+
+    def published(self, target: str | Path) -> None:
+        """Register published numbers, which reports show beside measured ones: a YAML file, given as for `study`."""
+        self._place(Shipped("published", str(target), target, self.plugin), self._files["published"])
+
     def _add(
         self,
         kind: str,
@@ -176,19 +190,25 @@ class Registry:
             raise PruneForgeError(
                 f"{kind} {name!r} of plugin {self.plugin!r} names a library and no extra, or the reverse"
             )
-        taken = self._entries[kind].get(name)
+        self._place(Entry(kind, name, target, self.plugin, library, extra, self.distribution), self._entries[kind])
+
+    @staticmethod
+    def _place(item: Registered, among: dict[str, Registered]) -> None:
+        """Add an item to those of its kind, unless its name is taken."""
+        taken = among.get(item.name)
         if taken is not None:
             raise PruneForgeError(
-                f"{kind} {name!r} of plugin {self.plugin!r} is already registered by plugin {taken.plugin!r}; "
-                f"block one of them with PRUNEFORGE_PLUGINS=-{taken.plugin}"
+                f"{item.kind} {item.name!r} of plugin {item.plugin!r} is already registered by plugin "
+                f"{taken.plugin!r}; block one of them with PRUNEFORGE_PLUGINS=-{taken.plugin}"
             )
-        self._entries[kind][name] = Entry(kind, name, target, self.plugin, library, extra, self.distribution)
+        among[item.name] = item
 
     def drop(self, plugin: str) -> None:
         """Forget everything that `plugin` registered."""
-        for entries in self._entries.values():
-            for name in [name for name, entry in entries.items() if entry.plugin == plugin]:
-                del entries[name]
+        registered: list[dict[str, Any]] = [*self._entries.values(), *self._files.values()]
+        for items in registered:
+            for name in [name for name, item in items.items() if item.plugin == plugin]:
+                del items[name]
 
     def entries(self, kind: str) -> list[Entry]:
         """Return the entries of one kind, by name."""
@@ -204,6 +224,21 @@ class Registry:
             return self._entries[kind][name]
         except KeyError:
             raise unknown_name(kind, name, self._entries[kind]) from None
+
+    def files(self, kind: ShippedKind) -> list[Shipped]:
+        """Return the files of one kind, in the order of their registration."""
+        return list(self._files[kind].values())
+
+    def file(self, kind: ShippedKind, name: str) -> Shipped:
+        """Return one file.
+
+        Raises:
+            PruneForgeError: Nobody registered the name; the message offers the nearest.
+        """
+        try:
+            return self._files[kind][name]
+        except KeyError:
+            raise unknown_name(kind, name, self._files[kind]) from None
 
     def create(self, kind: str, spec: str, options: Mapping[str, Any] | None = None) -> Any:
         """Return an instance of what `spec` names.

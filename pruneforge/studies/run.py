@@ -17,6 +17,7 @@ from pruneforge.runs.loading import load_model
 from pruneforge.studies.cells import DenseEvaluation, arguments, passes
 from pruneforge.studies.executors import Executor, Local
 from pruneforge.studies.folder import CELL_FILE, StudyFolder, place_of
+from pruneforge.studies.published import published_numbers
 from pruneforge.studies.study import Cell, Study, cells_of, save_study
 
 
@@ -98,6 +99,7 @@ def check(study: Study, cells: Sequence[Cell]) -> None:
     Raises:
         PruneForgeError: Naming the model or the cell.
     """
+    published_numbers()  # the report needs them
     registry = loaded_plugins().registry
     for name, model in study.models.items():
         try:
