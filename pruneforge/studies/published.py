@@ -37,6 +37,7 @@ class Published:
         task: The evaluator.
         data: Source of the evaluation data; `None` if the task implies them.
         references: Hub ids of the model.
+        second_hand: Whether the publication itself was not read; such a number does not stand beside a result.
     """
 
     value: float
@@ -49,6 +50,7 @@ class Published:
     task: str
     data: str | None
     references: tuple[str, ...]
+    second_hand: bool = False
 
 
 class PublishedTable(BaseModel):
@@ -61,6 +63,7 @@ class PublishedTable(BaseModel):
     measure: str = Field(description="What the evaluator calls the number.")
     data: str | None = Field(None, description="Source of the evaluation data, if the task does not imply them.")
     window: int | None = Field(None, ge=1, description="Tokens that were evaluated at a time.")
+    second_hand: bool = Field(False, description="Whether the publication itself was not read.")
     values: dict[str, dict[str, dict[float | str, float]]] = Field(
         description="The number of each model, method and pattern; the dense model has the sparsity 0."
     )
@@ -100,6 +103,7 @@ class PublishedFile(BaseModel):
                 task=table.task,
                 data=table.data,
                 references=tuple(self.models[model]),
+                second_hand=table.second_hand,
             )
             for table in self.tables
             for model, methods in table.values.items()
@@ -159,6 +163,7 @@ def _find(cell: Cell, evaluation: Mapping[str, Any], method: str, pattern: float
             and (number.measure, number.window) == measured
             and number.task in (task, task.partition(":")[0])
             and number.data in data
+            and not number.second_hand
             and _name(cell.recipe.model) in map(_name, number.references)
         ):
             return number
@@ -176,7 +181,7 @@ def _method(recipe: PruneRecipe) -> str | None:
 
 def _name(reference: str) -> str:
     """Return the last part of a reference, which a hub id, its mirror and a local copy share."""
-    return re.split(r"[/:]", reference.rstrip("/"))[-1]
+    return re.split(r"[/:]", reference.rstrip("/"))[-1].lower()
 
 
 @functools.cache

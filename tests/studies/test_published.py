@@ -36,6 +36,15 @@ FILE = {
             "window": 64,
             "values": {"Demo": {"wanda": {0.5: 6.6, 0.6: 8.0}}},
         },
+        {
+            "source": "Hearsay",
+            "second_hand": True,
+            "task": "perplexity",
+            "measure": "perplexity",
+            "data": "python-docs",
+            "window": 64,
+            "values": {"Demo": {"wanda": {0.7: 20.0}}},
+        },
     ],
 }
 EVALUATION = {"task": "perplexity", "measure": "perplexity", "window": 64, "data": {"source": "python-docs"}}
@@ -67,9 +76,9 @@ def test_a_number_is_found_by_model_method_and_pattern(registered):
     assert found({"metric": "wanda"}) == (6.5, "A paper, table 1")  # the first of two
     assert found({"metric": "wanda"}, "2:4") == (7.5, "A paper, table 1")
     assert found({"metric": "wanda"}, 0.6) == (8.0, "A later paper")
-    assert found({"metric": "wanda"}, 0.7) is None
+    assert found({"metric": "wanda"}, 0.7) is None  # second hand
     assert found({"metric": "magnitude"}) is None
-    for model in ("somebody/other", "mirror/other", "/models/other/"):
+    for model in ("somebody/other", "mirror/other", "/models/Other/"):
         assert found({"metric": "wanda"}, model=model) == (9.0, "A paper, table 1")
     assert found({"metric": "wanda"}, model="somebody/another") is None
 

@@ -1,0 +1,87 @@
+"""Published numbers and shipped studies: the numbers are the papers', and every study can run as it is."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from pruneforge.studies.published import published_dense, published_for, published_numbers
+from pruneforge.studies.study import cells_of, make_study
+
+
+def numbers(source=""):
+    return {
+        (number.model, number.method, number.pattern, number.window): number.value
+        for number in published_numbers()
+        if source in number.source
+    }
+
+
+def test_every_number_is_there_once_and_says_where_it_is_from():
+    found = published_numbers()
+    keys = Counter((n.model, n.method, n.pattern, n.task, n.data, n.window, n.source) for n in found)
+    assert max(keys.values()) == 1
+    assert len(found) == 142
+    assert all(number.source and number.references and number.value > 0 for number in found)
+    assert all((number.window is not None) == (number.measure == "perplexity") for number in found)
+    assert all(number.value < 1 for number in found if number.measure != "perplexity")
+    assert all(number.method == number.method.lower() for number in found)
+
+
+def test_numbers_are_those_of_the_tables():
+    beyond_size, simple = numbers("Beyond Size"), numbers("A Simple and Effective")
+    assert len(beyond_size) == 30
+    assert beyond_size["LLaMA-1 7B", "dense", 0.0, 2048] == 5.68
+    assert beyond_size["LLaMA-1 13B", "magnitude", 0.5, 2048] == 20.21
+    assert beyond_size["LLaMA-1 30B", "wanda", 0.5, 2048] == 5.24
+    assert beyond_size["LLaMA-2 7B", "gblm", 0.5, 2048] == 6.86
+    assert beyond_size["LLaMA-2 70B", "sparsegpt", 0.5, 2048] == 4.25
+    assert len(simple) == 18 + 4
+    assert simple["LLaMA-2 7B", "magnitude", "2:4", 4096] == 54.59
+    assert simple["LLaMA-2 13B", "wanda", "4:8", 4096] == 6.55
+    assert simple["LLaMA-1 7B", "sparsegpt", 0.5, None] == 0.5494
+    assert numbers("MaskLLM-4V")["ViT-B/16", "sparsegpt", "2:4", None] == 0.7152
+    assert numbers("ALPS")["LLaMA-2 7B", "alps", 0.7, 2048] == 19.3
+    assert numbers("ALPS")["LLaMA-3 8B", "dsnot", "4:8", 2048] == 14.8
+    assert numbers("D2Prune")["LLaMA-2 7B", "pruner-zero", 0.7, 4096] == 151.9
+    assert numbers("RIA")["LLaMA-3 8B", "ria + permutation", "2:4", 2048] == 20.05
+
+
+def test_gradients_help_in_every_model_of_their_paper():
+    found = numbers("Beyond Size")
+    for model in {model for model, *_ in found}:
+        others = [found[model, method, 0.5, 2048] for method in ("magnitude", "sparsegpt", "wanda")]
+        assert found[model, "dense", 0.0, 2048] < found[model, "gblm", 0.5, 2048] < min(others)
+
+
+def cell(model, method="wanda", pattern: float | str = 0.5):
+    of_model = {"model": model, "calibration": "c4", "tasks": [{"task": "perplexity"}]}
+    values = {"models": {"m": of_model}, "methods": {"one": {"metric": method}}, "patterns": [pattern]}
+    return cells_of(make_study(values | {"controls": False}), [])[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "window", "found", "dense"),
+    [
+        ("meta-llama/Llama-2-7b-hf", 2048, 6.92, 5.47),
+        ("checkpoints/llama-2-7b-hf", 4096, 6.42, None),
+        ("meta-llama/Llama-2-70b-hf", 4096, None, None),
+        ("meta-llama/Llama-2-7b-chat-hf", 2048, None, None),
+    ],
+)
+def test_perplexities_of_wikitext_are_found_by_window(model, window, found, dense):
+    evaluation = {"task": "perplexity", "measure": "perplexity", "window": window, "data": {"source": "wikitext2"}}
+    pruned, whole = published_for(cell(model), evaluation), published_dense(cell(model), evaluation)
+    assert (pruned and pruned.value) == found
+    assert (whole and whole.value) == dense
+    assert published_for(cell(model), {**evaluation, "data": {"source": "c4"}}) is None
+
+
+@pytest.mark.parametrize("prefix", ["timm:", "hf-hub:timm/"])
+def test_accuracies_are_found_by_the_name_in_timm(prefix):
+    evaluation = {"task": "imagenet", "measure": "top1", "data": {"source": "imagenet/val"}}
+    found = published_for(cell(f"{prefix}vit_base_patch16_224.augreg_in1k", "magnitude", "2:4"), evaluation)
+    assert found is not None
+    assert found.value == 0.6592
+    assert published_for(cell(f"{prefix}vit_base_patch16_224.augreg2_in21k_ft_in1k"), evaluation) is None
