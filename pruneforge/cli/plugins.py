@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from pruneforge.cli import common
+
+if TYPE_CHECKING:
+    from pruneforge.interfaces.registry import Entry
+    from pruneforge.interfaces.shipped import Shipped
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -23,36 +27,53 @@ PRUNEFORGE_PLUGINS=-NAME pruneforge plugins
 
 
 def plugins(
-    names: Annotated[list[str] | None, typer.Argument(help="What to show the options of.", metavar="NAME")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="What to show the options of, or the text if a study.", metavar="NAME")
+    ] = None,
     as_json: common.Json = False,
     plugins: common.PluginFiles = None,
     config: common.Config = None,
 ) -> None:
-    """List everything that plugins register, by kind, with its plugin; for those named also the options."""
+    """List everything that plugins register, by kind, with its plugin; for those named also options, or a study's text.
+
+    `pruneforge compare` runs studies by their names.
+    """
     from pruneforge.errors import unknown_name
     from pruneforge.interfaces.registry import KINDS, plural
     from pruneforge.plugins import loaded_plugins
 
     installed = loaded_plugins()
     entries = [entry for kind in KINDS for entry in installed.registry.entries(kind)]
+    studies = installed.registry.files("study")
+    everything: list[Entry | Shipped] = [*entries, *studies]
+    known = {each.name for each in everything}
     for name in names or ():
-        if name not in {entry.name for entry in entries}:
-            raise unknown_name("plugin name", name, [entry.name for entry in entries])
+        if name not in known:
+            raise unknown_name("plugin name", name, known)
+    chosen = [study for study in studies if not names or study.name in names]
     if as_json or names:
         described = installed.describe(*(names or ()))
         if as_json:
-            everything = {"plugins": [vars(plugin) for plugin in installed.loaded], "registered": described}
-            print(json.dumps(everything, indent=2, default=str))
+            found = {
+                "plugins": [vars(plugin) for plugin in installed.loaded],
+                "registered": described,
+                "studies": [{"name": s.name, "plugin": s.plugin, "summary": s.summary()} for s in chosen],
+            }
+            print(json.dumps(found, indent=2, default=str))
             return
         for item in described:
             common.console.print(_details(item))
+        for study in chosen:
+            print(study.read(), end="")
     else:
         origins = {plugin.name: f"{plugin.origin} {plugin.version}".strip() for plugin in installed.loaded}
-        for kind in dict.fromkeys(entry.kind for entry in entries):
+        for kind in (*KINDS, "study"):
+            listed = [each for each in everything if each.kind == kind]
+            if not listed:
+                continue
             table = _table(plural(kind), "name", "what it is", "plugin")
-            for entry in entries:
-                if entry.kind == kind:
-                    table.add_row(entry.name, entry.summary(), f"{entry.plugin} ({origins.get(entry.plugin, '')})")
+            for each in listed:
+                table.add_row(each.name, each.summary(), f"{each.plugin} ({origins.get(each.plugin, '')})")
             common.console.print(table)
     for plugin in installed.loaded:
         if plugin.error:
