@@ -27,6 +27,8 @@ pruneforge compare study.yaml --output study
 with, in study.yaml, models (each with model, calibration, samples, seqlen and tasks), methods (each with metric, and
 maybe options, allocator, refine, recover), patterns and seeds
 
+pruneforge compare --preset NAME --output study
+
 pruneforge compare study.yaml --output study --workers 2
 
 pruneforge compare study.yaml --output study --executor ray --address 10.0.0.5:6379
@@ -51,11 +53,16 @@ class Command(SettingsCommand):
 
 def compare(
     ctx: typer.Context,
-    cases: Annotated[Path, typer.Argument(help="YAML study, or list of models with data and tasks.", metavar="FILE")],
+    cases: Annotated[
+        Path | None, typer.Argument(help="YAML study, or list of models with data and tasks.", metavar="FILE")
+    ] = None,
     metric: Annotated[list[str] | None, typer.Option(help="Metric of a list of models; repeatable.")] = None,
     output: Annotated[
         Path | None,
         typer.Option(help="Folder of a study: results, report, and what is finished of it.", metavar="DIR"),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="In place of FILE, a study that a plugin ships; `pruneforge plugins` lists them.")
     ] = None,
     cells: Annotated[
         list[str] | None,
@@ -89,20 +96,23 @@ def compare(
 
     A study with --output keeps each finished cell; the same command goes on where it stopped, and runs what was added.
     """
-    entries = _read(cases)
+    if (cases is None) == (preset is None):
+        raise PruneForgeError("compare takes either a file or the name of a `preset`")
+    file = cases or Path(str(preset))
+    entries = _read(file, preset)
     asked = {"workers": workers, "address": address, "num_cpus": num_cpus, "num_gpus": num_gpus}
     where = {name: value for name, value in asked.items() if value is not None}
     if isinstance(entries, dict):
         if output is None:
             raise PruneForgeError("a study needs a folder for its cells; name it with `output`")
-        study = _study(entries, cases, metric, settings(ctx))
+        study = _study(entries, file, metric, settings(ctx))
         _run(study, output, executor, where, cells or [], as_json)
     elif output is not None or cells or where or executor != "local":
         raise PruneForgeError("`output`, `cells` and `executor` are for a study; a list of models is printed")
     elif not metric:
         raise PruneForgeError("a list of models needs the metrics to compare; name them with `metric`")
     else:
-        _cases(entries, cases, metric, settings(ctx), as_json)
+        _cases(entries, file, metric, settings(ctx), as_json)
 
 
 def _study(values: dict[str, Any], file: Path, metric: list[str] | None, given: dict[str, Any]) -> Study:
@@ -192,10 +202,14 @@ def _cases(entries: Any, file: Path, metric: list[str], given: dict[str, Any], a
     common.console.print(table)
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, preset: str | None) -> Any:
     import yaml
 
+    from pruneforge.plugins import loaded_plugins
+
     try:
+        if preset is not None:
+            return yaml.safe_load(loaded_plugins().registry.file("study", preset).read())
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise PruneForgeError(f"cases {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
