@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import yaml
 
+from pruneforge.plugins import loaded_plugins
+from pruneforge.runs.job import make_job
+from pruneforge.studies.cells import arguments
 from pruneforge.studies.published import published_dense, published_for, published_numbers
-from pruneforge.studies.study import cells_of, make_study
+from pruneforge.studies.run import check
+from pruneforge.studies.study import Study, cells_of, make_study
+from pruneforge_papers import FROM_THE_HUB, OFFLINE
 
 
 def numbers(source=""):
@@ -85,3 +91,49 @@ def test_accuracies_are_found_by_the_name_in_timm(prefix):
     assert found is not None
     assert found.value == 0.6592
     assert published_for(cell(f"{prefix}vit_base_patch16_224.augreg2_in21k_ft_in1k"), evaluation) is None
+
+
+def shipped(name) -> Study:
+    return make_study(yaml.safe_load(loaded_plugins().registry.file("study", name).read()), name)
+
+
+@pytest.mark.parametrize("name", [*OFFLINE, *FROM_THE_HUB])
+def test_a_study_names_only_what_there_is(name):
+    study, registry = shipped(name), loaded_plugins().registry
+    cells = cells_of(study, [])
+    assert len({cell.key for cell in cells}) == len(cells)
+    for cell in cells:
+        make_job(**arguments(cell))
+        for task in cell.tasks:
+            registry.create("evaluator", task.task, task.options)
+    assert registry.file("study", name).summary().endswith(".")
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_a_study_of_the_demo_can_run_without_a_network(name):
+    study = shipped(name)
+    assert {model.model for model in study.models.values()} == {"demo:text", "demo:image"}
+    check(study, cells_of(study, []))
+
+
+def test_image_classifiers_are_those_of_timm():
+    import timm
+
+    models = [model.model.removeprefix("timm:") for model in shipped("vit-table").models.values()]
+    assert set(models) <= set(timm.list_pretrained())
+
+
+@pytest.mark.parametrize(("name", "cells", "dense"), [("gblm-table1", 16, 4), ("wanda-table", 18, 0)])
+def test_each_cell_of_a_table_has_its_published_number(name, cells, dense):
+    """As the evaluation says what it measured, which needs no model to know."""
+    found = []
+    for cell in cells_of(shipped(name), []):
+        (task,) = cell.tasks
+        evaluation = {"task": task.task, "measure": "perplexity", "window": task.options["window"]}
+        evaluation["data"] = {"source": task.options["data"]}
+        assert cell.recipe.seqlen == task.options["window"]
+        assert (cell.recipe.calibration, cell.recipe.samples, cell.recipe.propagate) == ("c4", 128, "pruned")
+        found.append((cell.model, published_for(cell, evaluation), published_dense(cell, evaluation)))
+    assert len(found) == cells
+    assert all(number is not None and number.model == model for model, number, _ in found)
+    assert len({model for model, _, whole in found if whole is not None}) == dense
