@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -26,6 +27,8 @@ from pruneforge.cli import app
 from pruneforge.interfaces.recipe import EvalRecipe, PruneRecipe
 from pruneforge.interfaces.registry import plural
 from pruneforge.runs.resources import Resources
+from pruneforge.studies.published import Published, published_numbers
+from pruneforge.studies.report import pattern_name
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```\{generated\} (\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -159,6 +162,8 @@ def plugins(body: str) -> str:
                 if item["argument"]:
                     parts.append(f"`{item['name']}:VALUE` sets `{item['argument']}`.")
                 parts += [_options(item["options"])] if item["options"] else []
+    studies = [(_code(study["name"]), study["summary"]) for study in described["studies"]]
+    parts += ["## Studies", _table(("study", "what it compares"), studies)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -168,6 +173,30 @@ def _options(options: list[dict[str, Any]]) -> str:
         default = "required" if option["required"] else _code(json.dumps(option["default"]))
         rows.append((_code(option["name"]), _code(option["type"]), default, option["description"]))
     return _table(("option", "type", "default", "meaning"), rows)
+
+
+def published(body: str) -> str:
+    """Return every published number, a table for each publication and protocol."""
+    parts = []
+    for table, numbers in groupby(published_numbers(), key=lambda n: (n.source, n.measure, n.data, n.window)):
+        source, measure, data, window = table
+        listed = list(numbers)
+        protocol = ", ".join(map(_code, dict.fromkeys((measure, listed[0].task))))
+        protocol += f" on {_code(data)}" if data else ""
+        protocol += f" in windows of {window} tokens" if window else ""
+        protocol += ", second hand" if listed[0].second_hand else ""
+        parts += [f"## {source}", f"{protocol}.", _published_table(listed)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _published_table(numbers: Sequence[Published]) -> str:
+    """Return the table of models and methods by patterns."""
+    rows: dict[tuple[str, str], dict[float | str, str]] = {}
+    for number in numbers:
+        rows.setdefault((number.model, number.method), {})[number.pattern] = f"{number.value:g}"
+    patterns = list(dict.fromkeys(number.pattern for number in numbers))
+    head = ["model", "method", *(pattern_name(str(pattern)) for pattern in patterns)]
+    return _table(head, [[*place, *(row.get(pattern, "") for pattern in patterns)] for place, row in rows.items()])
 
 
 def root(body: str) -> str:
@@ -186,6 +215,7 @@ PARTS: dict[str, Callable[[str], str]] = {
     "commands": commands,
     "recipes": recipes,
     "plugins": plugins,
+    "published": published,
     "root": root,
 }
 """What pages can ask for, by name. Each function receives the body of the directive."""
