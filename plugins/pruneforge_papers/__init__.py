@@ -2,10 +2,10 @@
 
 from pruneforge import Registry, hookimpl
 
-OFFLINE = ("demo", "sparsity-sweep", "nm", "norm-ablation", "alpha-ablation")
+OFFLINE = ("demo", "sparsity-sweep", "nm", "norm-ablation", "alpha-ablation", "samples-ablation")
 """Studies of the demo's models, of minutes."""
 
-FROM_THE_HUB = ("gblm-table1", "gblm-nm", "wanda-table", "opt", "qwen3", "vit-table")
+FROM_THE_HUB = ("gblm-table1", "gblm-nm", "wanda-table", "opt", "qwen3", "vit-table", "source-ablation")
 """Studies of models and data that are downloaded."""
 
 
