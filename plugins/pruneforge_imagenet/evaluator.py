@@ -14,10 +14,12 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
 
 from pruneforge import Evaluator, ImageProcessor, ImageSet, ImageSource, Options, PruneForgeError, Subject
 from pruneforge.data.evaluation import image_batches, spread, unique_names
-from pruneforge.data.images import Reading, class_indices, image_processor
+from pruneforge.data.images import Reading, image_processor
 
 CONFUSED = 10
 """Pairs of classes to list that are taken for one another most often."""
@@ -28,8 +30,8 @@ class Prediction:
     """What a model says of an image.
 
     Attributes:
-        top: Its five likeliest classes, the likeliest first.
-        loss: Cross-entropy of the image's class.
+        top: Its five likeliest classes among the choices, the likeliest first.
+        loss: Cross-entropy of the image's class among the choices.
     """
 
     top: list[int]
@@ -40,7 +42,9 @@ class ImageNet(Evaluator):
     """Top-1 and top-5 accuracy over labelled images, by the checkpoint's own evaluation preprocessing.
 
     With `real_labels` (Beyer et al., Are we done with ImageNet?, 2020) an image has a set of right classes, and
-    those with none are left out.
+    those with none are left out. With `present_only` the model chooses among the classes that occur in the data, as
+    the accuracies on ImageNet-R (Hendrycks et al., The Many Faces of Robustness, 2021) and ImageNet-A (Hendrycks et
+    al., Natural Adversarial Examples, 2021) are measured, which hold 200 of the 1000 classes.
     """
 
     argument: ClassVar[str | None] = "data"
@@ -60,6 +64,9 @@ class ImageNet(Evaluator):
         real_labels: str | None = Field(
             None, description="JSON list of the right classes of each image, by name's order"
         )
+        present_only: bool = Field(
+            False, description="choose among the classes that occur in the data; logits of the others are left out"
+        )
         strict: bool = Field(False, description="fail on a corrupt image instead of leaving it out with a count")
         source_options: dict[str, Any] = Field(default_factory=dict, description="options of the source")
 
@@ -75,17 +82,22 @@ class ImageNet(Evaluator):
             raise PruneForgeError(f"imagenet needs images, and source {source.name!r} gives none")
         processor = image_processor(subject.model.processor)
         images = source.images("evaluation")
-        labels = class_indices(images, processor)
-        if any(label is None for label in labels):
+        labels = [label for label in source.labels(images, processor) if label is not None]
+        if len(labels) < len(images):
             raise PruneForgeError(f"{self.options.data!r} holds images without a class; put each class in a folder")
+        choices = torch.zeros(processor.classes, dtype=torch.bool)
+        choices[labels if self.options.present_only else slice(None)] = True
         truth = self._truth(labels, images, processor.classes)
         start = time.perf_counter()
-        predicted, reading = self._predicted(subject, source, images, labels)
+        predicted, reading = self._predicted(subject, source, images, labels, choices)
         seconds = time.perf_counter() - start
-        results = self._results(source, predicted, truth, reading, processor, seconds)
-        return {**results, **({"items": _items(images, predicted, truth)} if subject.items else {})}
+        return {
+            **self._results(source, predicted, truth, reading, processor, seconds),
+            "classes": int(choices.sum()),
+            **({"items": _items(images, predicted, truth)} if subject.items else {}),
+        }
 
-    def _truth(self, labels: list[Any], images: ImageSet, classes: int) -> list[set[int]]:
+    def _truth(self, labels: list[int], images: ImageSet, classes: int) -> list[set[int]]:
         """Return the right classes of each image."""
         if self.options.real_labels is None:
             return [{label} for label in labels]
@@ -103,23 +115,32 @@ class ImageNet(Evaluator):
         return [set(real[position[index]]) for index in range(len(images))]
 
     def _predicted(
-        self, subject: Subject, source: ImageSource, images: ImageSet, labels: list[Any]
+        self, subject: Subject, source: ImageSource, images: ImageSet, labels: list[int], choices: Tensor
     ) -> tuple[dict[int, Prediction], Reading]:
-        """Return what is predicted for each readable image, by its index, and what became of the others."""
+        """Return what is predicted for each readable image, by its index, and what became of the others.
+
+        Args:
+            subject: The model.
+            source: The source of the images.
+            images: The images.
+            labels: The class of each image.
+            choices: Which classes the model chooses among, boolean [classes].
+        """
         module, adapter = subject.model.module, subject.model.adapter
         predicted: dict[int, Prediction] = {}
         reading, strict = Reading(), self.options.strict or source.options.strict
         chosen = spread(len(images), self.options.limit)
         batches = image_batches(subject, images, chosen, reading, workers=self.options.workers, strict=strict)
+        left_out, likeliest = ~choices.to(subject.device), min(5, int(choices.sum()))
         amp = torch.autocast(subject.device.type, torch.bfloat16) if self.options.amp else nullcontext()
         with torch.inference_mode(), amp:
             for indices, pixels in batches:
-                truth = torch.tensor([labels[index] for index in indices])
-                batch = adapter.batch({"pixel_values": pixels, "labels": truth}, module).to(subject.device)
-                output = adapter.forward(module, batch)
-                logits = adapter.logits(output).float()
-                top = logits.topk(min(5, logits.shape[1]), dim=1).indices.tolist()
-                losses = adapter.losses(output, batch).tolist()
+                batch = adapter.batch(pixels, module).to(subject.device)
+                logits = adapter.logits(adapter.forward(module, batch))
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(left_out, -torch.inf)
+                top = logits.topk(likeliest, dim=1).indices.tolist()
+                truth = torch.tensor([labels[index] for index in indices], device=logits.device)
+                losses = F.cross_entropy(logits, truth, reduction="none").tolist()
                 predicted |= {index: Prediction(*each) for index, *each in zip(indices, top, losses, strict=True)}
         return predicted, reading
 

@@ -13,6 +13,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
+from pruneforge.data.classes import class_indices, read_mapping
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces import options
 from pruneforge.interfaces.source import Request, Source
@@ -78,6 +79,9 @@ class ImageSource(Source):
 
         balanced: bool = Field(False, description="draw as equally many images of each class as can be")
         strict: bool = Field(False, description="fail on a corrupt image instead of leaving it out with a count")
+        classes: str | None = Field(
+            None, description="JSON file that maps each folder or class of the data to an index or name of the head's"
+        )
 
     options: Options
 
@@ -93,6 +97,15 @@ class ImageSource(Source):
             PruneForgeError: There are none.
         """
 
+    def labels(self, images: ImageSet, processor: ImageProcessor) -> list[int | None]:
+        """Return each image's class as an index of the head, or `None` if it has none; see `class_indices`.
+
+        Raises:
+            PruneForgeError: The classes do not fit the head, or the file `classes` cannot be read.
+        """
+        mapping = None if self.options.classes is None else read_mapping(self.options.classes)
+        return class_indices(images, processor, mapping)
+
     def calibration(self, request: Request) -> Iterable[Mapping[str, Tensor]]:
         """Yield batches `{"pixel_values": float [samples, channels, height, width], "labels": int64 [samples]}`.
 
@@ -105,7 +118,7 @@ class ImageSource(Source):
         processor = image_processor(request.processor)
         images = self.images("calibration")
         order = draw_order(images, request.seed, self.options.balanced)
-        labels = class_indices(images, processor)
+        labels = self.labels(images, processor)
         self.reading = Reading()
         drawn: list[tuple[Tensor, int | None]] = []
         for index in request.progress.track(order, "reading images", request.samples):
@@ -221,49 +234,3 @@ def draw_order(images: ImageSet, seed: int, balanced: bool) -> list[int]:
         label = images.label(index)
         turn[index] = turns[label] = turns.get(label, -1) + 1
     return sorted(order, key=lambda index: turn[index])
-
-
-def class_indices(images: ImageSet, processor: ImageProcessor) -> list[int | None]:
-    """Return each image's class as an index of the head, or `None` if it has none.
-
-    If all class names of the data are among the head's (WordNet ids, for example), they map by name, so a folder may
-    hold a subset. Otherwise the data's classes, sorted by name, map to the head's in order, and their numbers must be
-    equal.
-
-    Raises:
-        PruneForgeError: The classes do not fit the head.
-    """
-    labels = [images.label(index) for index in range(len(images))]
-    if images.class_names is not None:
-        heads = dict(enumerate(_heads_classes(images.class_names, processor)))
-        # Unlabelled parts of hub data sets have -1 for every label.
-        return [heads.get(label) if isinstance(label, int) else None for label in labels]
-    class_names = sorted({label for label in labels if isinstance(label, str)})
-    if class_names:
-        position = dict(zip(class_names, _heads_classes(class_names, processor), strict=True))
-        return [position[label] if isinstance(label, str) else None for label in labels]
-    numbers = [label for label in labels if isinstance(label, int)]
-    if numbers and not 0 <= min(numbers) <= max(numbers) < processor.classes:
-        raise PruneForgeError(
-            f"labels run from {min(numbers)} to {max(numbers)}, and the head has {processor.classes} classes"
-        )
-    return [label if isinstance(label, int) else None for label in labels]
-
-
-def _heads_classes(class_names: Sequence[str], processor: ImageProcessor) -> list[int]:
-    """Return the head's index of each class of the data.
-
-    Raises:
-        PruneForgeError: The classes do not fit the head.
-    """
-    names = list(processor.names or [])
-    position = {name: index for index, name in enumerate(names)}
-    count = len(class_names)
-    if set(class_names) <= set(names) and len(position) == len(names):
-        return [position[name] for name in class_names]
-    if count == processor.classes:
-        return list(range(count))
-    known = f", called like {names[0]!r}" if names else ""
-    raise PruneForgeError(
-        f"the images have {count} classes, such as {class_names[0]!r}, and the head has {processor.classes}{known}"
-    )
