@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from pydantic import Field
 
 from pruneforge import Evaluator, Options, PruneForgeError, Subject
@@ -15,11 +18,14 @@ from pruneforge import Evaluator, Options, PruneForgeError, Subject
 ZERO_SHOT_7 = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """The seven tasks of the published zero-shot tables."""
 
+BATCH_ON_CPU = 8
+"""Prompts in a batch on the CPU unless another number is asked for."""
+
 
 class LMEval(Evaluator):
     """Any task lm-eval knows: `lm-eval:TASK[,TASK]`; `zero-shot-7` stands for the seven published ones.
 
-    Results, standard errors, task versions and shots are lm-eval's own.
+    Results, standard errors ("N/A" where lm-eval has none), task versions and shots are lm-eval's own, under its names.
     """
 
     argument: ClassVar[str | None] = "tasks"
@@ -27,6 +33,7 @@ class LMEval(Evaluator):
     measure = "mean_accuracy"
     higher_is_better = True
     share = True
+    measured = frozenset({"batch_size"})
 
     class Options(Options):
         """Options of the lm-eval evaluator."""
@@ -39,7 +46,10 @@ class LMEval(Evaluator):
     options: Options
 
     def evaluate(self, subject: Subject) -> dict[str, Any]:
-        """Return lm-eval's results by task, and their mean accuracy."""
+        """Return lm-eval's results by task, and their mean accuracy.
+
+        Items are the questions of tasks that have an accuracy, as TASK/NUMBER: whether each is right (1) or wrong (0).
+        """
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
@@ -52,14 +62,14 @@ class LMEval(Evaluator):
         names = self._names()
         manager = _task_manager(include)
         _check_known(names, manager)
-        # The harness has bars of its own, shown where ours are.
-        quiet = contextlib.nullcontext() if subject.progress.shown else contextlib.redirect_stderr(io.StringIO())
+        # The harness has bars of its own, shown where ours are. What else it prints must not stand among the results.
+        shown = sys.stderr if subject.progress.shown else io.StringIO()
         try:
-            with quiet:
+            with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
                 harness = HFLM(
                     pretrained=model.module,
                     tokenizer=model.processor,
-                    batch_size=subject.batch_size or 8,
+                    batch_size=subject.batch_size or usual_batch_size(subject.device),
                     device=str(subject.device),
                 )
                 outcome = lm_eval.simple_evaluate(
@@ -68,6 +78,7 @@ class LMEval(Evaluator):
                     task_manager=manager,
                     num_fewshot=self.options.num_fewshot,
                     limit=self.options.limit,
+                    log_samples=subject.items,
                     random_seed=subject.seed,
                     numpy_random_seed=subject.seed,
                     torch_random_seed=subject.seed,
@@ -76,7 +87,13 @@ class LMEval(Evaluator):
         except Exception as error:  # tasks, data sets and the harness each raise their own
             reason = " ".join(str(error).split())[:300]
             raise PruneForgeError(f"lm-eval cannot run {', '.join(names)}: {reason}") from error
-        return self._results(outcome, names)
+        results = self._results(outcome, names)
+        results["batch_size"] = next(iter(harness.batch_sizes.values()), harness.batch_size)
+        if subject.items:
+            results["items"], without = _items(outcome["samples"])
+            if without:
+                results["warnings"].append(f"questions of {', '.join(without)} have no accuracy, and are no items")
+        return results
 
     def _names(self) -> list[str]:
         names: list[str] = []
@@ -88,8 +105,7 @@ class LMEval(Evaluator):
 
     def _results(self, outcome: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
         results = {
-            task: {key: value for key, value in values.items() if isinstance(value, int | float | str)}
-            for task, values in outcome["results"].items()
+            task: {key: _plain(value) for key, value in values.items()} for task, values in outcome["results"].items()
         }
         accuracies = [float(results[task]["acc,none"]) for task in tasks if "acc,none" in results.get(task, {})]
         limited = (
@@ -103,6 +119,32 @@ class LMEval(Evaluator):
             "documents": {task: count["effective"] for task, count in outcome.get("n-samples", {}).items()},
             "warnings": limited,
         }
+
+
+def usual_batch_size(device: torch.device) -> int | str:
+    """Return the batch size where none is asked for: on a GPU "auto", the largest that lm-eval finds to fit.
+
+    Not on the CPU, where the search knows no end of memory: it tries five batches of 64 prompts as long as the longest
+    and takes 64, if the system has not ended the process.
+    """
+    return BATCH_ON_CPU if device.type == "cpu" else "auto"
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of numpy's as one of Python's, and everything else as it is."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _items(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[dict[str, list[Any]], list[str]]:
+    """Return a record of each question, and the tasks whose questions have no accuracy."""
+    right = {
+        f"{task}/{question['doc_id']}": float(question["acc"])
+        for task, questions in samples.items()
+        for question in questions
+        if question["filter"] == "none" and "acc" in question
+    }
+    with_accuracy = {name.rpartition("/")[0] for name in right}
+    return {"id": list(right), "acc": list(right.values())}, [task for task in samples if task not in with_accuracy]
 
 
 @functools.cache

@@ -55,6 +55,11 @@ class Case:
         cpu, registry = torch.device("cpu"), loaded_plugins().registry
         return self.evaluator.evaluate(Subject(model or self.model(), cpu, batch_size, 0, registry, items=items))
 
+    def values(self, batch_size: int | None = 2) -> dict[str, Any]:
+        """Return each single value of the results by its full name, without what differs between two evaluations."""
+        results = self.results(batch_size=batch_size)
+        return dict(_values({name: value for name, value in results.items() if name not in self.evaluator.measured}))
+
 
 def cases(evaluator: Evaluator) -> Sequence[Case]:
     """Return the evaluator with the first example, of one of each adapter, that it takes."""
@@ -84,18 +89,18 @@ def results_are_what_json_holds(case: Case) -> None:
 
 
 def the_same_twice(case: Case) -> None:
-    """Check that two evaluations agree, but for what they call seconds, whatever the global random numbers are."""
+    """Check that two evaluations agree, but for what they measure, whatever the global random numbers are."""
     found = []
     for seed in (1, 2):
         with seeded_globally(seed):
-            found.append(dict(_values(case.results())))
+            found.append(case.values())
     differing = [name for name in found[0].keys() | found[1].keys() if found[0].get(name) != found[1].get(name)]
     assert not differing, f"{', '.join(sorted(differing))} differ between two evaluations; draw by `subject.seed`"
 
 
 def the_batch_size_has_no_say(case: Case) -> None:
     """Check that numbers agree to a millionth, one sample at a time and several together."""
-    one, several = (dict(_values(case.results(batch_size=size))) for size in (1, 3))
+    one, several = (case.values(batch_size=size) for size in (1, 3))
     for name, value in one.items():
         other = several.get(name)
         if isinstance(value, float) and isinstance(other, float):
@@ -147,7 +152,7 @@ def the_model_stays_as_it_is(case: Case) -> None:
 
 
 def _values(results: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield each single value of nested results by its full name, without measured times."""
+    """Yield each single value of nested results by its full name, without times."""
     items: Any = results.items() if isinstance(results, Mapping) else enumerate(results)
     for key, value in items:
         full = f"{name}.{key}" if name else str(key)

@@ -12,7 +12,9 @@ from reference import perplexity
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pruneforge
-from pruneforge import PruneForgeError
+from pruneforge import Example, PruneForgeError
+from pruneforge.testing import run_checks
+from pruneforge.testing.evaluator import Case
 
 
 def test_perplexity_is_the_plain_computation(checkpoint, tmp_path):
@@ -134,43 +136,46 @@ def test_options_of_the_source_reach_it(checkpoint, tmp_path):
     assert found["windows"] > 2
 
 
+def sums(numbers) -> list[dict[str, object]]:
+    """Questions of which a model gets some right, since the answer's place among the choices varies."""
+    choices = {i: [str(2 * i), "many", "none"] for i in numbers}
+    return [{"question": f"{i} plus {i} is", "choices": choices[i], "answer": i % 3} for i in numbers]
+
+
 @pytest.fixture(scope="module")
 def local_task(tmp_path_factory):
-    """A multiple-choice task over local data, in lm-eval's own format; for each folder all tasks are read again."""
+    """Multiple-choice tasks over local data, in lm-eval's own format; for each folder all tasks are read again."""
     tmp_path = tmp_path_factory.mktemp("local")
-    questions = [
-        {"question": f"{i} plus {i} is", "choices": [str(2 * i), "many", "none"], "answer": 0} for i in range(6)
-    ]
-    data = tmp_path / "questions.jsonl"
-    data.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    for split, numbers in (("test", range(9)), ("train", range(20, 23))):
+        lines = [json.dumps(question) + "\n" for question in sums(numbers)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
     folder = tmp_path / "tasks"
     folder.mkdir()
-    (folder / "sums.yaml").write_text(
-        f"""
-task: sums
+    task = f"""
 dataset_path: json
 dataset_kwargs:
   data_files:
-    test: {data}
+    test: {tmp_path / "test.jsonl"}
+    train: {tmp_path / "train.jsonl"}
 test_split: test
+fewshot_split: train
+fewshot_config:
+  sampler: first_n
 output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: answer
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
 metadata:
   version: 1.0
+metric_list:
 """
-    )
-    return folder, questions
+    (folder / "sums.yaml").write_text(f"task: sums\n{task}  - metric: acc\n")
+    (folder / "likely.yaml").write_text(f"task: likely\n{task}  - metric: brier_score\n")
+    return folder
 
 
-def test_lm_eval_runs_a_local_task(checkpoint, local_task):
-    folder, questions = local_task
-    found = pruneforge.evaluate(checkpoint, "lm-eval:sums", include_path=folder, dtype="float32")
+def right_answers(checkpoint, prompt="") -> list[int]:
+    """Whether the right choice of each question is the likeliest, 1 or 0, one choice at a time in float32."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 
@@ -180,18 +185,65 @@ def test_lm_eval_runs_a_local_task(checkpoint, local_task):
             logits = model(torch.tensor([whole])).logits[0].log_softmax(-1)
         return sum(logits[i - 1, whole[i]].item() for i in range(len(prompt), len(whole)))
 
-    right = [
-        max(range(3), key=lambda c: log_likelihood(q["question"], q["choices"][c])) == q["answer"] for q in questions
-    ]
-    assert found["results"]["sums"]["acc,none"] == pytest.approx(sum(right) / len(right))
-    assert found["mean_accuracy"] == found["results"]["sums"]["acc,none"]
-    assert math.isfinite(found["results"]["sums"]["acc_stderr,none"])
-    assert found["documents"] == {"sums": 6}
-    assert found["recipe"]["options"]["include_path"] == str(folder)
+    def answer(question):
+        return max(range(3), key=lambda c: log_likelihood(prompt + question["question"], question["choices"][c]))
+
+    return [int(answer(question) == question["answer"]) for question in sums(range(9))]
+
+
+def test_lm_eval_runs_a_local_task(checkpoint, local_task):
+    asked = {"include_path": local_task, "dtype": "float32", "items": True}
+    found = pruneforge.evaluate(checkpoint, "lm-eval:sums", **asked)
+    right = right_answers(checkpoint)
+    assert 0 < sum(right) < 9
+    assert found["items"] == {"id": [f"sums/{number}" for number in range(9)], "acc": right}
+    results = found["results"]["sums"]
+    assert results["acc,none"] == found["mean_accuracy"] == pytest.approx(sum(right) / 9)
+    deviation = math.sqrt(sum((value - sum(right) / 9) ** 2 for value in right) / 8)
+    assert results["acc_stderr,none"] == pytest.approx(deviation / 3)
+    assert found["documents"] == {"sums": 9}
+    assert found["recipe"]["options"]["include_path"] == str(local_task)
+
+
+def test_lm_eval_gives_examples_in_the_prompt(checkpoint, local_task):
+    asked = {"include_path": local_task, "dtype": "float32", "items": True, "num_fewshot": 2}
+    found = pruneforge.evaluate(checkpoint, "lm-eval:sums", **asked)
+    shown = [f"{shot['question']} {shot['choices'][shot['answer']]}\n\n" for shot in sums(range(20, 22))]
+    assert found["items"]["acc"] == right_answers(checkpoint, "".join(shown))
+    assert found["shots"] == {"sums": 2}
+
+
+def test_questions_without_an_accuracy_are_no_items(checkpoint, local_task):
+    found = pruneforge.evaluate(checkpoint, "lm-eval:likely,sums", include_path=local_task, limit=2, items=True)
+    assert found["items"]["id"] == ["sums/0", "sums/1"]
+    assert found["results"]["likely"]["brier_score,none"] > 0
+    assert found["results"]["likely"]["brier_score_stderr,none"] == "N/A"
+    assert found["warnings"][1] == "questions of likely have no accuracy, and are no items"
+
+
+def test_the_batch_size_that_lm_eval_used_is_reported(checkpoint, local_task, monkeypatch, capsys):
+    from pruneforge_lm_eval import evaluator
+
+    def used(**asked):
+        return pruneforge.evaluate(checkpoint, "lm-eval:sums", include_path=local_task, limit=2, **asked)["batch_size"]
+
+    assert (used(), used(batch_size=3)) == (8, 3)
+    assert evaluator.usual_batch_size(torch.device("cuda", 0)) == "auto"
+    monkeypatch.setattr(evaluator, "usual_batch_size", lambda device: "auto")
+    capsys.readouterr()
+    assert used() == 64  # the most that the harness tries
+    assert capsys.readouterr().out == ""  # where the command prints JSON
+
+
+def test_lm_eval_keeps_the_promises_of_evaluators(checkpoint, local_task):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    evaluator = pruneforge.create("evaluator", "lm-eval:sums", include_path=str(local_task))
+    case = Case(evaluator, pruneforge.create("adapter", "llama"), Example("the demo's", model, tokenizer, []))
+    assert {said for _, said in run_checks([case])} == {None}
 
 
 def test_lm_eval_limit_is_applied_and_said(checkpoint, local_task):
-    found = pruneforge.evaluate(checkpoint, "lm-eval:sums", include_path=local_task[0], limit=2)
+    found = pruneforge.evaluate(checkpoint, "lm-eval:sums", include_path=local_task, limit=2)
     assert found["documents"] == {"sums": 2}
     assert "first 2 documents" in found["warnings"][0]
 

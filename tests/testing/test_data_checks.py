@@ -226,6 +226,15 @@ class Timed(Steady):
         return {**super().evaluate(subject), "samples_per_second": next(self.calls)}
 
 
+class Measuring(Steady):
+    """Says what it measured, which the batch size decides."""
+
+    measured = frozenset({"size"})
+
+    def evaluate(self, subject):
+        return {**super().evaluate(subject), "size": {"batch": subject.batch_size, "call": next(Timed.calls)}}
+
+
 class ByBatch(Steady):
     """The mean over batches, of which the last is smaller."""
 
@@ -316,7 +325,7 @@ EVALUATORS = {
 }
 
 
-@pytest.mark.parametrize("good", [Steady, Timed, Itemised])
+@pytest.mark.parametrize("good", [Steady, Timed, Measuring, Itemised])
 def test_a_good_evaluator_passes_everything(good):
     assert check_evaluator(good()) is None
 
