@@ -105,7 +105,10 @@ class Plugins:
             raise PruneForgeError(f"plugin file {origin!r} failed to load: {error.strip().splitlines()[-1]}")
 
     def describe(self, *names: str) -> list[dict[str, Any]]:
-        """Return what is registered, all or by name, with options or why it cannot be imported, as JSON types."""
+        """Return what is registered, all or by name, as JSON types.
+
+        Each with its options, or why it cannot be imported, and what it lacks to be used.
+        """
         entries = (entry for kind in KINDS for entry in self.registry.entries(kind))
         return [_described(entry) for entry in entries if not names or entry.name in names]
 
@@ -147,6 +150,7 @@ class Plugins:
 
 def _described(entry: Entry) -> dict[str, Any]:
     item: dict[str, Any] = {"kind": entry.kind, "name": entry.name, "plugin": entry.plugin, "error": None}
+    item["lacking"] = entry.lacking()
     try:
         cls = entry.load()
     except PruneForgeError as error:

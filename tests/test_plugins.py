@@ -339,10 +339,17 @@ def test_the_list_says_what_cannot_be_used_without_importing_it(tmp_path, monkey
     registry.metric("three", "has_one.none:Three")
     registry.metric("four", "fails_early.part:Four")
     registry.metric("five", "has_one.part:One", library="no_such_library", extra="more")
+    registry.metric("six", "fails_early.part:Six", library="no_such_library", extra="more")
     said = {entry.name: entry.summary() for entry in registry.entries("metric")}
     assert said["one"] == "First."
     assert said["two"].endswith("there is no Two")
     assert said["three"].endswith("there is no has_one.none")
     assert said["four"].endswith("RuntimeError: rotten")
-    assert "needs no_such_library" in said["five"]
+    assert said["five"] == "First."
     assert "has_one.part" not in sys.modules
+    lacking = {entry.name: entry.lacking() for entry in registry.entries("metric")}
+    assert lacking["one"] is None
+    assert lacking["five"] == "metric 'five' needs no_such_library, which is not installed"
+    assert registry.get("metric", "five").load().__name__ == "One"  # which describes itself all the same
+    with pytest.raises(PruneForgeError, match=r"^metric 'six' needs no_such_library, which is not installed$"):
+        registry.get("metric", "six").load()

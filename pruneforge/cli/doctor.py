@@ -61,6 +61,7 @@ def examine() -> dict[str, dict[str, Any]]:
             "bfloat16 on the CPU": _works(lambda: torch.ones(2, 2, dtype=torch.bfloat16) @ torch.ones(2, 2).bfloat16()),
             "factorisation": _works(lambda: torch.linalg.cholesky(torch.eye(4))),
             "every registered name": _imports(),
+            "without their library": ", ".join(_named("lacking")) or "none",
         },
     }
 
@@ -74,7 +75,12 @@ def _works(attempt: Any) -> str:
 
 
 def _imports() -> str:
+    broken = _named("error")
+    return f"cannot be imported: {', '.join(broken)}" if broken else "imports"
+
+
+def _named(why: str) -> list[str]:
+    """Return the registered names with something under `why` in their description."""
     from pruneforge.plugins import loaded_plugins
 
-    broken = [f"{item['kind']} {item['name']}" for item in loaded_plugins().describe() if item["error"]]
-    return f"cannot be imported: {', '.join(broken)}" if broken else "imports"
+    return [f"{item['kind']} {item['name']}" for item in loaded_plugins().describe() if item[why]]

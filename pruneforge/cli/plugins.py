@@ -11,7 +11,6 @@ from rich.table import Table
 from pruneforge.cli import common
 
 if TYPE_CHECKING:
-    from pruneforge.interfaces.registry import Entry
     from pruneforge.interfaces.shipped import Shipped
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -39,7 +38,7 @@ def plugins(
     `pruneforge compare` runs studies by their names.
     """
     from pruneforge.errors import unknown_name
-    from pruneforge.interfaces.registry import KINDS, plural
+    from pruneforge.interfaces.registry import KINDS, Entry, plural
     from pruneforge.plugins import loaded_plugins
 
     installed = loaded_plugins()
@@ -73,7 +72,10 @@ def plugins(
                 continue
             table = _table(plural(kind), "name", "what it is", "plugin")
             for each in listed:
-                table.add_row(each.name, each.summary(), f"{each.plugin} ({origins.get(each.plugin, '')})")
+                lacking = each.lacking() if isinstance(each, Entry) else None
+                said = "
+".join(filter(None, [each.summary(), lacking]))
+                table.add_row(each.name, said, f"{each.plugin} ({origins.get(each.plugin, '')})")
             common.console.print(table)
     for plugin in installed.loaded:
         if plugin.error:
@@ -84,7 +86,8 @@ def plugins(
 
 def _details(item: dict[str, Any]) -> Table:
     """Return the options of one registered class, under what it is."""
-    table = _table(f"{item['kind']} {item['name']}: {item['summary']}", "option", "type", "default", "meaning")
+    title = "\n".join(filter(None, [f"{item['kind']} {item['name']}: {item['summary']}", item["lacking"]]))
+    table = _table(title, "option", "type", "default", "meaning")
     for option in item["options"]:
         default = "required" if option["required"] else str(option["default"])
         table.add_row(option["name"], option["type"], default, option["description"].replace("[", "\\["))

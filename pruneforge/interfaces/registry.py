@@ -55,21 +55,19 @@ class Entry:
     distribution: str = ""
 
     def load(self) -> type[Configurable]:
-        """Import and return the class.
+        """Import and return the class, which may describe itself without the library that it needs.
 
         Raises:
             PruneForgeError: The target cannot be imported, naming the plugin, or what has to be installed for it.
         """
-        lacking = self._lacking()
-        if lacking is not None:
-            raise PruneForgeError(lacking)
         if not isinstance(self.target, str):
             return self.target
         try:
             return imported(self.target)
         except Exception as error:  # a plugin's module may fail in any way
             raise PruneForgeError(
-                f"{self.kind} {self.name!r} of plugin {self.plugin!r} cannot be imported from {self.target}: "
+                self.lacking()
+                or f"{self.kind} {self.name!r} of plugin {self.plugin!r} cannot be imported from {self.target}: "
                 f"{type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
 
@@ -79,13 +77,10 @@ class Entry:
         return self.target.partition(":")[0] if isinstance(self.target, str) else self.target.__module__
 
     def summary(self) -> str:
-        """Return the first line of the class's own docstring, or why the class cannot be used as far as that shows.
+        """Return the first line of the class's own docstring, or why it cannot be imported as far as that shows.
 
         It is read from the source: importing the class may import libraries that take seconds.
         """
-        lacking = self._lacking()
-        if lacking is not None:
-            return f"cannot be used: {lacking}"
         if not isinstance(self.target, str):
             return (self.target.__doc__ or "").strip().partition("\n")[0]
         module, _, name = self.target.partition(":")
@@ -100,7 +95,7 @@ class Entry:
         classes = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
         return next(((ast.get_docstring(node) or "").partition("\n")[0] for node in classes), "")
 
-    def _lacking(self) -> str | None:
+    def lacking(self) -> str | None:
         """Return that the library is not installed and how to install it, or `None`."""
         if self.library is None or importlib.util.find_spec(self.library.partition(".")[0]) is not None:
             return None
@@ -249,12 +244,17 @@ class Registry:
             options: Option names and values.
 
         Raises:
-            PruneForgeError: The kind or the name is unknown, takes no argument, or an option is wrong.
+            PruneForgeError: The kind or the name is unknown, lacks its library, takes no argument, or an option is
+                wrong.
         """
         if kind not in KINDS:
             raise unknown_name("kind of plugin", kind, KINDS)
         name, colon, argument = spec.partition(":")
-        cls = self.get(kind, name).load()
+        entry = self.get(kind, name)
+        lacking = entry.lacking()
+        if lacking is not None:
+            raise PruneForgeError(lacking)
+        cls = entry.load()
         values = dict(options or {})
         if colon:
             if cls.argument is None:

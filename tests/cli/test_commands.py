@@ -156,6 +156,7 @@ def test_doctor_says_what_works():
     found = json.loads(done.stdout)
     assert set(found) == {"versions", "machine", "plugins", "registered", "cache", "works here"}
     assert found["works here"]["every registered name"] == "imports"
+    assert "perplexity" not in found["works here"]["without their library"]
     assert found["versions"]["torch"]
     assert "works here" in shell("doctor").stdout
 
