@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pruneforge.interfaces.metric import Metric as Metric
     from pruneforge.interfaces.metric import Pruned as Pruned
     from pruneforge.interfaces.objective import Objective as Objective
+    from pruneforge.interfaces.observer import Observer as Observer
     from pruneforge.interfaces.options import Options as Options
     from pruneforge.interfaces.patterns import NM as NM
     from pruneforge.interfaces.patterns import Pattern as Pattern
@@ -93,6 +94,7 @@ _MODULES = {
     "interfaces.layer": ("Layer", "PointwiseConvLayer", "SlicedLayer", "TransposedLayer", "find_layers"),
     "interfaces.metric": ("Metric", "Pruned"),
     "interfaces.objective": ("Objective",),
+    "interfaces.observer": ("Observer",),
     "interfaces.options": ("Options",),
     "interfaces.patterns": ("NM", "Pattern", "Unstructured"),
     "interfaces.products": ("Product",),

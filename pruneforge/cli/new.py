@@ -12,7 +12,7 @@ import typer
 from pruneforge.cli import common, templates
 from pruneforge.errors import PruneForgeError
 
-Kind = Literal["metric", "allocator", "refiner", "recovery", "objective", "adapter", "source", "evaluator"]
+Kind = Literal["metric", "allocator", "refiner", "recovery", "objective", "adapter", "source", "evaluator", "observer"]
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -41,7 +41,7 @@ def new(
         raise PruneForgeError(f"{name!r} cannot be a plugin's name; use lower-case letters, digits and underscores")
     title = "".join(part.capitalize() for part in name.split("_"))
     package = f"pruneforge_{name}"
-    command = "plugins" if kind == "objective" else "check"  # there are no checks of objectives
+    command = "plugins" if kind in templates.UNCHECKED else "check"
     values = {"kind": kind, "name": name, "title": title, "package": package, "distribution": package.replace("_", "-")}
     values["try"] = f"pruneforge {command} {name}"
     method = f'"""The {kind} {name}."""\n\n{templates.METHODS[kind]}'

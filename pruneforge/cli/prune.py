@@ -33,6 +33,8 @@ pruneforge prune MODEL --metric NAME,OTHER --option OTHER.power=2 --propagate de
 
 pruneforge prune MODEL --metric NAME --calibration c4 --output pruned --profile
 
+pruneforge prune MODEL --metric NAME --calibration c4 --output pruned --observe TRACKER:PROJECT
+
 pruneforge prune MODEL --metric NAME --calibration c4 --dry-run
 
 pruneforge prune MODEL --metric NAME --calibration c4 --output pruned --resume
@@ -107,8 +109,9 @@ def prune(
     lists them.
     """
     asked = settings(ctx) | {"progress": True}
-    if len(asked.get("refine", ())) > 1:
-        asked["refine_options"] = _by_name(asked.get("refine_options", {}), "--refine-option")
+    for listed in ("refine", "observe"):
+        if len(asked.get(listed, ())) > 1:
+            asked[f"{listed}_options"] = _by_name(asked.get(f"{listed}_options", {}), f"--{listed}-option")
     metrics, patterns = _parts(metric), _parts(pattern)
     sparsities = [_sparsity(part) for part in _parts(sparsity)]
     several = max(len(metrics), len(sparsities), len(patterns)) > 1

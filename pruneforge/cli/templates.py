@@ -117,6 +117,40 @@ class $title(Objective):
             return entropy.mean(1)
         return (entropy * batch.valid).sum(1) / batch.valid.sum(1)
 ''',
+    "observer": '''import json
+from pathlib import Path
+
+from pydantic import Field
+from pruneforge import Observer
+
+
+class $title(Observer):
+    """Appends a line of JSON for each thing that happens to a file."""
+
+    class Options(Observer.Options):
+        """Options of $name."""
+
+        file: Path = Field(Path("runs.jsonl"), description="file to write to")
+
+    options: Options
+
+    def start(self, name, config):
+        """Begin the log of a run."""
+        self._run = name
+        self._write(config=dict(config))
+
+    def log(self, step, values):
+        """Log a pruned block."""
+        self._write(step=step, values=dict(values))
+
+    def close(self, summary):
+        """End the log; without a summary the run failed."""
+        self._write(summary=None if summary is None else dict(summary))
+
+    def _write(self, **entry):
+        with open(self.options.file, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"run": self._run, **entry}) + "\\n")
+''',
     "source": '''from pydantic import Field
 from pruneforge import TextSource
 
@@ -328,8 +362,28 @@ def test_$name():
     assert torch.allclose($title().losses(logits[1:2], batch.part(slice(1, 2))), losses[1:2])
 '''
 
-TESTS = {kind: OBJECTIVE if kind == "objective" else CHECKED for kind in METHODS}
-"""Tests of each kind, by the kit where it has checks of it."""
+OBSERVER = '''"""The observer writes what it is given."""
+
+import json
+
+from $package.$kind import $title
+
+
+def test_$name(tmp_path):
+    observer = $title(file=tmp_path / "log")
+    observer.start("mine", {"metric": "magnitude"})
+    observer.log(0, {"block/sparsity": 0.5})
+    observer.close(None)
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [line["run"] for line in lines] == ["mine"] * 3
+    assert lines[1]["values"] == {"block/sparsity": 0.5}
+'''
+
+UNCHECKED = {"objective": OBJECTIVE, "observer": OBSERVER}
+"""Tests of the kinds that the kit has no checks of."""
+
+TESTS = {kind: UNCHECKED.get(kind, CHECKED) for kind in METHODS}
+"""Tests of each kind."""
 
 PYPROJECT = """[build-system]
 requires = ["hatchling"]

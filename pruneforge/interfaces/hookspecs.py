@@ -21,7 +21,7 @@ hookimpl = pluggy.HookimplMarker("pruneforge")
 
 @hookspec
 def pruneforge_register(registry: Registry) -> None:
-    """Register the plugin's metrics, allocators, refiners, recoveries, objectives, adapters, sources and so on.
+    """Register the plugin's metrics, allocators, refiners, recoveries, objectives, adapters, observers and so on.
 
     Called once, when plugins are discovered. Give names and `"module:Class"` targets; the module is
     imported when somebody asks for the name, so a plugin's own package stays cheap to import.

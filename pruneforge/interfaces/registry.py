@@ -23,6 +23,7 @@ KINDS = {
     "refiner": "pruneforge.interfaces.refiner:Refiner",
     "recovery": "pruneforge.interfaces.recovery:Recovery",
     "objective": "pruneforge.interfaces.objective:Objective",
+    "observer": "pruneforge.interfaces.observer:Observer",
 }
 """What a plugin can register, each kind with its base class; a new kind is a line here and a method of `Registry`."""
 
@@ -114,7 +115,7 @@ def imported(target: str) -> Any:
 
 
 class Registry:
-    """Metrics, allocators, refiners, recoveries, objectives, adapters, sources, evaluators and demos by name.
+    """Metrics, allocators, refiners, recoveries, objectives, adapters, sources, evaluators, demos, observers by name.
 
     Besides these classes a plugin may register files: studies, and published numbers. A plugin fills it in its
     `pruneforge_register` hook. What needs a library that a plain installation of the plugin does not bring is
@@ -172,6 +173,10 @@ class Registry:
     def published(self, target: str | Path) -> None:
         """Register published numbers, which reports show beside measured ones: a YAML file, given as for `study`."""
         self._place(Shipped("published", str(target), target, self.plugin), self._files["published"])
+
+    def observer(self, name: str, target: str | type[Configurable], **needs: str) -> None:
+        """Register a `pruneforge.Observer`."""
+        self._add("observer", name, target, **needs)
 
     def _add(
         self,

@@ -14,6 +14,7 @@ from pruneforge.interfaces.allocator import Allocator
 from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.metric import Metric
 from pruneforge.interfaces.objective import Objective
+from pruneforge.interfaces.observer import Observer
 from pruneforge.interfaces.options import Configurable
 from pruneforge.interfaces.patterns import Pattern, Scope, Unstructured
 from pruneforge.interfaces.recipe import Propagate, PruneRecipe
@@ -85,6 +86,7 @@ class Run:
         excluded: Layers of the blocks that the user left out; they stay dense.
         warnings: Warnings for the user, one line each.
         plugins: Distribution, version and source hash of each package that makes the method, as the run began.
+        observers: Log the run elsewhere.
         profile: Time and memory by stage and block; runs that share forward passes share it.
         output: What takes the finished blocks.
         finished: Number of blocks, from the first, that an earlier process of the same run has finished.
@@ -111,6 +113,7 @@ class Run:
     excluded: list[Layer] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     plugins: dict[str, dict[str, str]] = field(default_factory=dict)
+    observers: list[Observer] = field(default_factory=list)
     profile: Profile = field(default_factory=Profile)
     output: Output = field(default_factory=Output)
     finished: int = 0

@@ -26,6 +26,7 @@ from pruneforge.profile import Profile
 from pruneforge.progress import Progress, as_progress
 from pruneforge.runs.in_memory import prune_in_memory
 from pruneforge.runs.loading import in_evaluation_mode, load_model, parse_device, parse_dtype
+from pruneforge.runs.observers import make_observers
 from pruneforge.runs.parts import Metrics, make_methods
 from pruneforge.runs.plan import make_runs, split_excluded
 from pruneforge.runs.provenance import plugin_sources
@@ -83,7 +84,8 @@ class Job:
                 if session.loaded.checkpoint is not None:
                     return prune_streamed(session)
                 self._refuse_what_streams(session.loaded.note or "this one is not")
-                return [prune_in_memory(session, self.runs[0])]
+                with session.observed(self.runs):
+                    return [prune_in_memory(session, self.runs[0])]
 
     def open(self, group: Group, streamed: bool) -> Session:
         """Load the model and the calibration data, and give the runs their blocks.
@@ -107,6 +109,7 @@ class Job:
         for run in self.runs:
             run.blocks, run.excluded, run.profile = blocks, excluded, profile
             run.plugins = plugin_sources(run, loaded.adapter)
+            run.observers = run.observers if group.first else []
             run.warnings += [loaded.note] if loaded.note else []
             for used in (data, *streams.values()) if run.uses_data else ():
                 run.warnings += used.warnings
@@ -163,6 +166,7 @@ def make_job(
         runs = make_runs(recipes, methods, patterns, folder)
     for run in runs:
         run.wants_details = resources.details
+        run.observers = make_observers(resources.observe, resources.observe_options, installed.registry)
         if run.uses_data and calibration is None:
             raise PruneForgeError(f"{_what_needs_data(run)} needs calibration data; pass `calibration` SOURCE or PATH")
     asked_objective = next(iter(methods.values())).objective

@@ -63,6 +63,8 @@ def prune(  # noqa: D417 -- the settings are described where they are declared
     gradient_cache: str | Path | None = None,
     profile: bool = False,
     details: bool = False,
+    observe: str | Sequence[str] = (),
+    observe_options: Mapping[str, Any] | None = None,
     progress: bool | Progress = False,
     processor: Any = None,
 ) -> PruneResult:

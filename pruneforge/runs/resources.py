@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from pruneforge.progress import Progress
 
@@ -49,7 +49,20 @@ class Resources(BaseModel):
         description="Measure the error of each layer's output and the distribution of its scores for the report; takes "
         "calibration data and the time of their Gram matrices.",
     )
+    observe: list[str] = Field(
+        default_factory=list,
+        description="Name of an observer that logs the run, or name:project; `pruneforge plugins` lists them.",
+    )
+    observe_options: dict[str, Any] = Field(
+        default_factory=dict, description="Options of the observer; of several observers, by name."
+    )
     progress: bool | Progress = Field(False, exclude=True, description="True for bars on a terminal.")
+
+    @field_validator("observe", mode="before")
+    @classmethod
+    def _one_observer(cls, asked: Any) -> Any:
+        """Take one observer as a text."""
+        return [asked] if isinstance(asked, str) else asked
 
     @property
     def budgets(self) -> Budgets:

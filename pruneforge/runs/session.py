@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from pruneforge.interfaces.run import BlockResult, Run
 from pruneforge.memory import PeakMemory
 from pruneforge.profile import PROFILE_FILE, Profile
 from pruneforge.progress import Progress
+from pruneforge.runs import observers
 from pruneforge.runs.recipe_file import save_recipe
 from pruneforge.runs.report import make_report, save_report
 from pruneforge.runs.resources import Resources
@@ -77,12 +80,17 @@ class Session:
         batches = [batch for data in self.batches.values() for batch in data]
         return self.resources.budgets.for_activations(runs, self.loaded, batches, self.device)
 
+    def observed(self, runs: Sequence[Run]) -> AbstractContextManager[None]:
+        """Have the observers of some runs log them within the context."""
+        return observers.observing(runs, several=len(self.runs) > 1)
+
     def block_pruned(self, run: Run, result: BlockResult) -> None:
-        """Tell the plugins of a finished block."""
+        """Tell observers and plugins of a finished block."""
+        observers.block_pruned(run, result)
         self.hook.pruneforge_block_pruned(run=run, result=result)
 
     def finish(self, run: Run, identity: dict[str, Any], together: int) -> dict[str, Any]:
-        """Make the report of a run whose blocks are all pruned, and tell the plugins.
+        """Make the report of a run whose blocks are all pruned, and tell observers and plugins.
 
         Args:
             run: The run.
@@ -93,6 +101,7 @@ class Session:
             run, self.loaded, self.fingerprint, self.description_of(run) or None, self.peak.read(), identity
         )
         run.report["measured"]["patterns_at_once"] = together
+        observers.finished(run, run.report)
         self.hook.pruneforge_run_finished(run=run, report=run.report)
         return run.report
 

@@ -55,6 +55,7 @@ def _prune(session: Session, outputs: Sequence[StreamedOutput]) -> None:
     with ExitStack() as opened:
         for output in outputs:
             opened.enter_context(output.opened())
+        opened.enter_context(session.observed(runs))
         for output in outputs:  # once every folder is known to take its run
             output.prepare()
         with session.profile.stage("total"):

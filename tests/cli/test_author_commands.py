@@ -12,7 +12,7 @@ import pytest
 import torch
 from commands import invoke
 
-KINDS = ["metric", "allocator", "refiner", "recovery", "objective", "adapter", "source", "evaluator"]
+KINDS = ["metric", "allocator", "refiner", "recovery", "objective", "adapter", "source", "evaluator", "observer"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -30,7 +30,9 @@ def test_a_new_plugin_works_and_its_tests_pass_at_once(kind, tmp_path, monkeypat
     assert f'\n{name} = "pruneforge_{name}"\n' in (folder / "pyproject.toml").read_text()
     done = invoke("new", kind, f"single{kind}", "--single-file")
     assert done.exit_code == 0, done.output
-    checked = invoke("plugins" if kind == "objective" else "check", f"single{kind}", "-p", f"single{kind}.py")
+    checked = invoke(
+        "plugins" if kind in ("objective", "observer") else "check", f"single{kind}", "-p", f"single{kind}.py"
+    )
     assert checked.exit_code == 0, checked.output
     assert f"single{kind}" in checked.output
     for wrong, said in (
