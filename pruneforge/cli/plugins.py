@@ -73,8 +73,7 @@ def plugins(
             table = _table(plural(kind), "name", "what it is", "plugin")
             for each in listed:
                 lacking = each.lacking() if isinstance(each, Entry) else None
-                said = "
-".join(filter(None, [each.summary(), lacking]))
+                said = "\n".join(filter(None, [each.summary(), lacking]))
                 table.add_row(each.name, said, f"{each.plugin} ({origins.get(each.plugin, '')})")
             common.console.print(table)
     for plugin in installed.loaded:
