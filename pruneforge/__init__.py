@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from pruneforge.runs.prune import load as load
     from pruneforge.runs.prune import prune as prune
     from pruneforge.runs.prune import prune_each as prune_each
+    from pruneforge.runs.push import push as push
     from pruneforge.runs.result import PruneResult as PruneResult
 
 _MODULES = {
@@ -130,6 +131,7 @@ _MODULES = {
     "runs.evaluate": ("evaluate",),
     "runs.inspect": ("diff", "inspect"),
     "runs.prune": ("load", "prune", "prune_each"),
+    "runs.push": ("push",),
     "runs.result": ("PruneResult",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

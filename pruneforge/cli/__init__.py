@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from pruneforge.cli import check, common, compare, demo, doctor, evaluate, inspect, new, plugins, prune, settings
+from pruneforge.cli import check, common, compare, demo, doctor, evaluate, inspect, new, plugins, prune, push, settings
 from pruneforge.errors import PruneForgeError
 
 USER_ERROR = 2
@@ -48,6 +48,7 @@ app.command(cls=evaluate.Command, name="eval", epilog=evaluate.EXAMPLES)(evaluat
 app.command(cls=compare.Command, epilog=compare.EXAMPLES)(compare.compare)
 app.command(cls=settings.SettingsCommand, epilog=inspect.INSPECT_EXAMPLES)(inspect.inspect)
 app.command(cls=settings.SettingsCommand, epilog=inspect.DIFF_EXAMPLES)(inspect.diff)
+app.command(cls=settings.SettingsCommand, epilog=push.EXAMPLES)(push.push)
 app.command(cls=settings.SettingsCommand, epilog=plugins.EXAMPLES)(plugins.plugins)
 app.command(cls=settings.SettingsCommand, epilog=check.EXAMPLES)(check.check)
 app.command(cls=settings.SettingsCommand, epilog=new.EXAMPLES)(new.new)

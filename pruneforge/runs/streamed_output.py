@@ -28,10 +28,13 @@ from pruneforge.numerics import all_finite, zeroed
 from pruneforge.profile import PROFILE_FILE
 from pruneforge.runs import recipe_file as recipes
 from pruneforge.runs import report as reports
+from pruneforge.runs.card import CARD_FILE
 from pruneforge.runs.session import Session
 
-OWN_FILES = frozenset({masks.MASKS_FILE, reports.REPORT_FILE, recipes.RECIPE_FILE, PROFILE_FILE, JOURNAL_FILE})
-"""Files that pruning adds, which are not copied when a pruned model is pruned again."""
+OWN_FILES = frozenset(
+    {masks.MASKS_FILE, reports.REPORT_FILE, recipes.RECIPE_FILE, PROFILE_FILE, JOURNAL_FILE, CARD_FILE}
+)
+"""Files of a pruned model's own, which are not copied from the model that is pruned: the card is about that one."""
 
 WAITING = ".activations-"
 """Prefix of the folders, one per process, in the output, for hidden states that do not fit in memory."""

@@ -1,0 +1,138 @@
+"""Cards of what is published: a model's, made from its report, and a study's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from pruneforge.errors import PruneForgeError
+from pruneforge.plugins import loaded_plugins
+
+CARD_FILE = "README.md"
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+TAGS = ["pruneforge", "pruning", "sparsity"]
+
+
+def model_card(report: Mapping[str, Any], title: str) -> str:
+    """Return the card of a pruned model.
+
+    Args:
+        report: The report of the run.
+        title: What the model is called.
+    """
+    base = report["recipe"]["model"]
+    known = {"base_model": base.removeprefix("hf-hub:")} if _is_hub_id(base) else {}
+    return _filled(
+        "model_card.md",
+        metadata=_yaml({**known, "tags": TAGS}),
+        title=title,
+        model=_code(base),
+        version=report["versions"]["pruneforge"],
+        settings=_table(["", ""], [[name, text] for name, text in _settings(report).items()]),
+        evaluation=_evaluation(report["evaluation"]),
+        warnings="".join(["\n## Warnings\n\n", *(f"- {text}\n" for text in report["warnings"])])
+        if report["warnings"]
+        else "",
+    )
+
+
+def study_card(report: str, title: str) -> str:
+    """Return the card of a study.
+
+    Args:
+        report: Its report, in Markdown.
+        title: What the study is called.
+    """
+    results = [{"config_name": "results", "data_files": "results.csv"}]  # what the Hub shows as a table
+    return _filled("study_card.md", metadata=_yaml({"tags": TAGS, "configs": results}), title=title, report=report)
+
+
+def _settings(report: Mapping[str, Any]) -> dict[str, str]:
+    """Return what made the model, in words."""
+    recipe, sparsity = report["recipe"], report["sparsity"]
+    parts = {name: report.get(name) for name in ("metric", "allocator", "recovery", "objective")}
+    refiners = report.get("refiners", [])
+    scope = report["pattern"]["scope"]
+    return {
+        "base model": _code(recipe["model"]),
+        **{name: _part(part) for name, part in parts.items() if part is not None},
+        **({"refined by": ", ".join(map(_part, refiners))} if refiners else {}),
+        "pattern": report["pattern"]["pattern"] + (f", compared within each {scope}" if scope else ""),
+        "sparsity": f"{sparsity['reached']:.2%} of {sparsity['weights']:,} weights in {len(report['layers'])} layers",
+        "calibration": _calibration(report),
+    }
+
+
+def _part(part: Mapping[str, Any]) -> str:
+    options = {name: value for name, value in part["options"].items() if value is not None}
+    return _code(part["name"]) + (f" ({_assignments(options)})" if options else "")
+
+
+def _calibration(report: Mapping[str, Any]) -> str:
+    data, recipe = report["calibration"], report["recipe"]
+    if not data:
+        return "none"
+    tokens = f", {data['tokens']:,} tokens" if "tokens" in data else ""
+    return (
+        f"{_code(recipe['calibration'] or data['source'])}, {data['samples']:,} samples{tokens}, seed {recipe['seed']}"
+    )
+
+
+def _evaluation(outcomes: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table of what the model was evaluated on, by each evaluator's own measure."""
+    rows = []
+    for outcome in outcomes:
+        measure, share = _measure(outcome["task"])
+        value = outcome.get(measure)
+        if value is not None:
+            settings = _assignments(outcome["recipe"]["options"])
+            rows.append([outcome["task"], settings, measure, f"{value:.2%}" if share else f"{value:,.2f}"])
+    return f"\n## Evaluation\n\n{_table(['task', 'settings', 'measure', 'value'], rows)}\n" if rows else ""
+
+
+def _measure(task: str) -> tuple[str, bool]:
+    """Return the result that an evaluator is compared by, and whether it is a share."""
+    try:
+        kind: Any = loaded_plugins().registry.get("evaluator", task.partition(":")[0]).load()
+    except PruneForgeError:  # it was evaluated elsewhere; every evaluator of models with a loss gives that
+        return "loss", False
+    return kind.measure, kind.share
+
+
+def _is_hub_id(model: str) -> bool:
+    """Return whether a model was named by its repository on the Hub, as far as that can be known here."""
+    name = model.removeprefix("hf-hub:")
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not Path(name).exists()
+
+
+def _filled(template: str, **texts: str) -> str:
+    return Template((TEMPLATES / template).read_text(encoding="utf-8")).substitute(texts)
+
+
+def _yaml(metadata: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(metadata), sort_keys=False).rstrip()
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["-"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _assignments(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items())
+
+
+def _code(text: str) -> str:
+    return f"`{text}`"
