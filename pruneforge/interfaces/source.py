@@ -92,7 +92,7 @@ def source_spec(data: str | Path, registry: Registry) -> str:
             cls = entry.load()
         except PruneForgeError:
             continue  # `pruneforge plugins` shows it; another source may read the path
-        if issubclass(cls, Source) and cls.reads(text):
+        if entry.lacking() is None and issubclass(cls, Source) and cls.reads(text):
             return f"{entry.name}:{text}"
     if Path(text).exists():
         raise PruneForgeError(f"no source reads {text!r}; installed are {', '.join(names)}")
