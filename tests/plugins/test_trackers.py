@@ -68,6 +68,21 @@ def test_mlflow_keeps_every_run_with_its_recipe_blocks_and_result(tmp_path, monk
         assert run.data.tags["run/peak_memory/host_covers"] == report["measured"]["peak_memory"]["host_covers"]
 
 
+@needs("mlflow")
+def test_a_run_without_a_summary_has_failed(tmp_path, monkeypatch):
+    for name, value in {"ALLOW_FILE_STORE": "true", "TRACKING_URI": (tmp_path / "kept").as_uri()}.items():
+        monkeypatch.setenv(f"MLFLOW_{name}", value)
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    observer = pruneforge.create("observer", "mlflow:mine")
+    observer.start("one", {"metric": "x" * 10_000})  # texts that are too long are cut
+    observer.close(None)
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
+    assert (run.info.run_name, run.info.status) == ("one", "FAILED")
+
+
 @needs("wandb")
 def test_wandb_keeps_every_run_with_its_recipe_blocks_and_result(tmp_path):
     reports = prune("wandb", tmp_path, WANDB_MODE="offline", WANDB_DIR=str(tmp_path))
