@@ -92,9 +92,8 @@ def _evaluation(outcomes: Sequence[Mapping[str, Any]]) -> str:
     for outcome in outcomes:
         measure, share = _measure(outcome["task"])
         value = outcome.get(measure)
-        if value is not None:
-            settings = _assignments(outcome["recipe"]["options"])
-            rows.append([outcome["task"], settings, measure, f"{value:.2%}" if share else f"{value:,.2f}"])
+        text = "in `pruneforge.json`" if value is None else f"{value:.2%}" if share else f"{value:,.2f}"
+        rows.append([outcome["task"], _assignments(outcome["recipe"]["options"]), measure, text])
     return f"\n## Evaluation\n\n{_table(['task', 'settings', 'measure', 'value'], rows)}\n" if rows else ""
 
 
@@ -102,7 +101,7 @@ def _measure(task: str) -> tuple[str, bool]:
     """Return the result that an evaluator is compared by, and whether it is a share."""
     try:
         kind: Any = loaded_plugins().registry.get("evaluator", task.partition(":")[0]).load()
-    except PruneForgeError:  # it was evaluated elsewhere; every evaluator of models with a loss gives that
+    except PruneForgeError:  # the evaluator is not installed here; most give the loss too
         return "loss", False
     return kind.measure, kind.share
 

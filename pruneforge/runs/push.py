@@ -30,7 +30,7 @@ def push(folder: str | Path, to: str, *, private: bool = False, dry_run: bool = 
     """Upload a pruned model, or the folder of a study, to the Hub, in one commit.
 
     A folder without a README.md gets a card that is made from its report; the folder itself stays as it is. Journals,
-    locks, and files and folders whose names begin with a dot are left out. An existing repository is added to.
+    locks, and files and folders whose names begin with a dot are left out. Files that the repository has are replaced.
 
     Args:
         folder: The output of a pruning run, or the folder of a study.

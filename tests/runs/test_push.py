@@ -114,10 +114,12 @@ def test_the_card_says_what_the_report_says(pruned):
     ):
         assert text in card, card
     report["recipe"]["model"], report["warnings"] = "meta-llama/Llama-2-7b-hf", ["one | two"]
+    report["evaluation"].append({"task": "theirs", "bits": 3, "recipe": {"options": {}}})
     (pruned / "pruneforge.json").write_text(json.dumps(report))
     card = pruneforge.push(pruned, "me/mine", dry_run=True)["card"]
     assert front_matter(card)["base_model"] == "meta-llama/Llama-2-7b-hf"
     assert "\n- one | two\n" in card
+    assert "| theirs |  | loss | in `pruneforge.json` |" in card
 
 
 def test_a_card_of_the_folder_s_own_is_kept_and_one_of_the_dense_model_is_not_taken_over(checkpoint, tmp_path):
