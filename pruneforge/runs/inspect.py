@@ -57,7 +57,7 @@ def inspect(folder: str | Path, against: str | Path | None = None) -> dict[str, 
     }
     if against is not None:
         other, _ = _read(Path(against))
-        found["agreement"] = _agreement(masks, other, str(folder), str(against))
+        found["agreement"] = agreement(masks, other, str(folder), str(against))
     return found
 
 
@@ -66,6 +66,33 @@ def masks_in_short(masks: Mapping[str, Tensor]) -> dict[str, Any]:
     found, control = (together(map(of_mask, masks.values())) for of_mask in (structure_of, random_structure))
     layers = {name: 1 - float(mask.double().mean()) for name, mask in masks.items()}
     return {**_shares(found, ""), **_shares(control, "random_"), "layers": layers}
+
+
+def agreement(one: Mapping[str, Tensor], two: Mapping[str, Tensor], first: str, second: str) -> dict[str, Any]:
+    """Return how far two models lost the same weights.
+
+    Args:
+        one: Masks of a model, boolean [out, in] by layer name, `True` keeps.
+        two: Masks of another one with the same layers.
+        first: What messages call the first.
+        second: What messages call the other one.
+
+    Returns:
+        `same` (share of weights that both keep or both prune), `jaccard` (share that both prune of what either does;
+        1 if none is pruned) and the same for each of the `layers`.
+
+    Raises:
+        PruneForgeError: A layer differs in size or is in one of them alone.
+    """
+    shapes = [{name: tuple(mask.shape) for name, mask in masks.items()} for masks in (one, two)]
+    if shapes[0] != shapes[1]:
+        other = sorted(shapes[0].items() ^ shapes[1].items())[0][0]
+        raise PruneForgeError(
+            f"{first!r} and {second!r} cannot be compared: layer {other!r} differs in size or is in one"
+        )
+    counts = {name: _count_alike(mask, two[name]) for name, mask in one.items()}
+    whole = [sum(each) for each in zip(*counts.values(), strict=True)]
+    return {**_agree(*whole), "layers": {name: _agree(*count) for name, count in counts.items()}}
 
 
 def diff(first: str | Path, second: str | Path) -> list[str]:
@@ -147,21 +174,14 @@ def _bytes(masks: Mapping[str, Tensor], report: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def _agreement(one: Mapping[str, Tensor], two: Mapping[str, Tensor], first: str, second: str) -> dict[str, Any]:
-    shapes = [{name: tuple(mask.shape) for name, mask in masks.items()} for masks in (one, two)]
-    if shapes[0] != shapes[1]:
-        other = sorted(shapes[0].items() ^ shapes[1].items())[0][0]
-        raise PruneForgeError(
-            f"{first!r} and {second!r} cannot be compared: layer {other!r} differs in size or is in one"
-        )
-    by_layer = {name: _agree(mask, two[name]) for name, mask in one.items()}
-    whole = [torch.cat([mask.flatten() for mask in masks.values()]) for masks in (one, {n: two[n] for n in one})]
-    return {**_agree(*whole), "layers": by_layer}
+def _count_alike(one: Tensor, two: Tensor) -> tuple[int, int, int, int]:
+    """Return how many weights there are, how many are kept or pruned alike, pruned by both, and pruned by either."""
+    both, either = int((~(one | two)).sum()), int((~(one & two)).sum())
+    return one.numel(), one.numel() - either + both, both, either
 
 
-def _agree(one: Tensor, two: Tensor) -> dict[str, float]:
-    both, either = int((~one & ~two).sum()), int((~one | ~two).sum())
-    return {"same": float((one == two).double().mean()), "jaccard": both / either if either else 1.0}
+def _agree(weights: int, alike: int, both: int, either: int) -> dict[str, float]:
+    return {"same": alike / weights, "jaccard": both / either if either else 1.0}
 
 
 def _differences(one: Any, two: Any, name: str) -> list[str]:
