@@ -72,6 +72,24 @@ def assignments(values: list[str] | None, flag: str) -> dict[str, Any]:
     return assigned
 
 
+def options_by_name(options: dict[str, Any], flag: str) -> dict[str, dict[str, Any]]:
+    """Return `NAME.OPTION` and its value as a mapping of options by name.
+
+    Raises:
+        PruneForgeError: An option is written without the name.
+    """
+    nested: dict[str, dict[str, Any]] = {}
+    for text, value in options.items():
+        if isinstance(value, dict):  # as a recipe writes them
+            nested.setdefault(text, {}).update(value)
+            continue
+        name, dot, option = text.partition(".")
+        if not dot:
+            raise PruneForgeError(f"{flag} {text}=... is for several; write {flag} NAME.{text}=...")
+        nested.setdefault(name, {})[option] = value
+    return nested
+
+
 def warn(warnings: list[str]) -> None:
     """Print warnings to standard error, one line each."""
     for warning in warnings:

@@ -111,7 +111,8 @@ def prune(
     asked = settings(ctx) | {"progress": True}
     for listed in ("refine", "observe"):
         if len(asked.get(listed, ())) > 1:
-            asked[f"{listed}_options"] = _by_name(asked.get(f"{listed}_options", {}), f"--{listed}-option")
+            name = f"{listed}_options"
+            asked[name] = common.options_by_name(asked.get(name, {}), f"--{listed}-option")
     metrics, patterns = _parts(metric), _parts(pattern)
     sparsities = [_sparsity(part) for part in _parts(sparsity)]
     several = max(len(metrics), len(sparsities), len(patterns)) > 1
@@ -131,7 +132,7 @@ def prune(
         if several:
             asked = {"propagate": "pruned", **asked}  # as the help says; runs that share a pass need it said otherwise
             if len(metrics) > 1:
-                asked["options"] = _by_name(asked.get("options", {}), "--option")
+                asked["options"] = common.options_by_name(asked.get("options", {}), "--option")
             if len(sparsities) == len(patterns) == 1:  # one pattern, said twice
                 parse_pattern(sparsities.pop(), patterns[0], "row")
             asked_patterns: list[float | str] = [*sparsities, *patterns] or [DEFAULT_SPARSITY]
@@ -168,20 +169,6 @@ def _sparsity(text: str) -> float:
         return float(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not a number", param_hint="--sparsity") from None
-
-
-def _by_name(options: dict[str, Any], flag: str) -> dict[str, dict[str, Any]]:
-    """Return `NAME.OPTION` and its value as a mapping of options by name."""
-    nested: dict[str, dict[str, Any]] = {}
-    for text, value in options.items():
-        if isinstance(value, dict):  # as a recipe writes them
-            nested.setdefault(text, {}).update(value)
-            continue
-        name, dot, option = text.partition(".")
-        if not dot:
-            raise PruneForgeError(f"{flag} {text}=... is for several; write {flag} NAME.{text}=...")
-        nested.setdefault(name, {})[option] = value
-    return nested
 
 
 def _estimate(model: str, metric: str, asked: dict[str, Any], as_json: bool) -> None:
