@@ -8,7 +8,21 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from pruneforge.cli import check, common, compare, demo, doctor, evaluate, inspect, new, plugins, prune, push, settings
+from pruneforge.cli import (
+    check,
+    common,
+    compare,
+    demo,
+    doctor,
+    evaluate,
+    inspect,
+    new,
+    plugins,
+    prune,
+    push,
+    settings,
+    sweep,
+)
 from pruneforge.errors import PruneForgeError
 
 USER_ERROR = 2
@@ -46,6 +60,7 @@ app = typer.Typer(
 app.command(cls=prune.Command, epilog=prune.EXAMPLES)(prune.prune)
 app.command(cls=evaluate.Command, name="eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(cls=compare.Command, epilog=compare.EXAMPLES)(compare.compare)
+app.command(cls=sweep.Command, epilog=sweep.EXAMPLES)(sweep.sweep)
 app.command(cls=settings.SettingsCommand, epilog=inspect.INSPECT_EXAMPLES)(inspect.inspect)
 app.command(cls=settings.SettingsCommand, epilog=inspect.DIFF_EXAMPLES)(inspect.diff)
 app.command(cls=settings.SettingsCommand, epilog=push.EXAMPLES)(push.push)

@@ -1,0 +1,164 @@
+"""`pruneforge sweep`.
+
+Its settings are fields of the recipes of pruning and evaluation; only what concerns the command alone is a parameter
+here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from pruneforge.cli import common
+from pruneforge.cli.fields import Fields, fields_of
+from pruneforge.cli.settings import SettingsCommand, settings
+
+if TYPE_CHECKING:
+    from pruneforge.studies.sweep_report import Grid
+
+EXAMPLES = """[bold]Examples[/bold]
+
+pruneforge sweep MODEL --metric NAME --calibration c4 --task perplexity --data wikitext2 --output curve
+
+pruneforge sweep MODEL --metric NAME --metric OTHER --from 0.3 --to 0.8 --step 0.1 --pattern 2:4 --calibration c4
+--task perplexity --data wikitext2 --output curve
+
+pruneforge sweep MODEL --metric NAME --scope model --calibration images --task imagenet:images/val --output curve
+
+pruneforge sweep BASE TUNED --metric NAME --calibration c4 --task perplexity --data wikitext2 --output both
+"""
+
+NONE = "none"
+"""In place of a pattern: no N:M patterns."""
+
+NUMBERS = 32
+"""Characters that a mean and a deviation take at most."""
+
+
+class Command(SettingsCommand):
+    """`pruneforge sweep`: an option for each setting of its runs, of their metric, data and evaluator."""
+
+    plugin_options: ClassVar = {
+        "metric": ("metric", "options"),
+        "calibration": ("source", "source_options"),
+        "allocator": ("allocator", "allocator_options"),
+        "recover": ("recovery", "recover_options"),
+        "objective": ("objective", "objective_options"),
+        "task": ("evaluator", "task_options"),
+    }
+
+    def plugin_named(self, chooser: str, value: Any) -> str | None:
+        """Return what a setting names; with several metrics, options say whose they are: `--option NAME.alpha=1`."""
+        if chooser == "metric" and isinstance(value, list | tuple):
+            value = value[0] if len(value) == 1 else None
+        return super().plugin_named(chooser, value)
+
+    def fields(self) -> Fields:
+        """Return the settings of a recipe that all runs of a sweep share, and of its evaluation."""
+        from pruneforge.interfaces.recipe import EvalRecipe, PruneRecipe
+
+        varied = ("model", "metric", "sparsity", "pattern", "seed", "propagate")
+        shared = {name: field for name, field in fields_of(PruneRecipe).items() if name not in varied}
+        evaluation = EvalRecipe.model_fields
+        return {**shared, "task": evaluation["task"], "task_options": evaluation["options"]}
+
+
+def sweep(
+    ctx: typer.Context,
+    models: Annotated[
+        list[str],
+        typer.Argument(help="Folder or hub id of the model, or of several with the same layers.", metavar="MODEL"),
+    ],
+    metric: Annotated[list[str], typer.Option(help="Name of the metric; `pruneforge plugins` lists them. Repeatable.")],
+    output: Annotated[
+        Path, typer.Option(help="Folder for results and report, and for what is finished of them.", metavar="DIR")
+    ],
+    start: Annotated[float, typer.Option("--from", help="Smallest sparsity.")] = 0.05,
+    stop: Annotated[float, typer.Option("--to", help="Largest sparsity.")] = 0.95,
+    step: Annotated[float, typer.Option(help="From one sparsity to the next.")] = 0.05,
+    pattern: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="N:M pattern beside the curves, or none. Repeatable. (default: of 1:4, 2:4 and 4:8 those that fit all "
+            "layers and metrics)"
+        ),
+    ] = None,
+    seeds: Annotated[
+        str, typer.Option(help="Seeds, several with commas between; each is a calibration draw.", metavar="SEEDS")
+    ] = "0",
+    points: Annotated[
+        float, typer.Option(help="The knee's rule for shares: percentage points that a model may lose.")
+    ] = 1.0,
+    loss_increase: Annotated[
+        float, typer.Option(help="The knee's rule for other tasks: share by which the loss may rise.")
+    ] = 0.05,
+    controls: Annotated[
+        bool, typer.Option("--controls/--no-controls", help="Show metrics that are controls beside the others.")
+    ] = True,
+    as_json: common.Json = False,
+    plugins: common.PluginFiles = None,
+    config: common.Config = None,
+) -> None:
+    """Prune a model to all sparsities, show the curve, and how far it stays as good as it was.
+
+    The knee of a curve is the largest sparsity such that it and every smaller one stay within a rule: --points for
+    shares such as an accuracy, --loss-increase for everything else. All runs of a draw share one pass over the
+    calibration data.
+
+    The folder is that of a study: the same command goes on where it stopped, and runs what was added. With several
+    models, masks are compared between them.
+
+    Options of the metric, the calibration source and the evaluator are options of the command: --metric NAME
+    --task NAME --help lists them. Options of several metrics are written --option NAME.OPTION=VALUE.
+    """
+    from pruneforge.studies.knee import Rule
+    from pruneforge.studies.report import write_report
+    from pruneforge.studies.run import run_study
+    from pruneforge.studies.sweep import make_sweep, sparsities_between
+    from pruneforge.studies.sweep_report import left_out, write_sweep
+
+    asked = settings(ctx)
+    rule = Rule(points, loss_increase)
+    sparsities = sparsities_between(start, stop, step)
+    if len(metric) > 1:
+        asked["options"] = common.options_by_name(asked.get("options", {}), "--option")
+    if len(asked.get("refine", ())) > 1:
+        asked["refine_options"] = common.options_by_name(asked.get("refine_options", {}), "--refine-option")
+    task = {"task": asked.pop("task"), "options": asked.pop("task_options", {})}
+    patterns = [] if pattern == [NONE] else pattern or None
+    made = make_sweep(models, metric, task, sparsities, patterns, seeds=_numbers(seeds), controls=controls, **asked)
+    common.warn(left_out(made))
+    cells = run_study(made.study, output, progress=True)
+    rows = write_report(made.study, cells, output)
+    found, grids = write_sweep(made, cells, rows, output, rule)
+    if as_json:
+        print(json.dumps({**found, "rows": rows}, indent=2))
+        return
+    for grid in grids:
+        common.console.print(_table(grid))
+        for note in grid.notes:
+            print(note)
+    print(f"wrote {output / 'sweep.html'}, sweep.md, sweep.json and report.html beside it")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return list(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not whole numbers with commas between", param_hint="--seeds") from None
+
+
+def _table(grid: Grid) -> Table:
+    """Return a table that breaks long heads and reasons over lines, and no numbers."""
+    table = Table(title=grid.title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    for name, texts in zip(grid.head, zip(*grid.lines, strict=True), strict=True):
+        table.add_column(name, justify="right", overflow="fold", min_width=min(NUMBERS, max(map(len, texts))))
+    for line in grid.lines:
+        table.add_row(*map(escape, line))
+    return table
