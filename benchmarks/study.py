@@ -2,8 +2,8 @@
 
     python benchmarks/study.py
 
-Runs the shipped study `demo` (2 models x 4 metrics and a control x 4 patterns x 3 draws) as a user would, then the cells
-of its first draw together and each alone, in turns. Writes `benchmarks/results/study.json`.
+Runs the shipped study `demo` (2 models x 4 metrics and a control x 4 patterns x 3 draws) as a user would, then the
+cells of its first draw together and each alone, in turns. Writes `benchmarks/results/study.json`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import yaml
+
+from pruneforge.plugins import loaded_plugins
 from pruneforge.runs.provenance import machine, versions
 from pruneforge.studies.run import run_study
 from pruneforge.studies.study import Study, cells_of, make_study
-from pruneforge.studies.shipped import read_shipped
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 3
@@ -47,7 +49,7 @@ def one_by_one(study: Study, folder: Path) -> None:
 
 def main() -> None:
     """Measure, and write what was found."""
-    study = make_study(read_shipped("demo"))
+    study = make_study(yaml.safe_load(loaded_plugins().registry.file("study", "demo").read()))
     first = study.model_copy(update={"seeds": study.seeds[:1]})
     cells = len(cells_of(study, []))
     with tempfile.TemporaryDirectory() as place:

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import io
 import json
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from pruneforge.interfaces.evaluator import Evaluator
 from pruneforge.plugins import loaded_plugins
 from pruneforge.runs.evaluate import evaluate
 from pruneforge.runs.inspect import masks_in_short
+from pruneforge.runs.loading import load_model
 from pruneforge.runs.prune import prune, prune_each
 from pruneforge.runs.result import PruneResult
 from pruneforge.studies.folder import CELL_FILE, MEASURED_FILE, as_json, dense_place, items_file, place_of
@@ -31,6 +33,9 @@ from pruneforge.studies.study import Cell, Task
 
 PICTURED = 96
 """Rows and columns of the part of a mask that is kept as a picture."""
+
+DISK_SHARE = 0.8
+"""Share of the free disk that the models of a pass may take before they are evaluated."""
 
 Found = tuple[str, bytes]
 """Where a file belongs below the study's folder, and what it holds."""
@@ -104,9 +109,11 @@ class Pass(Work):
         done: set[str] = set()
         if len(self.cells) > 1:
             try:
-                for place, content in self._together(work):
-                    done.add(place)
-                    yield place, content
+                at_once = _models_that_fit(self.cells[0], work)
+                for start in range(0, len(self.cells), at_once):
+                    for place, content in _together(self.cells[start : start + at_once], work):
+                        done.add(place)
+                        yield place, content
             except UnfinishedError:
                 raise
             except Exception:  # plugins may fail in any way; alone, each says why
@@ -114,25 +121,6 @@ class Pass(Work):
         for cell in self.cells:
             if place_of(cell, CELL_FILE) not in done:
                 yield from _alone(cell)
-
-    def _together(self, work: Path) -> Iterator[Found]:
-        by_method: dict[str, list[Cell]] = {}
-        for cell in self.cells:
-            by_method.setdefault(cell.method, []).append(cell)
-        labels = {method: f"m{number}" for number, method in enumerate(by_method)}
-        patterns = list(dict.fromkeys(cell.pattern for cell in self.cells))
-        settings = arguments(self.cells[0])
-        for name in ("metric", "options", "sparsity", "pattern"):
-            settings.pop(name, None)
-        metrics = {labels[method]: of_method[0].recipe.metric for method, of_method in by_method.items()}
-        options = {labels[method]: of_method[0].recipe.options for method, of_method in by_method.items()}
-        if len(metrics) == 1:
-            options = next(iter(options.values()))
-        results = prune_each(metric=metrics, patterns=patterns, options=options, output=work / "pass", **settings)
-        for cell in self.cells:
-            pattern = str(cell.pattern).replace(":", "of")
-            name = pattern if len(metrics) == 1 else f"{labels[cell.method]}-{pattern}"
-            yield from _finished(cell, results.pop(name), len(self.cells))
 
 
 def passes(cells: Sequence[Cell]) -> list[Pass]:
@@ -143,6 +131,41 @@ def passes(cells: Sequence[Cell]) -> list[Pass]:
         alone = cell.key if cell.recipe.propagate == "pruned" else ""
         groups.setdefault(json.dumps([cell.model, alone, shared], sort_keys=True), []).append(cell)
     return [Pass(tuple(group)) for group in groups.values()]
+
+
+def _together(cells: Sequence[Cell], work: Path) -> Iterator[Found]:
+    """Make cells in one pass, and yield what was found; their models are gone from the disk afterwards."""
+    by_method: dict[str, list[Cell]] = {}
+    for cell in cells:
+        by_method.setdefault(cell.method, []).append(cell)
+    labels = {method: f"m{number}" for number, method in enumerate(by_method)}
+    patterns = list(dict.fromkeys(cell.pattern for cell in cells))
+    settings = arguments(cells[0])
+    for name in ("metric", "options", "sparsity", "pattern"):
+        settings.pop(name, None)
+    metrics = {labels[method]: of_method[0].recipe.metric for method, of_method in by_method.items()}
+    options = {labels[method]: of_method[0].recipe.options for method, of_method in by_method.items()}
+    if len(metrics) == 1:
+        options = next(iter(options.values()))
+    folder = work / "pass"
+    try:
+        results = prune_each(metric=metrics, patterns=patterns, options=options, output=folder, **settings)
+        for cell in cells:
+            pattern = str(cell.pattern).replace(":", "of")
+            name = pattern if len(metrics) == 1 else f"{labels[cell.method]}-{pattern}"
+            yield from _finished(cell, results.pop(name), len(cells))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _models_that_fit(cell: Cell, work: Path) -> int:
+    """Return how many models of a cell's size the disk has room for, with some to spare; at least one."""
+    recipe, registry = cell.recipe, loaded_plugins().registry
+    loaded = load_model(recipe.model, recipe.dtype, None, registry, recipe.adapter_options, on_disk=True)
+    if loaded.checkpoint is None:
+        return 1  # it cannot be streamed, so nothing is shared
+    size = sum(path.stat().st_size for path in loaded.checkpoint.folder.glob("*.safetensors"))
+    return max(1, int(DISK_SHARE * shutil.disk_usage(work).free) // size)
 
 
 def arguments(cell: Cell) -> dict[str, Any]:

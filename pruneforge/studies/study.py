@@ -125,7 +125,7 @@ class Study(BaseModel):
     @classmethod
     def _names(cls, values: dict[str, Any]) -> dict[str, Any]:
         for name in values:
-            if not re.fullmatch(r"[\w.,+-]+( [\w.,+-]+)*", name):
+            if name.startswith(".") or not re.fullmatch(r"[\w.,+-]+( [\w.,+-]+)*", name):
                 raise ValueError(f"{name!r} cannot be part of a folder's name")
         return values
 
@@ -145,6 +145,8 @@ def control_metrics() -> list[str]:
     """Return the names of the registered metrics that stand beside any method as a control."""
     names = []
     for entry in loaded_plugins().registry.entries("metric"):
+        if entry.lacking():
+            continue  # `pruneforge plugins` says what
         try:
             kind = entry.load()
         except PruneForgeError:

@@ -7,23 +7,27 @@ import csv
 import io
 import json
 import re
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import commands
 import numpy as np
 import pytest
 import yaml
+from conftest import CHECKPOINT
 from PIL import Image
 
 import pruneforge
 from pruneforge import Metric, PruneForgeError
 from pruneforge.checkpoint.masks import load_masks
 from pruneforge.plugins import loaded_plugins
+from pruneforge.studies import cells as cells_module
 from pruneforge.studies.executors import make_executor
 from pruneforge.studies.folder import CELL_FILE, StudyFolder
 from pruneforge.studies.report import as_latex, as_markdown, tables_of, write_report
@@ -79,16 +83,10 @@ def test_every_cell_is_what_a_run_of_its_own_gives(unbroken):
     assert float(row["loss_increase"]) == pytest.approx(found["loss"] / dense["loss"] - 1)
 
 
-def same_files(one: Path, two: Path) -> None:
-    """Compare everything but times and memory."""
-    names = [
-        {str(path.relative_to(top)) for path in top.rglob("*") if path.is_file() and path.name != ".lock"}
-        for top in (one, two)
-    ]
-    assert names[0] == names[1]
-    for name in names[0]:
-        if "measured" not in name:
-            assert (one / name).read_bytes() == (two / name).read_bytes(), name
+def kept(folder: Path) -> dict[str, bytes]:
+    """Return everything in a study's folder but times and memory."""
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if "measured" not in name and name != ".lock"}
 
 
 def finished_in(folder: Path) -> dict[str, int]:
@@ -110,7 +108,7 @@ def test_a_killed_study_goes_on_with_what_is_missing_and_ends_in_the_same_bytes(
     after = finished_in(folder)
     assert len(after) == 8
     assert {key: after[key] for key in before} == before
-    same_files(folder, unbroken)
+    assert kept(folder) == kept(unbroken)
 
 
 KILLED_AFTER_FIVE = """
@@ -136,7 +134,7 @@ run_study(make_study(yaml.safe_load(open(sys.argv[1]))), Path(sys.argv[2]))
 def test_several_processes_leave_the_same_files(unbroken, tmp_path):
     study, folder = make_study(values()), tmp_path / "out"
     write_report(study, run_study(study, folder, executor=make_executor("local", workers=2)), folder)
-    same_files(folder, unbroken)
+    assert kept(folder) == kept(unbroken)
 
 
 @pytest.fixture
@@ -153,7 +151,7 @@ def new_ray(monkeypatch):
 def test_a_ray_cluster_leaves_the_same_files(unbroken, tmp_path, new_ray):
     study, folder = make_study(values()), tmp_path / "out"
     write_report(study, run_study(study, folder, executor=make_executor("ray", num_cpus=0.5)), folder)
-    same_files(folder, unbroken)
+    assert kept(folder) == kept(unbroken)
     with pytest.raises(PruneForgeError, match=r"no Ray cluster at '127\.0\.0\.1:1': .*refused"):
         run_study(study, tmp_path / "other", executor=make_executor("ray", address="127.0.0.1:1"))
 
@@ -168,13 +166,25 @@ def test_a_wrong_executor_is_one_line():
             make_executor(name, **options)
 
 
+def test_a_pass_makes_as_many_models_as_the_disk_has_room_for(unbroken, tmp_path, monkeypatch):
+    study, folder = make_study(values()), tmp_path / "out"
+    size = sum(path.stat().st_size for path in (CHECKPOINT.parent / "image").glob("*.safetensors"))
+    little = shutil._ntuple_diskusage(10 * size, 6 * size, 4 * size)  # three models at 80 %
+    monkeypatch.setattr(cells_module, "shutil", SimpleNamespace(rmtree=shutil.rmtree, disk_usage=lambda _: little))
+    cells = run_study(study, folder)
+    together = [StudyFolder(folder).measured(cell)["runs_in_the_pass"] for cell in cells if cell.seed == 0]
+    assert together == [3, 3, 3, 1]
+    write_report(study, cells, folder)
+    assert kept(folder) == kept(unbroken)
+
+
 def test_parts_of_a_study_run_apart_and_make_it_together(unbroken, tmp_path):
     study, folder = make_study(values()), tmp_path / "out"
     for part in ("2/2", "1/2"):
         cells = run_study(study, folder, only=[part])
     assert {key.split("/")[-1] for key in finished_in(folder)} == {"0", "1"}
     write_report(study, cells, folder)
-    same_files(folder, unbroken)
+    assert kept(folder) == kept(unbroken)
     by_name = [cell.key for cell in chosen_cells(cells, ["*/wanda/*/1", "digits/random/*"])]
     assert by_name == ["digits/wanda/2of4/1", "digits/random/2of4/0", "digits/random/2of4/1"]
     parts = [cell.key for part in ("1/3", "2/3", "3/3") for cell in chosen_cells(cells, [part])]
@@ -280,6 +290,7 @@ def test_a_cell_that_fails_says_why_and_the_rest_goes_on(tmp_path, monkeypatch):
         ({"methods": {"one": {"metric": "gblm", "options": {"alfa": 1}}}}, "unknown option of gblm 'alfa'"),
         ({"methods": {"one": {"metrik": "wanda"}}}, r"methods\.one\.metric: Field required"),
         ({"methods": {"../one": {"metric": "wanda"}}}, "cannot be part of a folder's name"),
+        ({"methods": {"..": {"metric": "wanda"}}}, "'..' cannot be part of a folder's name"),
         ({"patterns": ["2:4:8"]}, "2:4:8"),
         ({"patterns": []}, "patterns"),
         ({"baseline": "gblm"}, "baseline 'gblm' is not among the methods"),
