@@ -78,7 +78,6 @@ class LMEval(Evaluator):
                     task_manager=manager,
                     num_fewshot=self.options.num_fewshot,
                     limit=self.options.limit,
-                    log_samples=subject.items,
                     random_seed=subject.seed,
                     numpy_random_seed=subject.seed,
                     torch_random_seed=subject.seed,

@@ -12,6 +12,9 @@ from pruneforge.errors import PruneForgeError
 if TYPE_CHECKING:
     from pruneforge.data.images import ImageProcessor, ImageSet
 
+MENDED = "say which is which with `source_options` classes=FILE"
+"""What to do about classes that do not fit."""
+
 
 def class_indices(
     images: ImageSet, processor: ImageProcessor, mapping: Mapping[str, int | str] | None = None
@@ -99,10 +102,6 @@ def _heads_classes(
     raise PruneForgeError(
         f"the images have {count} classes, such as {stranger!r}, and the head has {processor.classes}{known}; {MENDED}"
     )
-
-
-MENDED = "say which is which with `source_options` classes=FILE"
-"""What to do about classes that do not fit."""
 
 
 def _mapped(name: str, mapping: Mapping[str, int | str], names: Sequence[str], classes: int) -> int:

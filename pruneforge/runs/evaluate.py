@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def _loader(
         dtype = str(next(loaded.module.parameters()).dtype).removeprefix("torch.")
         other = load_model(reference, dtype, None, registry)
         other.module.eval().to(device)
-        return other
+        return replace(other, reference=reference)  # as it was asked for: a demo's folder differs between machines
 
     return load
 

@@ -87,7 +87,7 @@ def test_text_is_compared_token_by_token_in_memory_and_from_a_folder(checkpoint,
     assert found["kl"] > 0.1
     assert found["items"]["id"] == ["0", "1", "2"]
     assert (found["window"], found["windows"], found["tokens"]) == (16, 3, 48)
-    assert (found["dense"], found["warnings"]) == (str(checkpoint), [])
+    assert (found["dense"], found["warnings"]) == ("demo:text", [])
     pruneforge.prune("demo:text", "magnitude", **asked, output=tmp_path / "pruned")
     assert_is(pruneforge.evaluate(tmp_path / "pruned", "agreement", TEXT, items=True, dtype="float32"), expected)
 
