@@ -25,7 +25,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-SIZE, PATCH, WIDTH, BLOCKS, GRID = 224, 14, 384, 12, 37
+SIZE, PATCH, WIDTH, BLOCKS, GRID = 112, 14, 384, 12, 37
 TRAINING = 2000
 MODEL_ARGS = {"img_size": SIZE, "num_classes": 10, "global_pool": "token"}
 NOT_OURS = {"quantization_config", "_name_or_path", "transformers_version"}

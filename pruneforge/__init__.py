@@ -67,8 +67,6 @@ if TYPE_CHECKING:
     from pruneforge.interfaces.summaries import Gram as Gram
     from pruneforge.interfaces.summaries import OutputSquares as OutputSquares
     from pruneforge.plugins import create as create
-    from pruneforge.runs.compare import Case as Case
-    from pruneforge.runs.compare import compare as compare
     from pruneforge.runs.estimate import Estimate as Estimate
     from pruneforge.runs.estimate import estimate as estimate
     from pruneforge.runs.evaluate import evaluate as evaluate
@@ -79,6 +77,7 @@ if TYPE_CHECKING:
     from pruneforge.runs.prune import prune_each as prune_each
     from pruneforge.runs.push import push as push
     from pruneforge.runs.result import PruneResult as PruneResult
+    from pruneforge.studies.compare import compare as compare
 
 _MODULES = {
     "checkpoint.reader": ("Checkpoint",),
@@ -126,13 +125,13 @@ _MODULES = {
         "OutputSquares",
     ),
     "plugins": ("create",),
-    "runs.compare": ("Case", "compare"),
     "runs.estimate": ("Estimate", "estimate"),
     "runs.evaluate": ("evaluate",),
     "runs.inspect": ("diff", "inspect"),
     "runs.prune": ("load", "prune", "prune_each"),
     "runs.push": ("push",),
     "runs.result": ("PruneResult",),
+    "studies.compare": ("compare",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

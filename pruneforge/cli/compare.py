@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,14 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from pruneforge.cli import common
-from pruneforge.cli.fields import Fields, fields_of
-from pruneforge.cli.settings import SettingsCommand, settings
+from pruneforge.cli import common, studies
+from pruneforge.cli.fields import Fields
+from pruneforge.cli.settings import settings
 from pruneforge.errors import PruneForgeError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from pruneforge.studies.report import Table as StudyTable
     from pruneforge.studies.study import Study
 
@@ -29,127 +28,132 @@ maybe options, allocator, refine, recover), patterns and seeds
 
 pruneforge compare --preset NAME --output study
 
+pruneforge compare MODEL OTHER --metric NAME --metric OTHER --sparsity 0.5 --pattern 2:4 --calibration c4
+--task perplexity --data wikitext2 --output study
+
 pruneforge compare study.yaml --output study --workers 2
 
 pruneforge compare study.yaml --output study --executor ray --address 10.0.0.5:6379
 
 pruneforge compare study.yaml --output study --cells 3/16
-
-pruneforge compare cases.yaml --metric NAME --metric OTHER --pattern 2:4
-
-with, in cases.yaml, a list of models, each with model, calibration, task, and task_options, samples, seqlen, name
 """
 
 
-class Command(SettingsCommand):
-    """`pruneforge compare`: an option for each setting that all its runs share."""
+class Command(studies.StudyCommand):
+    """`pruneforge compare`: an option for each setting that a study on the command line has."""
 
     def fields(self) -> Fields:
-        """Return settings of the pruning recipe."""
-        from pruneforge.interfaces.recipe import PruneRecipe
-
-        return fields_of(PruneRecipe, "metric", "sparsity", "pattern", "options", "device", "seed")
+        """Return the settings; a study in a file has its own task."""
+        fields = dict(super().fields())
+        fields["task"] = copy.copy(fields["task"])
+        fields["task"].default = None
+        return fields
 
 
 def compare(
     ctx: typer.Context,
-    cases: Annotated[
-        Path | None, typer.Argument(help="YAML study, or list of models with data and tasks.", metavar="FILE")
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(help="YAML file of a study, or folders or hub ids of models.", metavar="FILE|MODEL"),
     ] = None,
-    metric: Annotated[list[str] | None, typer.Option(help="Metric of a list of models; repeatable.")] = None,
     output: Annotated[
-        Path | None,
-        typer.Option(help="Folder of a study: results, report, and what is finished of it.", metavar="DIR"),
+        Path | None, typer.Option(help="Folder for results, report, and what is finished of them.", metavar="DIR")
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help="In place of FILE, a study that a plugin ships; `pruneforge plugins` lists them.")
     ] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="Metric to prune the models by. Repeatable.")] = None,
+    sparsity: Annotated[
+        list[float] | None, typer.Option(help="Share of weights to prune the models to. Repeatable.")
+    ] = None,
+    pattern: Annotated[list[str] | None, typer.Option(help="N:M to prune the models to. Repeatable.")] = None,
+    seeds: studies.Seeds = "0,1,2",
+    controls: studies.Controls = True,
     cells: Annotated[
         list[str] | None,
         typer.Option(
-            help="Run only these cells of a study: MODEL/METHOD/PATTERN/SEED with wildcards, or a part of several such "
-            "as 2/16; repeatable. The report waits for a call without it.",
+            help="Run only these cells: MODEL/METHOD/PATTERN/SEED with wildcards, or a part of several such as 2/16. "
+            "The report waits for a call without it. Repeatable.",
             metavar="GLOB|PART",
         ),
     ] = None,
-    executor: Annotated[
-        str, typer.Option(help="Where the cells of a study run: local, or ray.", metavar="NAME")
-    ] = "local",
-    workers: Annotated[
-        int | None, typer.Option(help="Processes of this machine that run cells side by side.", metavar="N")
-    ] = None,
-    address: Annotated[
-        str | None, typer.Option(help="Ray cluster to join; by default RAY_ADDRESS, or a new one here.")
-    ] = None,
-    num_cpus: Annotated[
-        float | None, typer.Option(help="Cores of the Ray cluster that each part of a study asks for.", metavar="N")
-    ] = None,
-    num_gpus: Annotated[
-        float | None,
-        typer.Option(help="GPUs that each part asks for; by default one if the cluster has any.", metavar="N"),
-    ] = None,
+    executor: studies.Executor = "local",
+    workers: studies.Workers = None,
+    address: studies.Address = None,
+    num_cpus: studies.NumCpus = None,
+    num_gpus: studies.NumGpus = None,
     as_json: common.Json = False,
     plugins: common.PluginFiles = None,
     config: common.Config = None,
 ) -> None:
-    """Prune models alike, whatever their architecture, and show what each method loses.
+    """Prune models alike, whatever their architecture, evaluate them, and report what each method loses.
 
-    A study with --output keeps each finished cell; the same command goes on where it stopped, and runs what was added.
+    A study is models x methods x patterns x draws of calibration data: in a YAML file, shipped by a plugin, or, where
+    models share data and task, on the command line. Each finished cell is kept in --output; the same command goes on
+    where it stopped, and runs what was added.
     """
-    if (cases is None) == (preset is None):
-        raise PruneForgeError("compare takes either a file or the name of a `preset`")
-    file = cases or Path(str(preset))
-    entries = _read(file, preset)
-    asked = {"workers": workers, "address": address, "num_cpus": num_cpus, "num_gpus": num_gpus}
-    where = {name: value for name, value in asked.items() if value is not None}
-    if isinstance(entries, dict):
-        if output is None:
-            raise PruneForgeError("a study needs a folder for its cells; name it with `output`")
-        study = _study(entries, file, metric, settings(ctx))
-        _run(study, output, executor, where, cells or [], as_json)
-    elif output is not None or cells or where or executor != "local":
-        raise PruneForgeError("`output`, `cells` and `executor` are for a study; a list of models is printed")
-    elif not metric:
-        raise PruneForgeError("a list of models needs the metrics to compare; name them with `metric`")
-    else:
-        _cases(entries, file, metric, settings(ctx), as_json)
-
-
-def _study(values: dict[str, Any], file: Path, metric: list[str] | None, given: dict[str, Any]) -> Study:
-    from pruneforge.studies.study import make_study
-
-    others = [*(["metric"] if metric else []), *given]
-    if others:
-        raise PruneForgeError(f"`{others[0]}` is for a list of models; a study says it in {str(file)!r}")
-    return make_study(values, f"study {str(file)!r}")
-
-
-def _run(study: Study, output: Path, executor: str, where: dict[str, Any], only: Sequence[str], as_json: bool) -> None:
-    """Run a study or a part of it, write the report unless other parts may be missing, and print the tables."""
     from pruneforge.studies.executors import make_executor
     from pruneforge.studies.report import tables_of, write_report
     from pruneforge.studies.run import chosen_cells, run_study
 
-    cells = run_study(study, output, progress=True, executor=make_executor(executor, **where), only=only)
+    if output is None:
+        raise PruneForgeError("compare needs a folder for its cells; name it with `output`")
+    asked = settings(ctx)
+    patterns = [*(sparsity or ()), *(pattern or ())]
+    given = {"metric": metric, "sparsity": sparsity, "pattern": pattern, **asked}
+    for name in ("seeds", "controls"):
+        if ctx.get_parameter_source(name).name != "DEFAULT":  # type: ignore[union-attr]
+            given[name] = ctx.params[name]
+    study = _from_file(what or [], preset, given)
+    if study is None:
+        asked |= {"seeds": studies.numbers(seeds), "controls": controls}
+        study = _of_models(what or [], metric or [], patterns, asked)
+    where = studies.executor_options(workers=workers, address=address, num_cpus=num_cpus, num_gpus=num_gpus)
+    only = cells or []
+    every = run_study(study, output, progress=True, executor=make_executor(executor, **where), only=only)
     if only:
-        print(
-            f"{len(chosen_cells(cells, only))} of {len(cells)} cells are in {output}; without --cells comes the report"
-        )
+        done = len(chosen_cells(every, only))
+        print(f"{done} of {len(every)} cells are in {output}; without --cells comes the report")
         return
-    rows = write_report(study, cells, output)
-    common.warn(
-        [
-            f"{row['model']}/{row['method']}/{row['pattern']}/{row['seed']}: {row['failed']}"
-            for row in rows
-            if row["failed"]
-        ]
-    )
+    rows = write_report(study, every, output)
+    names = ("model", "method", "pattern", "seed")
+    common.warn([f"{'/'.join(str(row[name]) for name in names)}: {row['failed']}" for row in rows if row["failed"]])
     if as_json:
         print(json.dumps(rows, indent=2))
         return
     for table in tables_of(rows, study.compared_with):
         common.console.print(_table(table))
     print(f"wrote {output / 'report.html'}, report.md, report.tex, results.csv and results.json beside it")
+
+
+def _from_file(what: list[str], preset: str | None, given: dict[str, Any]) -> Study | None:
+    """Return the study of a file or a preset; `None` if models are named."""
+    from pruneforge.studies.compare import read_study, shipped_study
+
+    files = [name for name in what if name.endswith((".yaml", ".yml"))]
+    if preset is None and not files:
+        return None
+    if len(what) + (preset is not None) > 1:
+        raise PruneForgeError("compare takes one file, or the name of one `preset`, or models")
+    for name, value in given.items():
+        if value is not None:
+            raise PruneForgeError(f"`{name}` is for models on the command line; a study says it in its file")
+    return shipped_study(preset) if preset is not None else read_study(Path(files[0]))
+
+
+def _of_models(what: list[str], metric: list[str], patterns: list[float | str], asked: dict[str, Any]) -> Study:
+    """Return the study of models that share data and task."""
+    from pruneforge.studies.asked import study_values
+    from pruneforge.studies.study import make_study
+
+    if not what:
+        raise PruneForgeError("compare needs a study: a YAML file, a `preset`, or models with `metric` and `task`")
+    for name, value in (("metric", metric), ("task", asked.get("task"))):
+        if not value:
+            raise PruneForgeError(f"models on the command line need a `{name}`; a study in a file says it there")
+    asked = studies.with_options_by_name(asked, metric)
+    task = {"task": asked.pop("task"), "options": asked.pop("task_options", {})}
+    return make_study(study_values(what, metric, task, patterns or [0.5], **asked))
 
 
 def _table(shown: StudyTable) -> Table:
@@ -167,49 +171,3 @@ def _table(shown: StudyTable) -> Table:
             texts.append(f"[bold]{text}[/bold]" if method in shown.best[pattern] else text)
         table.add_row(method, *texts)
     return table
-
-
-def _cases(entries: Any, file: Path, metric: list[str], given: dict[str, Any], as_json: bool) -> None:
-    from pruneforge.runs.compare import Case
-    from pruneforge.runs.compare import compare as run
-
-    try:
-        cases = [Case(**entry) for entry in entries]
-    except TypeError as error:
-        raise PruneForgeError(f"cases {str(file)!r} cannot be read: {' '.join(str(error).split())}") from error
-    rows = run(cases, metric, **given, progress=True)
-    common.warn([f"{row['model']}, {row['metric']}: {text}" for row in rows for text in row["warnings"]])
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    table = Table(title=f"{len(rows)} runs", title_justify="left")
-    for column in ("model", "metric", "pattern"):
-        table.add_column(column)
-    for column in ("sparsity", "dense loss", "loss", "loss increase", "accuracy lost"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        lost = "" if row["accuracy_lost"] is None else f"{row['accuracy_lost']:.2%}"
-        table.add_row(
-            row["model"],
-            row["metric"],
-            row["pattern"],
-            f"{row['sparsity']:.2%}",
-            f"{row['dense_loss']:.4f}",
-            f"{row['loss']:.4f}",
-            f"{row['loss_increase']:+.1%}",
-            lost,
-        )
-    common.console.print(table)
-
-
-def _read(path: Path, preset: str | None) -> Any:
-    import yaml
-
-    from pruneforge.plugins import loaded_plugins
-
-    try:
-        if preset is not None:
-            return yaml.safe_load(loaded_plugins().registry.file("study", preset).read())
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise PruneForgeError(f"cases {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error

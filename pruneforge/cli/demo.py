@@ -56,24 +56,30 @@ def demo(
 
 def run(subject: Any, metrics: list[str], asked: dict[str, Any], progress: Any) -> list[dict[str, Any]]:
     """Return a row of results for the dense model and for each metric and pattern."""
-    from pruneforge.runs.compare import Case, compare
     from pruneforge.runs.evaluate import evaluate
+    from pruneforge.runs.prune import prune
 
-    case = Case(
-        subject.checkpoint(),
-        subject.task,
-        subject.task_options,
-        subject.calibration,
-        subject.samples,
-        subject.seqlen,
-        subject.title,
-    )
-    dense = evaluate(case.model, case.task, options=case.task_options, progress=progress, **asked)
-    rows = [{"metric": "dense", "pattern": "", "sparsity": 0.0, subject.result: dense[subject.result]}]
-    for pattern in PATTERNS:
-        for row in compare([case], metrics, 0.5, pattern, progress=progress, **asked):
-            common.warn([f"{row['metric']}: {text}" for text in row["warnings"]])
-            rows.append({**row, subject.result: row["results"][subject.result]})
+    asked = {**asked, "progress": progress}
+    data = {"calibration": subject.calibration, "samples": subject.samples, "seqlen": subject.seqlen}
+    model, result = subject.checkpoint(), subject.result
+    dense = evaluate(model, subject.task, subject.task_options, **asked)
+    rows = [{"metric": "dense", "pattern": "", "sparsity": 0.0, result: dense[result]}]
+    jobs = [(pattern, metric) for pattern in PATTERNS for metric in metrics]
+    for pattern, metric in progress.track(jobs, subject.title):
+        pruned = prune(model, metric, 0.5, pattern, **data, **asked)
+        common.warn([f"{metric}: {text}" for text in pruned.report["warnings"]])
+        found = evaluate(pruned, subject.task, subject.task_options, **asked)
+        measured = pruned.report["measured"]
+        rows.append(
+            {
+                "metric": metric,
+                "pattern": pruned.report["pattern"]["pattern"],
+                "sparsity": pruned.report["sparsity"]["reached"],
+                result: found[result],
+                "seconds": measured["seconds"]["total"],
+                "peak_memory_bytes": measured["peak_memory"]["host_bytes"],
+            }
+        )
     return rows
 
 

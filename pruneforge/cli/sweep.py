@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from pruneforge.cli import common
-from pruneforge.cli.fields import Fields, fields_of
-from pruneforge.cli.settings import SettingsCommand, settings
+from pruneforge.cli import common, studies
+from pruneforge.cli.fields import Fields
+from pruneforge.cli.settings import settings
 
 if TYPE_CHECKING:
     from pruneforge.studies.sweep_report import Grid
@@ -41,32 +41,12 @@ NUMBERS = 32
 """Characters that a mean and a deviation take at most."""
 
 
-class Command(SettingsCommand):
-    """`pruneforge sweep`: an option for each setting of its runs, of their metric, data and evaluator."""
-
-    plugin_options: ClassVar = {
-        "metric": ("metric", "options"),
-        "calibration": ("source", "source_options"),
-        "allocator": ("allocator", "allocator_options"),
-        "recover": ("recovery", "recover_options"),
-        "objective": ("objective", "objective_options"),
-        "task": ("evaluator", "task_options"),
-    }
-
-    def plugin_named(self, chooser: str, value: Any) -> str | None:
-        """Return what a setting names; with several metrics, options say whose they are: `--option NAME.alpha=1`."""
-        if chooser == "metric" and isinstance(value, list | tuple):
-            value = value[0] if len(value) == 1 else None
-        return super().plugin_named(chooser, value)
+class Command(studies.StudyCommand):
+    """`pruneforge sweep`: an option for each setting of its runs."""
 
     def fields(self) -> Fields:
-        """Return the settings of a recipe that all runs of a sweep share, and of its evaluation."""
-        from pruneforge.interfaces.recipe import EvalRecipe, PruneRecipe
-
-        varied = ("model", "metric", "sparsity", "pattern", "seed", "propagate")
-        shared = {name: field for name, field in fields_of(PruneRecipe).items() if name not in varied}
-        evaluation = EvalRecipe.model_fields
-        return {**shared, "task": evaluation["task"], "task_options": evaluation["options"]}
+        """Return the settings; all sparsities share one calibration, of the dense model."""
+        return {name: field for name, field in super().fields().items() if name != "propagate"}
 
 
 def sweep(
@@ -89,18 +69,19 @@ def sweep(
             "layers and metrics)"
         ),
     ] = None,
-    seeds: Annotated[
-        str, typer.Option(help="Seeds, several with commas between; each is a calibration draw.", metavar="SEEDS")
-    ] = "0",
+    seeds: studies.Seeds = "0",
     points: Annotated[
         float, typer.Option(help="The knee's rule for shares: percentage points that a model may lose.")
     ] = 1.0,
     loss_increase: Annotated[
         float, typer.Option(help="The knee's rule for other tasks: share by which the loss may rise.")
     ] = 0.05,
-    controls: Annotated[
-        bool, typer.Option("--controls/--no-controls", help="Show metrics that are controls beside the others.")
-    ] = True,
+    controls: studies.Controls = True,
+    executor: studies.Executor = "local",
+    workers: studies.Workers = None,
+    address: studies.Address = None,
+    num_cpus: studies.NumCpus = None,
+    num_gpus: studies.NumGpus = None,
     as_json: common.Json = False,
     plugins: common.PluginFiles = None,
     config: common.Config = None,
@@ -117,24 +98,23 @@ def sweep(
     Options of the metric, the calibration source and the evaluator are options of the command: --metric NAME
     --task NAME --help lists them. Options of several metrics are written --option NAME.OPTION=VALUE.
     """
+    from pruneforge.studies.executors import make_executor
     from pruneforge.studies.knee import Rule
     from pruneforge.studies.report import write_report
     from pruneforge.studies.run import run_study
     from pruneforge.studies.sweep import make_sweep, sparsities_between
     from pruneforge.studies.sweep_report import left_out, write_sweep
 
-    asked = settings(ctx)
+    asked = studies.with_options_by_name(settings(ctx), metric)
     rule = Rule(points, loss_increase)
     sparsities = sparsities_between(start, stop, step)
-    if len(metric) > 1:
-        asked["options"] = common.options_by_name(asked.get("options", {}), "--option")
-    if len(asked.get("refine", ())) > 1:
-        asked["refine_options"] = common.options_by_name(asked.get("refine_options", {}), "--refine-option")
     task = {"task": asked.pop("task"), "options": asked.pop("task_options", {})}
     patterns = [] if pattern == [NONE] else pattern or None
-    made = make_sweep(models, metric, task, sparsities, patterns, seeds=_numbers(seeds), controls=controls, **asked)
+    asked |= {"seeds": studies.numbers(seeds), "controls": controls}
+    made = make_sweep(models, metric, task, sparsities, patterns, **asked)
     common.warn(left_out(made))
-    cells = run_study(made.study, output, progress=True)
+    where = studies.executor_options(workers=workers, address=address, num_cpus=num_cpus, num_gpus=num_gpus)
+    cells = run_study(made.study, output, progress=True, executor=make_executor(executor, **where))
     rows = write_report(made.study, cells, output)
     found, grids = write_sweep(made, cells, rows, output, rule)
     if as_json:
@@ -145,13 +125,6 @@ def sweep(
         for note in grid.notes:
             print(note)
     print(f"wrote {output / 'sweep.html'}, sweep.md, sweep.json and report.html beside it")
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return list(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not whole numbers with commas between", param_hint="--seeds") from None
 
 
 def _table(grid: Grid) -> Table:

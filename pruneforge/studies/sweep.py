@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 from pruneforge.errors import PruneForgeError
@@ -15,9 +13,10 @@ from pruneforge.interfaces.patterns import NM, parse_pattern
 from pruneforge.plugins import loaded_plugins
 from pruneforge.runs.loading import load_model
 from pruneforge.runs.method import make_pattern
-from pruneforge.runs.parts import by_label, make_metric, options_by_label
+from pruneforge.runs.parts import make_metric
 from pruneforge.runs.plan import split_excluded
-from pruneforge.studies.study import OF_METHOD, OF_MODEL, Study, StudyModel, make_study
+from pruneforge.studies.asked import study_values
+from pruneforge.studies.study import Study, StudyModel, make_study
 
 PATTERNS = ("1:4", "2:4", "4:8")
 """N:M patterns beside the curve, where nothing else is asked for."""
@@ -87,41 +86,15 @@ def make_sweep(
     Raises:
         PruneForgeError: Something asked for does not exist or does not fit.
     """
-    names = _names(models)
-    own = options_by_label(by_label(list(metrics)), options or {}, "metric")
-    of_model = {name: settings.pop(name) for name in OF_MODEL if name in settings}
-    of_method = {name: settings.pop(name) for name in OF_METHOD if name in settings}
-    study = make_study(
-        {
-            "models": {name: {"model": model, "tasks": [task], **of_model} for name, model in names.items()},
-            "methods": {name: {"metric": name, "options": chosen, **of_method} for name, chosen in own.items()},
-            "patterns": list(sparsities),
-            "seeds": [0],
-            "details": False,  # of each layer at each sparsity they would slow it down
-            "keep_masks": len(names) > 1,
-            **settings,
-        },
-        "sweep",
-    )
+    given = {"seeds": [0], "details": False, **settings}  # details of each sparsity would slow it down
+    values = study_values(models, metrics, task, sparsities, options, keep_masks=len(models) > 1, **given)
+    study = make_study(values, "sweep")
     registry = loaded_plugins().registry
     made = [make_metric(method.metric, method.options, registry) for method in study.methods.values()]
     shapes = _shapes(study)
     chosen, left_out = _fitting(patterns, made, shapes)
     study = study.model_copy(update={"patterns": [*study.patterns, *chosen]})
     return Sweep(study, shapes, left_out)
-
-
-def _names(models: Sequence[str]) -> dict[str, str]:
-    """Return the models by what the report calls them: the last part of a folder or hub id, or all if that is taken."""
-    names: dict[str, str] = {}
-    for model in models:
-        last = Path(model).resolve().name if Path(model).exists() else re.split("[/:]", model)[-1]
-        short, whole = (re.sub(r"[^\w.,+-]+", "-", text) for text in (last, model))
-        name = whole if short in names else short
-        if model in names.values() or name in names:
-            raise PruneForgeError(f"model {model!r} is named twice, or another has its name")
-        names[name] = model
-    return names
 
 
 def _shapes(study: Study) -> dict[str, tuple[int, int]]:

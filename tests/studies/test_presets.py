@@ -61,8 +61,7 @@ def test_a_preset_runs_and_leaves_a_study_that_can_be_edited(plugin, tmp_path):
     ("arguments", "said"),
     [
         (("--preset", "smal"), "unknown study 'smal'; did you mean 'small'?"),
-        (("--preset", "small", "small.yaml"), "compare takes either a file or the name of a --preset"),
-        ((), "compare takes either a file or the name of a --preset"),
+        (("--preset", "small", "small.yaml"), "compare takes one file, or the name of one --preset, or models"),
     ],
 )
 def test_a_wrong_preset_is_one_line(plugin, tmp_path, arguments, said):

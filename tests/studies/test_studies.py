@@ -379,13 +379,53 @@ def test_the_command_runs_a_study(tmp_path):
     done = commands.invoke("compare", file, "--output", tmp_path / "out")
     assert done.exit_code == 0, done.output
     assert "digits: top1" in done.output
-    assert (tmp_path / "out" / "report.html").read_text().count("<svg") == 1
+    assert (tmp_path / "out" / "report.html").read_text().count("<svg") >= 1
     assert StudyFolder(tmp_path / "out").dense("digits", 0)["top1"] > 0.8
-    for arguments, said in (
-        (("compare", file), "a study needs a folder for its cells; name it with --output"),
-        (("compare", file, "--output", tmp_path / "o", "--metric", "wanda"), "is for a list of models"),
-        (("compare", tmp_path / "none.yaml", "--output", tmp_path / "o"), "cannot be read"),
-    ):
-        refused = commands.invoke(*arguments)
-        assert refused.exit_code == 2
-        assert said in refused.output
+
+
+def test_models_on_the_command_line_are_a_study_too(tmp_path):
+    given = ("demo:image", "--metric", "wanda", "--metric", "gblm", "--option", "gblm.alpha=10", "--samples", 8)
+    given += ("--calibration", "digits", "--task", "imagenet:digits", "--limit", 40, "--task-option", "workers=0")
+    given += ("--pattern", "2:4", "--sparsity", 0.5, "--seeds", "0,1", "--no-controls")
+    done = commands.invoke("compare", *given, "--output", tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.output
+    cells = {(row["method"], row["pattern"], row["seed"]) for row in json.loads(done.stdout)}
+    assert cells == {(method, p, seed) for method in ("wanda", "gblm") for p in ("0.5", "2:4") for seed in (0, 1)}
+    again = pruneforge.compare(tmp_path / "out" / "study.yaml", tmp_path / "out")
+    assert again == json.loads(done.stdout)
+    study = tmp_path / "out" / "study.yaml"
+    part = commands.invoke("compare", study, "--cells", "*/gblm/*/0", "--output", tmp_path / "p")
+    assert part.exit_code == 0, part.output
+    assert "2 of 8 cells are in" in part.output
+    assert set(finished_in(tmp_path / "p")) == {"image/gblm/0.5/0", "image/gblm/2of4/0"}
+    assert not (tmp_path / "p" / "report.html").exists()
+
+
+BAD_COMMANDS = [
+    (("study.yaml",), "compare needs a folder for its cells; name it with --output"),
+    (("--output", "out"), "compare needs a study: a YAML file, a --preset, or models"),
+    (("study.yaml", "--metric", "wanda", "--output", "out"), "--metric is for models on the command line"),
+    (("study.yaml", "--seeds", "1", "--output", "out"), "--seeds is for models on the command line"),
+    (("study.yaml", "--preset", "demo", "--output", "out"), "takes one file, or the name of one --preset, or models"),
+    (("none.yaml", "--output", "out"), "study 'none.yaml' cannot be read"),
+    (("list.yaml", "--output", "out"), "study 'list.yaml' must be a mapping"),
+    (("broken.yaml", "--output", "out"), "study 'broken.yaml' cannot be read"),
+    (("demo:image", "--task", "imagenet:digits", "--output", "out"), "models on the command line need a --metric"),
+    (("demo:image", "--metric", "wanda", "--output", "out"), "models on the command line need a --task"),
+    (("study.yaml", "--executor", "slurm", "--output", "out"), "unknown executor 'slurm'"),
+    (("study.yaml", "--num-cpus", 2, "--output", "out"), "unknown option of local 'num_cpus'"),
+    (("study.yaml", "--cells", "5/4", "--output", "out"), "parts are numbered from 1 to 4"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), BAD_COMMANDS, ids=[said[:30] for _, said in BAD_COMMANDS])
+def test_a_wrong_command_is_one_line_and_leaves_nothing(given, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("study.yaml").write_text(yaml.safe_dump(values()))
+    Path("list.yaml").write_text("- model: demo:image")
+    Path("broken.yaml").write_text("models: [")
+    refused = commands.invoke("compare", *given)
+    assert refused.exit_code == 2, refused.output
+    assert said in refused.output
+    assert len(refused.output.strip().splitlines()) == 1
+    assert not Path("out").exists()
