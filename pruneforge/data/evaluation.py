@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +51,7 @@ def text_windows(
     length = window or min(context or LONGEST, LONGEST)
     if context and length > context:
         raise PruneForgeError(f"window {length} is longer than the model's context of {context} tokens")
-    tokens = tokenize(model.processor, source.separator.join(source.documents("evaluation")))
+    tokens = _tokens(model.processor, source.separator.join(source.documents("evaluation")))
     count = len(tokens) // length
     if count == 0:
         raise PruneForgeError(
@@ -60,6 +63,28 @@ def text_windows(
     share = shared(sketched, tokens) if sketched else 0.0
     flattered = f"about {share:.0%} of the calibration text stands in the evaluation text too; the result is flattered"
     return tokens[: count * length].view(count, length), [flattered] if share > 0 else []
+
+
+@dataclass(frozen=True)
+class _Tokenised:
+    """A text with a tokenizer that equals another one of the same content."""
+
+    content: str
+    text: str
+    tokenizer: Any = field(compare=False)
+
+
+def _tokens(tokenizer: Any, text: str) -> Tensor:
+    """Return the token ids of a text, int64 [tokens]; a study evaluates many models on the same one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # it does not say what it is made of
+        return tokenize(tokenizer, text)
+    return _recent_tokens(_Tokenised(backend.to_str(), text, tokenizer))
+
+
+@functools.lru_cache(maxsize=4)
+def _recent_tokens(asked: _Tokenised) -> Tensor:
+    return tokenize(asked.tokenizer, asked.text)
 
 
 def image_batches(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 from reference import perplexity
+from tokenizers.normalizers import Lowercase
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pruneforge
@@ -47,6 +48,29 @@ def test_perplexity_keeps_the_loss_of_each_window(checkpoint):
     assert found["items"]["id"] == ["0", "1", "2"]
     assert found["items"]["loss"] == pytest.approx(losses, rel=1e-4)
     assert found["perplexity"] == pytest.approx(math.exp(sum(losses) / 3), rel=1e-4)
+
+
+def test_a_text_is_tokenised_once_for_models_of_equal_tokenizers(checkpoint, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("A text of this test alone, which nothing has read before. " * 40)
+    read = []
+
+    class Counting(type(AutoTokenizer.from_pretrained(checkpoint))):
+        def __call__(self, text, **more):
+            read.append(text)
+            return super().__call__(text, **more)
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    found = []
+    for _ in range(2):
+        tokenizer = Counting.from_pretrained(checkpoint)
+        found.append(pruneforge.evaluate(model, "perplexity", data=text, window=16, processor=tokenizer))
+    assert len(read) == 1
+    assert found[0]["loss"] == found[1]["loss"]
+    tokenizer.backend_tokenizer.normalizer = Lowercase()  # another one, which reads the text otherwise
+    other = pruneforge.evaluate(model, "perplexity", data=text, window=16, processor=tokenizer)
+    assert len(read) == 2
+    assert other["loss"] != found[0]["loss"]
 
 
 def test_dense_perplexity_of_the_pretrained_model_is_the_published_one(shared_data):
