@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pruneforge.errors import PruneForgeError
-from pruneforge.studies.report import Table
-from pruneforge.studies.results import Row, Summary
+from pruneforge.studies.results import Row
+from pruneforge.studies.tables import Summary, Table
 
 ROUNDING = 1e-9
 """By how much a difference of two shares may be off."""

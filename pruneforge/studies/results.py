@@ -1,85 +1,63 @@
-"""What the cells of a study found: a row for each, and what rows of several calibration draws say together."""
+"""What the cells of a study found, as rows: one for each cell and task, with everything it was measured on."""
 
 from __future__ import annotations
 
 import csv
 import io
-import math
-import statistics
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pruneforge.studies.folder import StudyFolder
+from pruneforge.studies.published import published_dense, published_for
 from pruneforge.studies.study import Cell
 
 Row = dict[str, Any]
 
-RESAMPLES = 2000
-"""Bootstrap samples of a paired difference."""
+TASK_PROTOCOL = ("window", "windows", "tokens", "images", "image_size", "crop", "labels", "skipped")
+"""What an evaluation may say of the data that it measured on, beside where they come from."""
 
 
 def rows_of(cells: Sequence[Cell], held: StudyFolder) -> list[Row]:
     """Return a row for each cell and task, and one for each failed cell, in the order of the study.
 
     Returns:
-        Rows with the cell (`model`, `method`, `pattern`, `seed`), its protocol (`samples`, `seqlen`, `calibration`,
-        `scope`, `propagate`, `dtype`, `recipe`), `sparsity`, `task`, `measure`, `value`, `dense`, `loss`, `dense_loss`,
-        `loss_increase` (relative to the dense model's), the `rows` and `columns` structure of the masks and of random
-        ones, the protocol of the task (`window`, `tokens`, `images`), and `failed`, the reason or an empty text.
+        Rows with the cell (`model`, `method`, `pattern`, `seed`) and its `recipe` hash; what it was calibrated on
+        (`calibration`, `source_options`, `streams`, `samples`, `seqlen`) and how (`propagate`, `dtype`, `scope`); the
+        task (`task`, its `task_number` among the model's, `task_options`) with its protocol (`data`, `split` and
+        `TASK_PROTOCOL`); `sparsity`, `measure`, `value`, `dense`, what `published` returns, `loss`, `dense_loss`,
+        `loss_increase` (relative to the dense model's); the shares that rows and columns explain of masks
+        (`mask_rows`), of random masks and, where they are known, of scores; `versions`; and `failed`, the reason or an
+        empty text.
     """
     rows = []
     for cell in cells:
         found = held.cell(cell)
         if found is None:
             continue
-        protocol = _protocol(cell)
+        calibrated = _calibrated(cell)
         if "failed" in found:
-            rows.append({**protocol, "failed": found["failed"]})
+            rows.append({**calibrated, "failed": found["failed"]})
             continue
+        pruned = _pruned(found)
         for number, evaluation in enumerate(found["evaluations"]):
-            dense = held.dense(cell.model, number) or {}
-            rows.append({**protocol, **_outcome(found, evaluation, dense), "failed": ""})
+            outcome = _outcome(cell, evaluation, held.dense(cell.model, number) or {})
+            task = {"task_number": number, "task_options": as_text(cell.tasks[number].options)}
+            rows.append({**calibrated, **task, **outcome, **pruned, "failed": ""})
     return rows
 
 
-def _protocol(cell: Cell) -> Row:
-    recipe = cell.recipe
-    return {
-        "model": cell.model,
-        "method": cell.method,
-        "pattern": str(cell.pattern),
-        "seed": cell.seed,
-        "calibration": recipe.calibration or "",
-        "samples": recipe.samples,
-        "seqlen": recipe.seqlen or "",
-        "propagate": recipe.propagate,
-        "dtype": recipe.dtype,
-        "recipe": cell.fingerprint(),
-    }
+def published(cell: Cell, evaluation: Mapping[str, Any]) -> Row:
+    """Return the numbers that were published for a cell's evaluation and for its dense model, and where, if any are."""
+    found = {"published": published_for(cell, evaluation), "published_dense": published_dense(cell, evaluation)}
+    values = {name: number.value if number else None for name, number in found.items()}
+    return values | {f"{name}_source": number.source if number else "" for name, number in found.items()}
 
 
-def _outcome(found: Mapping[str, Any], evaluation: Mapping[str, Any], dense: Mapping[str, Any]) -> Row:
-    measure, masks = evaluation["measure"], found["masks"]
-    loss, dense_loss = evaluation.get("loss"), dense.get("loss")
-    return {
-        "scope": found["scope"] or "",
-        "sparsity": found["sparsity"],
-        "task": evaluation["task"],
-        "measure": measure,
-        "higher_is_better": evaluation["higher_is_better"],
-        "share": evaluation["share"],
-        "value": evaluation.get(measure),
-        "dense": dense.get(measure),
-        "loss": loss,
-        "dense_loss": dense_loss,
-        "loss_increase": loss / dense_loss - 1 if loss is not None and dense_loss else None,
-        "mask_rows": masks["rows"],
-        "mask_columns": masks["columns"],
-        "random_rows": masks["random_rows"],
-        "random_columns": masks["random_columns"],
-        **{name: evaluation[name] for name in ("window", "tokens", "images") if name in evaluation},
-    }
+def as_text(values: Mapping[str, Any]) -> str:
+    """Return names and values in one line: `data c4, window 2048`; what is not set is left out."""
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+    return ", ".join(f"{name} {text}" for name, text in texts.items() if values[name] is not None)
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -92,78 +70,63 @@ def as_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-@dataclass(frozen=True)
-class Summary:
-    """One method at one pattern on one task, over all calibration draws.
-
-    Attributes:
-        model: Name of the model.
-        task: The task.
-        method: Name of the method.
-        pattern: Sparsity or N:M.
-        values: The measure, by seed.
-        mean: Their mean.
-        deviation: Their standard deviation, with one draw less in the divisor; `None` with one draw.
-        loss_increase: Mean increase of the loss relative to the dense model; `None` where the task has no loss.
-        difference: Mean difference to the baseline on the same draws; `None` for the baseline.
-        low: Lower end of its 95 % bootstrap interval over draws; `None` with fewer than two.
-        high: Upper end.
-    """
-
-    model: str
-    task: str
-    method: str
-    pattern: str
-    values: dict[int, float]
-    mean: float
-    deviation: float | None
-    loss_increase: float | None
-    difference: float | None
-    low: float | None
-    high: float | None
+def _calibrated(cell: Cell) -> Row:
+    recipe = cell.recipe
+    return {
+        "model": cell.model,
+        "method": cell.method,
+        "pattern": str(cell.pattern),
+        "seed": cell.seed,
+        "recipe": cell.fingerprint(),
+        "reference": recipe.model,
+        "calibration": recipe.calibration or "",
+        "source_options": as_text(recipe.source_options),
+        "streams": as_text(recipe.streams),
+        "samples": recipe.samples,
+        "seqlen": recipe.seqlen or "",
+        "propagate": recipe.propagate,
+        "dtype": recipe.dtype,
+    }
 
 
-def summaries(rows: Sequence[Row], baseline: str) -> list[Summary]:
-    """Return a summary for each model, task, method and pattern, in the order of the rows."""
-    groups: dict[tuple[str, str, str, str], list[Row]] = {}
-    for row in rows:
-        if row.get("value") is not None:
-            groups.setdefault((row["model"], row["task"], row["method"], row["pattern"]), []).append(row)
-    found = []
-    for (model, task, method, pattern), own in groups.items():
-        values = {row["seed"]: float(row["value"]) for row in own}
-        base = {row["seed"]: float(row["value"]) for row in groups.get((model, task, baseline, pattern), [])}
-        pairs = [values[seed] - base[seed] for seed in values if seed in base] if method != baseline else []
-        low, high = interval(pairs)
-        losses = [row["loss_increase"] for row in own if row["loss_increase"] is not None]
-        found.append(
-            Summary(
-                model,
-                task,
-                method,
-                pattern,
-                values,
-                statistics.fmean(values.values()),
-                statistics.stdev(values.values()) if len(values) > 1 else None,
-                statistics.fmean(losses) if losses else None,
-                statistics.fmean(pairs) if pairs else None,
-                low,
-                high,
-            )
-        )
-    return found
+def _pruned(found: Mapping[str, Any]) -> Row:
+    masks = found["masks"]
+    return {
+        "scope": found["scope"] or "",
+        "sparsity": found["sparsity"],
+        **{f"mask_{way}": masks[way] for way in ("rows", "columns")},
+        **{f"random_{way}": masks[f"random_{way}"] for way in ("rows", "columns")},
+        **_of_scores(found.get("details", {})),
+        "versions": as_text(found["versions"]),
+    }
 
 
-def interval(differences: Sequence[float]) -> tuple[float | None, float | None]:
-    """Return the 95 % bootstrap interval of the mean of paired differences; of fewer than two there is none."""
-    if len(differences) < 2 or any(math.isinf(each) or math.isnan(each) for each in differences):
-        return None, None
-    if len(set(differences)) == 1:
-        return differences[0], differences[0]
-    import numpy as np
-    from scipy.stats import bootstrap
+def _of_scores(details: Mapping[str, Any]) -> Row:
+    """Return the shares of the scores' variance that rows and columns explain, layers weighted by their size."""
+    scores = [layer["scores"] for layer in details.values() if layer["scores"]]
+    weights = sum(each["weights"] for each in scores)
+    if not weights:
+        return {}
+    return {
+        f"score_{way}": sum(each[way] * each["weights"] for each in scores) / weights for way in ("rows", "columns")
+    }
 
-    found = bootstrap(
-        (np.asarray(differences),), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
-    )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+def _outcome(cell: Cell, evaluation: Mapping[str, Any], dense: Mapping[str, Any]) -> Row:
+    measure, data = evaluation["measure"], dict(evaluation.get("data") or {})
+    loss, dense_loss = evaluation.get("loss"), dense.get("loss")
+    return {
+        "task": evaluation["task"],
+        "data": as_text(data),
+        "split": data.get("split") or data.get("part") or "",
+        **{name: evaluation[name] for name in TASK_PROTOCOL if name in evaluation},
+        "measure": measure,
+        "higher_is_better": evaluation["higher_is_better"],
+        "share": evaluation["share"],
+        "value": evaluation.get(measure),
+        "dense": dense.get(measure),
+        **published(cell, evaluation),
+        "loss": loss,
+        "dense_loss": dense_loss,
+        "loss_increase": loss / dense_loss - 1 if loss is not None and dense_loss else None,
+    }

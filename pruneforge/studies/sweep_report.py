@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from pruneforge.checkpoint.durable import write_text
+from pruneforge.studies.curve import curve
 from pruneforge.studies.folder import StudyFolder
+from pruneforge.studies.grids import cell_text, number
 from pruneforge.studies.knee import Knee, Rule, knees
 from pruneforge.studies.masks import Components, Similarity, components, similarities
-from pruneforge.studies.plots import curve, on_axis
-from pruneforge.studies.report import Table, cell_text, number, tables_of
+from pruneforge.studies.page import environment, shown_methods
+from pruneforge.studies.plots import on_axis
 from pruneforge.studies.results import Row
 from pruneforge.studies.study import Cell
 from pruneforge.studies.sweep import Sweep
-
-TEMPLATE = Path(__file__).parent / "templates" / "sweep.html.j2"
+from pruneforge.studies.tables import Table, tables_of
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,7 @@ def as_markdown(sweep: Sweep, grids: Sequence[Grid]) -> str:
 
 def as_html(sweep: Sweep, grids: Sequence[Grid]) -> str:
     """Return the report as a page, which holds everything that it shows."""
-    from jinja2 import Environment
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    template = environment().get_template("sweep.html.j2")
     return template.render(study=sweep.study, left_out=left_out(sweep), grids=grids)
 
 
@@ -128,8 +126,9 @@ def _curve(sweep: Sweep, table: Table, bends: Sequence[Knee], rule: Rule) -> Gri
     else:
         notes.append("No knee: the task reports neither a share nor a loss.")
     caption = f"star: knee, {rule.words(table)} up to there" if own else ""
-    picture = curve(table, {method: knee.sparsity for method, knee in own.items()}, caption)
     file = re.sub(r"[^\w.,+-]+", "-", f"sweep-{table.model}-{table.task}") + ".svg"
+    stars = {method: knee.sparsity for method, knee in own.items()}
+    picture = curve(table, shown_methods(sweep.study).styles, file, stars, caption)
     return Grid(f"{table.model}: {table.title}", notes, ["sparsity", *methods], lines, picture, file)
 
 

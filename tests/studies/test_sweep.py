@@ -8,14 +8,16 @@ import math
 import pytest
 import torch
 from conftest import tiny_llama
+from made_up_study import row
 
 import pruneforge
 from pruneforge import PruneForgeError
 from pruneforge.checkpoint.masks import save_masks
+from pruneforge.studies.curve import curve
 from pruneforge.studies.folder import StudyFolder
 from pruneforge.studies.knee import Rule, knee, knees
 from pruneforge.studies.masks import components, similarities
-from pruneforge.studies.plots import curve
+from pruneforge.studies.plots import Style
 from pruneforge.studies.report import tables_of, write_report
 from pruneforge.studies.run import run_study
 from pruneforge.studies.study import cells_of, make_study
@@ -71,14 +73,7 @@ def test_the_knee_is_the_last_sparsity_up_to_which_all_stay_within_the_rule(lost
 
 def curve_of(values, seeds=(0,), **changes):
     """Rows of one method, by pattern."""
-    same = {"model": "m", "task": "t", "method": "a", "loss_increase": None, "measure": "perplexity"}
-    same |= {"higher_is_better": False, "share": False, "dense": 5.0, "samples": 8, "seqlen": 64, "calibration": "c4"}
-    same |= {"propagate": "dense", "failed": "", **changes}
-    return [
-        {**same, "seed": seed, "pattern": pattern, "value": value}
-        for pattern, value in values.items()
-        for seed in seeds
-    ]
+    return [row("a", seed, value, pattern, **changes) for pattern, value in values.items() for seed in seeds]
 
 
 ACCURACY = {"measure": "top1", "higher_is_better": True, "share": True, "dense": 0.9733}
@@ -125,13 +120,14 @@ def test_a_rule_is_of_numbers_from_0_on():
 def test_the_picture_marks_knees_and_patterns():
     rows = curve_of({"0.2": 0.97, "0.4": 0.9, "2:4": 0.8}, **ACCURACY)
     (table,) = tables_of(rows, "a")
-    plain = curve(table)
-    marked = curve(table, {"a": 0.2}, "star: knee")
+    drawn = table, {"a": Style("#336699", "")}, "curve"
+    plain = curve(*drawn)
+    marked = curve(*drawn, {"a": 0.2}, "star: knee")
     assert plain.count("2:4") == 1  # the legend
     assert ("star: knee" in plain, "star: knee" in marked) == (False, True)
     assert marked.count("<use") == plain.count("<use") + 1
-    assert curve(table, {"a": 0.0}, "star: knee") != marked
-    assert marked == curve(table, {"a": 0.2}, "star: knee")
+    assert curve(*drawn, {"a": 0.0}, "star: knee") != marked
+    assert marked == curve(*drawn, {"a": 0.2}, "star: knee")
 
 
 def make(**changes):
