@@ -27,8 +27,8 @@ from pruneforge.cli import app
 from pruneforge.interfaces.recipe import EvalRecipe, PruneRecipe
 from pruneforge.interfaces.registry import plural
 from pruneforge.runs.resources import Resources
+from pruneforge.studies.grids import pattern_name
 from pruneforge.studies.published import Published, published_numbers
-from pruneforge.studies.report import pattern_name
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```\{generated\} (\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

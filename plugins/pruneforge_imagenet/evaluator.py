@@ -94,6 +94,8 @@ class ImageNet(Evaluator):
         return {
             **self._results(source, predicted, truth, reading, processor, seconds),
             "classes": int(choices.sum()),
+            "image_size": "x".join(map(str, processor.image_size)) if processor.image_size else None,
+            "crop": processor.crop,
             **({"items": _items(images, predicted, truth)} if subject.items else {}),
         }
 

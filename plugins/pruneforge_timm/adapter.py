@@ -94,7 +94,9 @@ class Timm(ImageClassifier):
         config = resolve_input_data_config(module)
         transform = timm.data.create_transform(**config, is_training=False)
         mode = "L" if config["input_size"][0] == 1 else "RGB"
-        return ImageProcessor(transform, mode, module.num_classes, _class_names(module))
+        size = tuple(config["input_size"][1:])
+        names = _class_names(module)
+        return ImageProcessor(transform, mode, module.num_classes, names, image_size=size, crop=config["crop_pct"])
 
     def save(self, module: Any, processor: Any, folder: Path) -> None:
         """Write timm's layout: `config.json` and `model.safetensors`."""

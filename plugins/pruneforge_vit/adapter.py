@@ -127,7 +127,21 @@ def _processor(reference: str, config: Any) -> ImageProcessor:
 def image_processor(native: Any, config: Any) -> ImageProcessor:
     """Return the processor of transformers with what the model's configuration says of its classes."""
     mode = "L" if config.num_channels == 1 else "RGB"
-    return ImageProcessor(_Transform(native), mode, config.num_labels, _class_names(config), native)
+    resized, cropped = (_side(getattr(native, name, None)) for name in ("size", "crop_size"))
+    crops = bool(getattr(native, "do_center_crop", False)) and cropped is not None
+    size = cropped if crops else resized
+    crop = min(1.0, cropped[0] / resized[0]) if crops and cropped and resized else 1.0
+    return ImageProcessor(
+        _Transform(native), mode, config.num_labels, _class_names(config), native, image_size=size, crop=crop
+    )
+
+
+def _side(size: Any) -> tuple[int, int] | None:
+    """Return height and width of a size as transformers writes it; of a shortest edge, a square."""
+    known = dict(size or {})
+    edge = known.get("shortest_edge")
+    height, width = known.get("height", edge), known.get("width", edge)
+    return (int(height), int(width)) if height and width else None
 
 
 def _class_names(config: Any) -> list[str]:

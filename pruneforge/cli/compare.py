@@ -16,8 +16,8 @@ from pruneforge.cli.settings import settings
 from pruneforge.errors import PruneForgeError
 
 if TYPE_CHECKING:
-    from pruneforge.studies.report import Table as StudyTable
     from pruneforge.studies.study import Study
+    from pruneforge.studies.tables import Table as StudyTable
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -93,7 +93,7 @@ def compare(
     where it stopped, and runs what was added.
     """
     from pruneforge.studies.executors import make_executor
-    from pruneforge.studies.report import tables_of, write_report
+    from pruneforge.studies.report import tables_in, write_report
     from pruneforge.studies.run import chosen_cells, run_study
 
     if output is None:
@@ -121,7 +121,7 @@ def compare(
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    for table in tables_of(rows, study.compared_with):
+    for table in tables_in(study, every, rows, output):
         common.console.print(_table(table))
     print(f"wrote {output / 'report.html'}, report.md, report.tex, results.csv and results.json beside it")
 
@@ -157,7 +157,7 @@ def _of_models(what: list[str], metric: list[str], patterns: list[float | str], 
 
 
 def _table(shown: StudyTable) -> Table:
-    from pruneforge.studies.report import cell_text, number, pattern_name
+    from pruneforge.studies.grids import cell_text, number, pattern_name
 
     dense = number(shown.dense, shown.share)
     table = Table(title=f"{shown.model}: {shown.title}; dense {dense}", title_justify="left")

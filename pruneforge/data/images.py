@@ -29,6 +29,8 @@ class ImageProcessor:
         classes: Number of classes of the head.
         names: Names of the classes in an image folder, in the head's order, if known.
         native: The library's own processor, for saving; `None` if the model contains it.
+        image_size: Height and width of what the transform returns, if known.
+        crop: Share of the resized image's side that is kept, if known.
     """
 
     transform: Callable[[Image.Image], Tensor] = field(repr=False)
@@ -36,6 +38,8 @@ class ImageProcessor:
     classes: int
     names: Sequence[str] | None = None
     native: Any = None
+    image_size: tuple[int, int] | None = None
+    crop: float | None = None
 
 
 class ImageSet(ABC):

@@ -196,12 +196,15 @@ def _finished(cell: Cell, result: PruneResult, together: int) -> Iterator[Found]
         "seconds": seconds["total"],
         "runs_in_the_pass": together,
         "peak_bytes": report["measured"]["peak_memory"]["host_bytes"],
+        "peak_device_bytes": report["measured"]["peak_memory"].get("device_bytes"),
         "stages": seconds,
     }
     found = {
         "asked": cell.asked(),
         "sparsity": report["sparsity"]["reached"],
         "scope": report["pattern"]["scope"],
+        "dtype": report["model"]["dtype"],
+        "calibration_tokens": (report["calibration"] or {}).get("tokens"),
         "evaluations": [outcome for outcome, _ in outcomes],
         "masks": masks_in_short(result.masks),
         "warnings": report["warnings"],

@@ -14,7 +14,11 @@ from pruneforge.studies.study import Study
 from pruneforge.studies.tables import Table, deviation
 
 MIB = 1 << 20
-COSTS = (("seconds", "seconds", 1), ("peak_bytes", "peak memory, MiB", MIB))
+COSTS = (
+    ("seconds", "seconds", 1),
+    ("peak_bytes", "peak memory, MiB", MIB),
+    ("peak_device_bytes", "peak memory of the device, MiB", MIB),
+)
 """Columns of `measured.csv` that are drawn: name, label and unit."""
 
 
@@ -49,7 +53,8 @@ def _points(table: Table, measured: Sequence[Row], name: str, unit: int) -> dict
     points = {}
     for method, line in table.lines.items():
         place = {"method": method, "pattern": table.middle, "runs_in_the_pass": 1}
-        spent = {row["seed"]: row[name] / unit for row in measured if place.items() <= row.items()}
+        own = [row for row in measured if place.items() <= row.items() and row.get(name) is not None]
+        spent = {row["seed"]: row[name] / unit for row in own}
         if spent and table.middle in line:
             each = line[table.middle]
             up = None if each.deviation is None else scale * each.deviation

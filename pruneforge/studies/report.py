@@ -11,9 +11,7 @@ import yaml
 from pruneforge.checkpoint.durable import write_text
 from pruneforge.studies.costs import as_costs
 from pruneforge.studies.folder import StudyFolder
-from pruneforge.studies.grids import cell_text as cell_text
 from pruneforge.studies.grids import failed_grid, loss_grid, main_grid, number, points_grid
-from pruneforge.studies.grids import pattern_name as pattern_name
 from pruneforge.studies.layers import layers_of
 from pruneforge.studies.markup import Section, as_latex, as_markdown
 from pruneforge.studies.noise import Items, items
@@ -34,12 +32,7 @@ def write_report(study: Study, cells: Sequence[Cell], folder: Path) -> list[Row]
     """
     held = StudyFolder(folder)
     rows, measured = rows_of(cells, held), _measured(cells, held)
-    by_place = {(cell.model, cell.method, str(cell.pattern), cell.seed): cell for cell in cells}
-
-    def items_of(row: Row) -> Items | None:
-        return items(held, by_place[row["model"], row["method"], row["pattern"], row["seed"]], row["task_number"])
-
-    tables = tables_of(rows, study.compared_with, items_of)
+    tables = tables_in(study, cells, rows, folder)
     layers = {table.model: layers_of(cells, held, table.model, table.middle) for table in tables}
     shown = {model: found for model, found in layers.items() if found is not None}
     sections = _sections(rows, tables, study)
@@ -53,6 +46,24 @@ def write_report(study: Study, cells: Sequence[Cell], folder: Path) -> list[Row]
     write_text(as_costs(study, tables, measured), folder / "measured.html")
     _write_recipes(cells, folder / RECIPES)
     return rows
+
+
+def tables_in(study: Study, cells: Sequence[Cell], rows: Sequence[Row], folder: Path) -> list[Table]:
+    """Return the tables of a study, with what the outcomes of items in its folder say of differences.
+
+    Args:
+        study: The study.
+        cells: Its cells.
+        rows: What was found.
+        folder: Its folder.
+    """
+    held = StudyFolder(folder)
+    by_place = {(cell.model, cell.method, str(cell.pattern), cell.seed): cell for cell in cells}
+
+    def items_of(row: Row) -> Items | None:
+        return items(held, by_place[row["model"], row["method"], row["pattern"], row["seed"]], row["task_number"])
+
+    return tables_of(rows, study.compared_with, items_of)
 
 
 def _sections(rows: Sequence[Row], tables: Sequence[Table], study: Study) -> list[Section]:

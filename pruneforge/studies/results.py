@@ -22,13 +22,13 @@ def rows_of(cells: Sequence[Cell], held: StudyFolder) -> list[Row]:
     """Return a row for each cell and task, and one for each failed cell, in the order of the study.
 
     Returns:
-        Rows with the cell (`model`, `method`, `pattern`, `seed`) and its `recipe` hash; what it was calibrated on
-        (`calibration`, `source_options`, `streams`, `samples`, `seqlen`) and how (`propagate`, `dtype`, `scope`); the
-        task (`task`, its `task_number` among the model's, `task_options`) with its protocol (`data`, `split` and
-        `TASK_PROTOCOL`); `sparsity`, `measure`, `value`, `dense`, what `published` returns, `loss`, `dense_loss`,
-        `loss_increase` (relative to the dense model's); the shares that rows and columns explain of masks
-        (`mask_rows`), of random masks and, where they are known, of scores; `versions`; and `failed`, the reason or an
-        empty text.
+        Rows with the cell (`model`, `method`, `pattern`, `seed`) and its `recipe` hash; what it was calibrated
+        on (`calibration`, `source_options`, `streams`, `samples`, `seqlen`, `calibration_tokens`) and how
+        (`propagate`, `dtype`, `scope`); the task (`task`, its `task_number` among the model's, `task_options`)
+        with its protocol (`data`, `split` and `TASK_PROTOCOL`); `sparsity`, `measure`, `value`, `dense`, what
+        `published` returns, `loss`, `dense_loss`, `loss_increase` (relative to the dense model's); the shares
+        that rows and columns explain of masks (`mask_rows`), of random masks and, where they are known, of
+        scores; `versions`; and `failed`, the reason or an empty text.
     """
     rows = []
     for cell in cells:
@@ -85,7 +85,6 @@ def _calibrated(cell: Cell) -> Row:
         "samples": recipe.samples,
         "seqlen": recipe.seqlen or "",
         "propagate": recipe.propagate,
-        "dtype": recipe.dtype,
     }
 
 
@@ -93,6 +92,8 @@ def _pruned(found: Mapping[str, Any]) -> Row:
     masks = found["masks"]
     return {
         "scope": found["scope"] or "",
+        "dtype": found.get("dtype", ""),
+        "calibration_tokens": found.get("calibration_tokens") or "",
         "sparsity": found["sparsity"],
         **{f"mask_{way}": masks[way] for way in ("rows", "columns")},
         **{f"random_{way}": masks[f"random_{way}"] for way in ("rows", "columns")},

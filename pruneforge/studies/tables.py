@@ -213,7 +213,10 @@ def _calibrated(row: Row) -> str:
     plural = "" if row["samples"] == 1 else "s"
     samples = f"{row['samples']:,} sample{plural} of {row['calibration'] or 'no data'}"
     length = f"{row['seqlen']:,} tokens each" if row["seqlen"] else ""
-    return _joined(samples, length, row["source_options"], row["streams"])
+    tokens = row.get("calibration_tokens")
+    return _joined(
+        samples, length, f"{tokens:,} tokens in all" if tokens else "", row["source_options"], row["streams"]
+    )
 
 
 FACTS: dict[str, Callable[[Row], str]] = {
@@ -223,7 +226,7 @@ FACTS: dict[str, Callable[[Row], str]] = {
     "Calibrated on": _calibrated,
     "Scope": lambda row: str(row["scope"]),
     "Propagate": lambda row: str(row["propagate"]),
-    "Dtype": lambda row: "the checkpoint's" if row["dtype"] == "auto" else str(row["dtype"]),
+    "Dtype": lambda row: str(row["dtype"]),
     "Versions": lambda row: str(row["versions"]),
 }
 """What a table says of its protocol."""
