@@ -120,7 +120,7 @@ class Table:
         """
         sparsities = sorted((each for each in self.patterns if ":" not in each), key=float)
         chosen = sparsities or self.patterns
-        return chosen[(len(chosen) - 1) // 2]
+        return chosen[len(chosen) // 2]
 
 
 def tables_of(rows: Sequence[Row], baseline: str, items_of: ItemsOf = no_items) -> list[Table]:
