@@ -32,6 +32,9 @@ COLOURS = {
     "random": "lightgray",
 }
 
+CUT = "random"
+"""A control whose perplexities would leave no room for the others."""
+
 
 def figure(tables: list[Table], path: Path) -> None:
     """Draw each model's main task: means and deviations over draws, in groups by pattern."""
@@ -62,7 +65,13 @@ def figure(tables: list[Table], path: Path) -> None:
         axes.set_ylabel("top-1, %" if table.share else table.measure)
         if not table.higher_is_better:
             axes.set_yscale("log")
-    panels[0].legend(fontsize=8, frameon=False, ncols=2)
+            shown = [each.mean for method, line in table.lines.items() if method != CUT for each in line.values()]
+            axes.set_ylim(table.dense / 2, 2 * max(shown))
+            least = min(each.mean for each in table.lines[CUT].values())
+            said = f"{CUT}: {least:,.0f} and more"
+            axes.text(0.98, 0.95, said, transform=axes.transAxes, ha="right", va="top", fontsize=8)
+    marks, names = panels[0].get_legend_handles_labels()
+    drawn.legend(marks, names, loc="outside lower center", ncols=len(names), fontsize=8, frameon=False)
     drawn.savefig(path, dpi=150)
 
 
