@@ -18,6 +18,10 @@ class UnfinishedError(PruneForgeError):
     """What stopped a run that can go on from where it was, once that is mended."""
 
 
+class DeviceFullError(UnfinishedError):
+    """A device has no room for what was asked of it."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> PruneForgeError:
     """Return the error for a name that nobody registered, with the nearest one that somebody did.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pruneforge.errors import UnfinishedError
+from pruneforge.errors import DeviceFullError
 
 
 class PeakMemory:
@@ -38,16 +38,16 @@ class PeakMemory:
 
 @contextmanager
 def one_line_for_full_devices() -> Iterator[None]:
-    """Convert torch's out-of-memory error within the context into `UnfinishedError`.
+    """Convert torch's out-of-memory error within the context into `DeviceFullError`.
 
     Raises:
-        UnfinishedError: The device is full.
+        DeviceFullError: The device is full.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
         reason = str(error).partition(". ")[0]
-        raise UnfinishedError(
+        raise DeviceFullError(
             f"the device has no room left: {reason}; free some of it and run again (with `resume` if there is an "
             "unfinished output), or use a smaller `batch_size` or `device_memory_budget`"
         ) from error

@@ -76,6 +76,21 @@ def gradient_cache(tmp_path_factory, monkeypatch, demo_text) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory, demo_text) -> Path:
+    """The folder of the small study that ran at one go, which others are compared with."""
+    from small_study import values
+
+    from pruneforge.studies.report import write_report
+    from pruneforge.studies.run import run_study
+    from pruneforge.studies.study import make_study
+
+    folder = tmp_path_factory.mktemp("study") / "out"
+    study = make_study(values())
+    write_report(study, run_study(study, folder), folder)
+    return folder
+
+
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     """Two threads in place of one, in this process, for what may depend on them."""

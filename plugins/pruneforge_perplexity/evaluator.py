@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from pruneforge import Evaluator, Options, PruneForgeError, Subject, TextSource
+import pruneforge
+from pruneforge import Evaluator, PruneForgeError, Subject, TextSource
 from pruneforge.data.evaluation import text_windows
 
 
@@ -23,7 +24,7 @@ class Perplexity(Evaluator):
 
     measure = "perplexity"
 
-    class Options(Options):
+    class Options(pruneforge.Options):
         """Options of the perplexity evaluator."""
 
         data: str = Field(description="source or path of the evaluation text")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,9 +107,22 @@ def write_text(text: str, path: Path) -> None:
 
 def write_bytes(content: bytes, path: Path) -> None:
     """Write a file atomically: it is complete, or as it was before."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    # Not named by the process alone: processes of several machines may share a folder.
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
+    partial = Path(name)
     try:
-        partial.write_bytes(content)
+        os.fchmod(descriptor, 0o666 & ~_umask())
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """Return which permissions the user denies to new files."""
+    mask = os.umask(0o022)  # it can only be read by setting it
+    os.umask(mask)
+    return mask

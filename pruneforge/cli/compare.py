@@ -110,20 +110,23 @@ def compare(
         study = _of_models(what or [], metric or [], patterns, asked)
     where = studies.executor_options(workers=workers, address=address, num_cpus=num_cpus, num_gpus=num_gpus)
     only = cells or []
-    every = run_study(study, output, progress=True, executor=make_executor(executor, **where), only=only)
+    with studies.interruptible(output):
+        every = run_study(study, output, progress=True, executor=make_executor(executor, **where), only=only)
     if only:
-        done = len(chosen_cells(every, only))
-        print(f"{done} of {len(every)} cells are in {output}; without --cells comes the report")
-        return
+        chosen = chosen_cells(every, only)
+        failed = studies.warn_of_failed(chosen, output)
+        done = len(chosen) - failed
+        print(f"{done} of {len(every)} cells are finished in {output}; without --cells comes the report")
+        raise typer.Exit(studies.SOME_FAILED if failed else 0)
     rows = write_report(study, every, output)
-    names = ("model", "method", "pattern", "seed")
-    common.warn([f"{'/'.join(str(row[name]) for name in names)}: {row['failed']}" for row in rows if row["failed"]])
+    failed = studies.warn_of_failed(every, output)
     if as_json:
         print(json.dumps(rows, indent=2))
-        return
+        raise typer.Exit(studies.SOME_FAILED if failed else 0)
     for table in tables_in(study, every, rows, output):
         common.console.print(_table(table))
     print(f"wrote {output / 'report.html'}, report.md, report.tex, results.csv and results.json beside it")
+    raise typer.Exit(studies.SOME_FAILED if failed else 0)
 
 
 def _from_file(what: list[str], preset: str | None, given: dict[str, Any]) -> Study | None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
 from pruneforge.cli import common
 from pruneforge.cli.fields import Fields, fields_of
 from pruneforge.cli.settings import SettingsCommand
+
+if TYPE_CHECKING:
+    from pruneforge.studies.study import Cell
 
 Executor = Annotated[str, typer.Option(help="Where the cells run: local, or ray.", metavar="NAME")]
 Workers = Annotated[
@@ -25,6 +32,10 @@ Seeds = Annotated[
 Controls = Annotated[
     bool, typer.Option("--controls/--no-controls", help="Show metrics that are controls beside the others.")
 ]
+
+
+SOME_FAILED = 1
+"""Exit code of a study of which a cell failed; the others are finished."""
 
 
 class StudyCommand(SettingsCommand):
@@ -70,6 +81,26 @@ def numbers(text: str) -> list[int]:
         return list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not whole numbers with commas between", param_hint="--seeds") from None
+
+
+@contextmanager
+def interruptible(output: Path) -> Iterator[None]:
+    """Say what becomes of a study that is interrupted within the context."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"pruneforge: interrupted; the same command goes on with what is in {output}", file=sys.stderr)
+        raise typer.Exit(common.INTERRUPTED) from None
+
+
+def warn_of_failed(cells: Sequence[Cell], output: Path) -> int:
+    """Say which cells failed and why, and return how many did."""
+    from pruneforge.studies.folder import StudyFolder
+
+    held = StudyFolder(output)
+    reasons = {cell.key: (held.cell(cell) or {}).get("failed") for cell in cells}
+    common.warn([f"cell {key} failed: {why}" for key, why in reasons.items() if why])
+    return sum(why is not None for why in reasons.values())
 
 
 def executor_options(**given: Any) -> dict[str, Any]:

@@ -114,17 +114,20 @@ def sweep(
     made = make_sweep(models, metric, task, sparsities, patterns, **asked)
     common.warn(left_out(made))
     where = studies.executor_options(workers=workers, address=address, num_cpus=num_cpus, num_gpus=num_gpus)
-    cells = run_study(made.study, output, progress=True, executor=make_executor(executor, **where))
+    with studies.interruptible(output):
+        cells = run_study(made.study, output, progress=True, executor=make_executor(executor, **where))
     rows = write_report(made.study, cells, output)
     found, grids = write_sweep(made, cells, rows, output, rule)
+    failed = studies.warn_of_failed(cells, output)
     if as_json:
         print(json.dumps({**found, "rows": rows}, indent=2))
-        return
+        raise typer.Exit(studies.SOME_FAILED if failed else 0)
     for grid in grids:
         common.console.print(_table(grid))
         for note in grid.notes:
             print(note)
     print(f"wrote {output / 'sweep.html'}, sweep.md, sweep.json and report.html beside it")
+    raise typer.Exit(studies.SOME_FAILED if failed else 0)
 
 
 def _table(grid: Grid) -> Table:

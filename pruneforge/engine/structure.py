@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -40,11 +39,17 @@ def structure_of(matrix: Tensor) -> Structure:
     return Structure(float(rows) / variance, float(columns) / variance, variance)
 
 
-def random_structure(mask: Tensor, seed: int = 0) -> Structure:
-    """Return the structure of a random mask of the same shape that keeps as many weights, for comparison."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(mask.numel(), generator=generator)
-    return structure_of(mask.flatten()[order].view(mask.shape))
+def random_structure(mask: Tensor) -> Structure:
+    """Return what is expected of the structure of a random mask of the same shape that keeps as many weights.
+
+    Of a random permutation of all entries, means of rows have `(out - 1) / (out * in - 1)` of the variance.
+    """
+    out_features, in_features = mask.shape
+    variance = structure_of(mask).variance
+    if not variance:
+        return Structure(0.0, 0.0, 0.0)
+    others = mask.numel() - 1
+    return Structure((out_features - 1) / others, (in_features - 1) / others, variance)
 
 
 def together(structures: Iterable[Structure]) -> Structure:

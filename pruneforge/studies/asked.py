@@ -50,7 +50,7 @@ def _names(models: Sequence[str]) -> dict[str, str]:
     for model in models:
         last = Path(model).resolve().name if Path(model).exists() else re.split("[/:]", model)[-1]
         short, whole = (re.sub(r"[^\w.,+-]+", "-", text) for text in (last, model))
-        name = whole if short in names else short
+        name = (whole if short in names else short).lstrip(".-")
         if model in names.values() or name in names:
             raise PruneForgeError(f"model {model!r} is named twice, or another has its name")
         names[name] = model

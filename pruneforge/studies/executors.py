@@ -6,10 +6,11 @@ The files that they leave are the same.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import multiprocessing
 import os
 import socket
-import tempfile
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -19,6 +20,7 @@ from typing import Any
 
 from pydantic import Field
 
+from pruneforge.engine.gradient_store import cache_folder
 from pruneforge.errors import PruneForgeError, UnfinishedError, unknown_name
 from pruneforge.interfaces import options
 from pruneforge.interfaces.options import Configurable
@@ -55,24 +57,25 @@ class Local(Executor):
             for part in parts:
                 yield from _kept(part, held)
             return
+        count = min(self.options.workers, len(parts))
         spawn = multiprocessing.get_context("spawn")  # a forked process can use neither CUDA nor threads
         devices = spawn.Queue()
-        for index in range(self.options.workers):
+        for index in range(count):
             devices.put(index)
-        count = min(self.options.workers, len(parts))
-        pool = ProcessPoolExecutor(count, spawn, _begin, (devices, self.options.workers, _plugin_files()))
+        others = set(multiprocessing.active_children())  # of the program that calls this
+        pool = ProcessPoolExecutor(count, spawn, _begin, (devices, count, _plugin_files()))
         try:
-            waiting = [pool.submit(_keep_all, part, held.path) for part in parts]
+            waiting = [pool.submit(_keep_all, part, held.path, count) for part in parts]
             for future in as_completed(waiting):
                 yield from future.result()
         except BrokenProcessPool:
             raise UnfinishedError(
-                "a process of the study was killed, maybe for want of memory; run the study again with fewer workers: "
-                "what is finished stays"
+                "a process of the study ended, maybe killed for want of memory; run it again with fewer workers: "
+                "what is finished stays (a script that calls this needs `if __name__ == '__main__':`)"
             ) from None
         finally:
-            for process in multiprocessing.active_children():  # after an interruption or a failure there are some left
-                process.terminate()
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()  # after an interruption or a failure some still work
             pool.shutdown(cancel_futures=True)
 
 
@@ -80,23 +83,34 @@ def _begin(devices: Any, workers: int, files: Sequence[str]) -> None:
     """Prepare a process: its share of the cores, a GPU of its own if there are any, and the plugins."""
     import torch
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     index = devices.get()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(number) for number in range(torch.cuda.device_count())]
+    if visible is not None:  # as CUDA reads it, up to the first that is none
+        names = list(itertools.takewhile(lambda name: name not in ("", "-1"), visible.split(",")))
     if names:  # read when CUDA is first used, in this process
         os.environ["CUDA_VISIBLE_DEVICES"] = names[index % len(names)]
     _load_plugins(files)
 
 
-def _keep_all(part: Work, folder: Path) -> list[str]:
+def _end_with_parent() -> None:
+    """End this process once the one that started it is gone, which could not tell it to."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _keep_all(part: Work, folder: Path, sharing: int) -> list[str]:
     """Run a part in another process, and return where its files are."""
-    return list(_kept(part, StudyFolder(folder)))
+    return list(_kept(part, StudyFolder(folder), sharing))
 
 
-def _kept(part: Work, held: StudyFolder) -> Iterator[str]:
+def _kept(part: Work, held: StudyFolder, sharing: int = 1) -> Iterator[str]:
     with held.work() as work:
-        for place, content in part.run(work):
+        for place, content in part.run(work, sharing):
             held.keep(place, content)
             yield place
 
@@ -137,22 +151,35 @@ class OnRay(Executor):
         if not joined:
             address = self.options.address
             try:
-                _check_reachable(address)
+                _check_address(address)
                 ray.init(address=address, log_to_driver=False)
             except (OSError, ValueError, RuntimeError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise PruneForgeError(f"no Ray cluster at {address!r}: {reason}") from error
         try:
-            gpus = self.options.num_gpus
-            if gpus is None:
-                gpus = 1 if ray.cluster_resources().get("GPU") else 0
-            resources = {"num_cpus": self.options.num_cpus, "num_gpus": gpus, "max_retries": 3}
-            task = ray.remote(num_returns="streaming", **resources)(_found_there)
+            # Not retried: what had come back would be made again. The next run of the study makes what is missing.
+            task = ray.remote(num_returns="streaming", max_retries=0, **self._resources(ray))(_found_there)
             streams = [task.remote(part, _plugin_files()) for part in parts]
             yield from self._arriving(ray, streams, held)
         finally:
             if not joined:
                 ray.shutdown()
+
+    def _resources(self, ray: Any) -> dict[str, float]:
+        """Return what each part asks for.
+
+        Raises:
+            PruneForgeError: No node has as much, so that all would wait for ever.
+        """
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = self.options.num_gpus
+        if gpus is None:
+            gpus = 1 if any(node.get("GPU") for node in nodes) else 0
+        for name, kind, asked in (("num_cpus", "CPU", self.options.num_cpus), ("num_gpus", "GPU", gpus)):
+            most = max((node.get(kind, 0) for node in nodes), default=0)
+            if asked > most:
+                raise PruneForgeError(f"{name}={asked:g}, and no node of the Ray cluster has more than {most:g}")
+        return {"num_cpus": self.options.num_cpus, "num_gpus": gpus}
 
     def _arriving(self, ray: Any, streams: list[Any], held: StudyFolder) -> Iterator[str]:
         try:
@@ -177,9 +204,16 @@ class OnRay(Executor):
             ) from error
 
 
-def _check_reachable(address: str | None) -> None:
-    """Raise `OSError` where nothing listens at `host:port`; Ray would try for minutes."""
-    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+def _check_address(address: str | None) -> None:
+    """Raise where an address is of a kind that does not serve, or nothing listens at `host:port`.
+
+    Raises:
+        ValueError: It is of Ray's client, which cannot hand back what is found as it comes.
+        OSError: Nobody listens; Ray would try for minutes.
+    """
+    if address is not None and address.startswith("ray://"):
+        raise ValueError("a client's address does not serve; run this on a node of the cluster, with HOST:PORT")
+    host, colon, port = (address or "").rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host, int(port)), timeout=10).close()
 
@@ -187,8 +221,9 @@ def _check_reachable(address: str | None) -> None:
 def _found_there(part: Work, files: Sequence[str]) -> Iterator[Found]:
     """Run a part in a process of Ray's."""
     _load_plugins(files)
-    with tempfile.TemporaryDirectory(prefix="pruneforge-") as work:
-        yield from part.run(Path(work))
+    # In a folder of all such processes of the node, so that what killed ones leave is found and removed.
+    with StudyFolder(cache_folder().parent / "studies").work() as work:
+        yield from part.run(work)
 
 
 def _plugin_files() -> list[str]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pruneforge.checkpoint.durable import write_bytes
+from pruneforge.checkpoint.durable import write_bytes, writing
 from pruneforge.checkpoint.masks import MASKS_FILE
 from pruneforge.errors import PruneForgeError
 from pruneforge.studies.study import Cell
@@ -23,7 +23,8 @@ CELL_FILE = "cell.json"
 MEASURED_FILE = "measured.json"
 """What differs between two runs of a cell: times and memory."""
 
-LOCK_FILE = "lock"
+WORK, LOCK_FILE = ".work-", "lock"
+"""Beginning of the names of folders that processes work in, and the file in each that its process holds locked."""
 
 
 class StudyFolder:
@@ -49,7 +50,7 @@ class StudyFolder:
         return _read(self.path / place_of(cell, items_file(task)))
 
     def dense(self, model: str, task: int) -> dict[str, Any] | None:
-        """Return what the dense model gave on one of its tasks, or `None`."""
+        """Return what the dense model gave on one of its tasks, or why it failed; `None` if it was not tried."""
         return _read(self.path / dense_place(model, task))
 
     def lacks(self, cell: Cell) -> bool:
@@ -61,27 +62,43 @@ class StudyFolder:
         return not all((self.path / place_of(cell, name)).is_file() for name in wanted)
 
     def keep(self, place: str, content: bytes) -> None:
-        """Write a file below the folder, whole or not at all."""
+        """Write a file below the folder, whole or not at all; a cell that is finished does not become a failed one.
+
+        Raises:
+            UnfinishedError: The folder cannot be written.
+        """
         file = self.path / place
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(content, file)
+        if file.name == CELL_FILE and "failed" in json.loads(content):
+            before = _read(file)
+            if before is not None and "failed" not in before:
+                return
+        with writing(self.path, "study folder"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(content, file)
 
     @contextmanager
     def work(self) -> Iterator[Path]:
         """Return a folder for what a pass writes; it is removed afterwards, and so are those of killed processes."""
+        self.sweep()
         with _locked(self.path / ".lock", wait=True):  # no other process looks while this one makes its own
-            for left in self.path.glob(".work-*"):
-                with _locked(left / LOCK_FILE) as dead:
-                    if dead:
-                        shutil.rmtree(left, ignore_errors=True)
-            made = Path(tempfile.mkdtemp(prefix=".work-", dir=self.path))
+            made = Path(tempfile.mkdtemp(prefix=WORK, dir=self.path))
             held = os.open(made / LOCK_FILE, os.O_RDWR | os.O_CREAT)
             fcntl.flock(held, fcntl.LOCK_EX)
         try:
             yield made
         finally:
-            shutil.rmtree(made, ignore_errors=True)
+            with _locked(self.path / ".lock", wait=True):
+                shutil.rmtree(made, ignore_errors=True)
             os.close(held)
+
+    def sweep(self) -> None:
+        """Remove what killed processes have left; what is locked is of a process that lives."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with _locked(self.path / ".lock", wait=True):
+            for left in self.path.glob(f"{WORK}*"):
+                with _locked(left / LOCK_FILE) as dead:
+                    if dead:
+                        shutil.rmtree(left, ignore_errors=True)
 
 
 def place_of(cell: Cell, name: str) -> str:

@@ -41,10 +41,15 @@ def rows_of(cells: Sequence[Cell], held: StudyFolder) -> list[Row]:
             continue
         pruned = _pruned(found)
         for number, evaluation in enumerate(found["evaluations"]):
-            outcome = _outcome(cell, evaluation, held.dense(cell.model, number) or {})
+            outcome = _outcome(cell, evaluation, _dense(held, cell, number))
             task = {"task_number": number, "task_options": as_text(cell.tasks[number].options)}
             rows.append({**calibrated, **task, **outcome, **pruned, "failed": ""})
     return rows
+
+
+def _dense(held: StudyFolder, cell: Cell, number: int) -> dict[str, Any]:
+    found = held.dense(cell.model, number) or {}
+    return {} if "failed" in found else found
 
 
 def published(cell: Cell, evaluation: Mapping[str, Any]) -> Row:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from pruneforge.checkpoint.durable import writing
 from pruneforge.checkpoint.journal import difference
 from pruneforge.errors import PruneForgeError
+from pruneforge.interfaces.patterns import parse_pattern
 from pruneforge.plugins import loaded_plugins
 from pruneforge.progress import Progress, as_progress
 from pruneforge.runs.job import make_job
 from pruneforge.runs.loading import load_model
+from pruneforge.runs.plan import split_excluded
 from pruneforge.studies.cells import DenseEvaluation, arguments, passes
 from pruneforge.studies.executors import Executor, Local
-from pruneforge.studies.folder import CELL_FILE, StudyFolder, place_of
+from pruneforge.studies.folder import CELL_FILE, StudyFolder, as_json, place_of
 from pruneforge.studies.published import published_numbers
 from pruneforge.studies.study import Cell, Study, cells_of, save_study
 
@@ -52,16 +56,33 @@ def run_study(
     cells = cells_of(study, [plugin.origin for plugin in loaded_plugins().loaded if plugin.from_file])
     chosen = chosen_cells(cells, only)
     check(study, cells)
-    held = StudyFolder(folder)
+    _check_folder(folder)
+    held, executor = StudyFolder(folder), executor or Local(workers=1)
+    _check_device(study, executor)
     missing = [cell for cell in chosen if not _is_finished(held, cell)]
-    folder.mkdir(parents=True, exist_ok=True)
-    save_study(study, folder)
+    with writing(folder, "study folder"):
+        held.sweep()
+        save_study(study, folder)
     dense = list(_dense_evaluations(study, held, {cell.model for cell in chosen}))
-    executor = executor or Local(workers=1)
-    arriving = _finished_cells(executor.run([*dense, *passes(missing)], held), missing)
-    for _ in as_progress(progress).track(arriving, "cells", len(missing)):
-        pass
+    _run(dense, missing, held, executor, as_progress(progress))
     return cells
+
+
+def _run(
+    dense: Sequence[DenseEvaluation], missing: Sequence[Cell], held: StudyFolder, executor: Executor, bars: Progress
+) -> None:
+    """Evaluate dense models, and make the cells of those that could be."""
+    for _ in bars.track(executor.run(dense, held), "dense models", len(dense)):
+        pass
+    possible = []
+    for cell in missing:
+        why = _dense_failure(held, cell)
+        if why:
+            held.keep(place_of(cell, CELL_FILE), as_json({"asked": cell.asked(), "failed": why}))
+        else:
+            possible.append(cell)
+    for _ in bars.track(_finished_cells(executor.run(passes(possible), held), possible), "cells", len(possible)):
+        pass
 
 
 def chosen_cells(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
@@ -103,7 +124,11 @@ def check(study: Study, cells: Sequence[Cell]) -> None:
     registry = loaded_plugins().registry
     for name, model in study.models.items():
         try:
-            load_model(model.model, model.dtype, None, registry, model.adapter_options, on_disk=True)
+            loaded = load_model(model.model, model.dtype, None, registry, model.adapter_options, on_disk=True)
+            blocks, _ = split_excluded(loaded.adapter.blocks(loaded.module), model.exclude)
+            for text in (each for each in study.patterns if isinstance(each, str)):
+                for layer in (layer for block in blocks for layer in block.layers):
+                    parse_pattern(None, text, "row").check(layer.name, layer.shape[1])
             for task in model.tasks:
                 registry.create("evaluator", task.task, task.options)
         except PruneForgeError as error:
@@ -131,9 +156,40 @@ def _is_finished(held: StudyFolder, cell: Cell) -> bool:
 def _dense_evaluations(study: Study, held: StudyFolder, models: set[str]) -> Iterator[DenseEvaluation]:
     for label, model in study.models.items():
         for number, task in enumerate(model.tasks) if label in models else ():
-            evaluation = DenseEvaluation(label, model.model, number, task, study.device, study.items)
-            if (held.dense(label, number) or {}).get("asked") != evaluation.asked():
+            evaluation = DenseEvaluation(label, model.model, number, task, study.device, model.dtype)
+            found = held.dense(label, number) or {"failed": ""}
+            if "failed" in found or found["asked"] != evaluation.asked():
                 yield evaluation
+
+
+def _dense_failure(held: StudyFolder, cell: Cell) -> str:
+    """Return why the dense model of a cell cannot be evaluated, or an empty text."""
+    for number, task in enumerate(cell.tasks):
+        why = (held.dense(cell.model, number) or {}).get("failed")
+        if why:
+            return f"the dense model cannot be evaluated on {task.task}: {why}"
+    return ""
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise unless a folder is a study's, or can become one.
+
+    Raises:
+        PruneForgeError: It is something else, holds something else, or cannot be written.
+    """
+    parent = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise PruneForgeError(f"{str(folder)!r} cannot be written: {str(parent)!r} is no folder, or is read-only")
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).exists() for name in ("cells", ".lock")):
+        raise PruneForgeError(f"{str(folder)!r} holds other files than a study's; name a folder of its own")
+
+
+def _check_device(study: Study, executor: Executor) -> None:
+    if isinstance(executor, Local) and executor.options.workers > 1 and study.device.startswith("cuda:"):
+        raise PruneForgeError(
+            f"device {study.device!r} is one GPU, and each of several workers has its own; write `device: cuda`, or "
+            "choose GPUs with CUDA_VISIBLE_DEVICES"
+        )
 
 
 def _finished_cells(places: Iterator[str], cells: Sequence[Cell]) -> Iterator[str]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 
+from pruneforge.checkpoint.durable import write_text
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.metric import Metric
 from pruneforge.interfaces.patterns import parse_pattern
@@ -94,7 +95,7 @@ class Study(BaseModel):
 
     models: dict[str, StudyModel] = Field(min_length=1, description="The models, by what the report calls them.")
     methods: dict[str, Method] = Field(min_length=1, description="The methods, by what the report calls them.")
-    patterns: list[float | str] = Field(default=[0.5], min_length=1, description="Sparsities, and N:M.")
+    patterns: list[float | str] = Field(default=[0.5], min_length=1, description="Sparsities, and N:M in quotes.")
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1, description="Seeds; each is a calibration draw.")
     propagate: Propagate = Field(
         "dense", description="As for prune; with dense, all methods and patterns of a draw share one pass."
@@ -127,6 +128,22 @@ class Study(BaseModel):
         for name in values:
             if name.startswith(".") or not re.fullmatch(r"[\w.,+-]+( [\w.,+-]+)*", name):
                 raise ValueError(f"{name!r} cannot be part of a folder's name")
+        return values
+
+    @field_validator("patterns", "seeds")
+    @classmethod
+    def _once(cls, values: list[Any]) -> list[Any]:
+        for value in values:
+            if values.count(value) > 1:
+                raise ValueError(f"{value!r} is named twice")
+        return values
+
+    @field_validator("patterns", mode="before")
+    @classmethod
+    def _quoted(cls, values: Any) -> Any:
+        for value in values if isinstance(values, list) else ():
+            if isinstance(value, int) and value > 1:  # YAML reads 2:4 as a number of base 60
+                raise ValueError(f'{value} is no sparsity; write N:M patterns in quotes, such as "2:4"')
         return values
 
     def all_methods(self) -> dict[str, Any]:
@@ -168,6 +185,7 @@ class Cell:
         recipe: The run, which can be repeated alone.
         tasks: What its result is evaluated on.
         keeps: What is kept of it beside the results: "details", "items", "masks".
+        sources: Hashes of the plugin files that it uses, by file name.
     """
 
     model: str
@@ -177,6 +195,7 @@ class Cell:
     recipe: PruneRecipe
     tasks: tuple[Task, ...]
     keeps: frozenset[str] = frozenset()
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -186,7 +205,9 @@ class Cell:
     def asked(self) -> dict[str, Any]:
         """Return everything that decides the cell's result, of types that JSON holds."""
         tasks = [task.model_dump(mode="json") for task in self.tasks]
-        everything = {"recipe": self.recipe.model_dump(mode="json"), "tasks": tasks}
+        # Plugin files count by what is in them, wherever they are.
+        recipe = self.recipe.model_dump(mode="json", exclude={"plugins"}, exclude_defaults=True)
+        everything = {"recipe": recipe, "tasks": tasks, "plugins": dict(self.sources)}
         asked: dict[str, Any] = json.loads(json.dumps(everything, sort_keys=True))  # whatever the order in a file
         return asked
 
@@ -229,15 +250,37 @@ def _of_model(
                     pattern=text,
                     seed=seed,
                     device=study.device,
-                    plugins=plugins,
                 )
+                files = _used(plugins, recipe, model.tasks)
+                recipe = recipe.model_copy(update={"plugins": files})
+                sources = {Path(file).name: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in files}
                 kept = {
-                    "details": study.details and seed == study.seeds[0] and recipe.calibration is not None,
+                    "details": study.details and seed == min(study.seeds) and recipe.calibration is not None,
                     "items": study.items,
                     "masks": study.keep_masks,
                 }
                 keeps = frozenset(what for what, wanted in kept.items() if wanted)
-                yield Cell(name, label, pattern, seed, recipe, tuple(model.tasks), keeps)
+                yield Cell(name, label, pattern, seed, recipe, tuple(model.tasks), keeps, sources)
+
+
+def _used(files: Sequence[str], recipe: PruneRecipe, tasks: Sequence[Task]) -> list[str]:
+    """Return the plugin files that register something that a cell names, or an adapter, which models choose."""
+    registry = loaded_plugins().registry
+    named: dict[str, Sequence[str | None]] = {
+        "metric": [recipe.metric],
+        "allocator": [recipe.allocator],
+        "refiner": recipe.refine,
+        "recovery": [recipe.recover],
+        "objective": [recipe.objective],
+        "source": [recipe.calibration, *recipe.streams.values()],
+        "evaluator": [task.task for task in tasks],
+        "adapter": [entry.name for entry in registry.entries("adapter")],
+    }
+    used = set()
+    for kind, specs in named.items():
+        names = {spec.partition(":")[0] for spec in specs if spec}
+        used |= {entry.plugin for entry in registry.entries(kind) if entry.name in names}
+    return [file for file in files if file in used]
 
 
 def make_study(values: Mapping[str, Any], who: str = "study") -> Study:
@@ -257,4 +300,4 @@ def make_study(values: Mapping[str, Any], who: str = "study") -> Study:
 def save_study(study: Study, folder: Path) -> None:
     """Write a study to `folder`, without what was left at its default."""
     text = yaml.safe_dump(study.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
-    (folder / STUDY_FILE).write_text(text, encoding="utf-8")
+    write_text(text, folder / STUDY_FILE)

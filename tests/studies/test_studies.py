@@ -3,65 +3,26 @@
 from __future__ import annotations
 
 import base64
-import csv
 import io
 import json
-import shutil
-import signal
 import statistics
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import commands
 import numpy as np
 import pytest
 import yaml
-from conftest import CHECKPOINT
 from PIL import Image
+from small_study import finished_in, read, values
 
 import pruneforge
-from pruneforge import Metric, PruneForgeError
+from pruneforge import Evaluator, Metric, PruneForgeError
 from pruneforge.checkpoint.masks import load_masks
 from pruneforge.plugins import loaded_plugins
-from pruneforge.studies import cells as cells_module
-from pruneforge.studies.executors import make_executor
-from pruneforge.studies.folder import CELL_FILE, StudyFolder
+from pruneforge.studies.folder import StudyFolder
 from pruneforge.studies.report import write_report
-from pruneforge.studies.run import chosen_cells, run_study
+from pruneforge.studies.run import run_study
 from pruneforge.studies.study import cells_of, make_study
-
-
-def values(**changes):
-    return {
-        "models": {
-            "digits": {
-                "model": "demo:image",
-                "calibration": "digits",
-                "samples": 8,
-                "tasks": [{"task": "imagenet", "options": {"data": "digits", "workers": 0, "limit": 40}}],
-            }
-        },
-        "methods": {"wanda": {"metric": "wanda"}, "gradients": {"metric": "gblm", "options": {"alpha": 10}}},
-        "patterns": ["2:4"],
-        "seeds": [0, 1],
-        **changes,
-    }
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("study") / "out"
-    study = make_study(values())
-    write_report(study, run_study(study, folder), folder)
-    return folder
-
-
-def read(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "results.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_every_cell_is_what_a_run_of_its_own_gives(unbroken):
@@ -81,115 +42,108 @@ def test_every_cell_is_what_a_run_of_its_own_gives(unbroken):
     assert float(row["loss_increase"]) == pytest.approx(found["loss"] / dense["loss"] - 1)
 
 
-def kept(folder: Path) -> dict[str, bytes]:
-    """Return everything in a study's folder but times and memory."""
-    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in files.items() if "measured" not in name and name != ".lock"}
+class Unmeasurable(Evaluator):
+    """Fails for models with few weights left, and for the dense model if it is told to."""
 
+    class Options(Evaluator.Options):
+        dense: bool = False
 
-def finished_in(folder: Path) -> dict[str, int]:
-    """When each cell was finished, by its key."""
-    cells = folder / "cells"
-    return {str(path.parent.relative_to(cells)): path.stat().st_mtime_ns for path in cells.rglob(CELL_FILE)}
-
-
-def test_a_killed_study_goes_on_with_what_is_missing_and_ends_in_the_same_bytes(unbroken, tmp_path):
-    folder, file = tmp_path / "out", tmp_path / "study.yaml"
-    file.write_text(yaml.safe_dump(values(), sort_keys=False))
-    killed = subprocess.run([sys.executable, "-c", KILLED_AFTER_FIVE, str(file), str(folder)], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    before = finished_in(folder)
-    assert len(before) == 5
-    assert list(folder.glob(".work-*/pass"))  # which nobody was left to remove
-    study = make_study(values())
-    write_report(study, run_study(study, folder), folder)
-    after = finished_in(folder)
-    assert len(after) == 8
-    assert {key: after[key] for key in before} == before
-    assert kept(folder) == kept(unbroken)
-
-
-KILLED_AFTER_FIVE = """
-import os, signal, sys, yaml
-from pathlib import Path
-from pruneforge.studies.folder import CELL_FILE, StudyFolder
-from pruneforge.studies.run import run_study
-from pruneforge.studies.study import cells_of, make_study
-
-keep, kept = StudyFolder.keep, []
-
-def keeping(self, place, content):
-    kept.extend([place] if place.endswith(CELL_FILE) else [])
-    if len(kept) == 6:
-        os.kill(os.getpid(), signal.SIGKILL)
-    keep(self, place, content)
-
-StudyFolder.keep = keeping
-run_study(make_study(yaml.safe_load(open(sys.argv[1]))), Path(sys.argv[2]))
-"""
-
-
-def test_several_processes_leave_the_same_files(unbroken, tmp_path):
-    study, folder = make_study(values()), tmp_path / "out"
-    write_report(study, run_study(study, folder, executor=make_executor("local", workers=2)), folder)
-    assert kept(folder) == kept(unbroken)
+    def evaluate(self, subject):
+        if subject.made_of is None and self.options.dense:
+            raise PruneForgeError("no dense model here")
+        matrices = [p for p in subject.model.module.parameters() if p.dim() > 1]
+        left = sum(int(p.count_nonzero()) for p in matrices) / sum(p.numel() for p in matrices)
+        if left < 0.35:
+            raise ZeroDivisionError("nothing left")
+        return {"loss": left}
 
 
 @pytest.fixture
-def new_ray(monkeypatch):
-    """A cluster of this test's own, which leaves nothing behind; its sockets need a short path."""
-    pytest.importorskip("ray", reason="ray is not installed (pip install '.[ray]')")
-    with tempfile.TemporaryDirectory(prefix="ray") as folder:
-        for name, value in {"TMPDIR": folder, "AUTH_MODE": "disabled", "USAGE_STATS_ENABLED": "0"}.items():
-            monkeypatch.setenv(f"RAY_{name}", value)
-        yield
+def unmeasurable(monkeypatch):
+    registry = loaded_plugins().registry
+    for kind in ("evaluator", "metric"):
+        monkeypatch.setitem(registry._entries, kind, dict(registry._entries[kind]))
+    registry.evaluator("unmeasurable", Unmeasurable)
 
 
-@pytest.mark.slow
-def test_a_ray_cluster_leaves_the_same_files(unbroken, tmp_path, new_ray):
-    study, folder = make_study(values()), tmp_path / "out"
-    write_report(study, run_study(study, folder, executor=make_executor("ray", num_cpus=0.5)), folder)
-    assert kept(folder) == kept(unbroken)
-    with pytest.raises(PruneForgeError, match=r"no Ray cluster at '127\.0\.0\.1:1': .*refused"):
-        run_study(study, tmp_path / "other", executor=make_executor("ray", address="127.0.0.1:1"))
+def test_an_evaluation_that_fails_is_one_cells_fault(tmp_path, unmeasurable):
+    asked = values(patterns=[0.5, 0.9], seeds=[0], controls=False, methods={"m": {"metric": "magnitude"}})
+    asked["models"]["digits"]["tasks"] = [{"task": "unmeasurable"}]
+    study = make_study(asked)
+    rows = write_report(study, run_study(study, tmp_path / "out"), tmp_path / "out")
+    assert [(row["pattern"], row["failed"]) for row in rows] == [
+        ("0.5", ""),
+        ("0.9", "ZeroDivisionError: nothing left"),
+    ]
+    assert StudyFolder(tmp_path / "out").measured(cells_of(study, [])[0])["runs_in_the_pass"] == 2
 
 
-def test_a_wrong_executor_is_one_line():
-    for name, options, said in (
-        ("slurm", {}, "unknown executor 'slurm'"),
-        ("local", {"workers": 0}, "option workers=0 of local"),
-        ("local", {"address": "here"}, "unknown option of local 'address'"),
-    ):
+def test_a_dense_model_that_cannot_be_evaluated_fails_its_own_cells_alone(tmp_path, unmeasurable):
+    asked = values(seeds=[0], controls=False, methods={"m": {"metric": "magnitude"}}, items=False)
+    other = {**asked["models"]["digits"], "tasks": [{"task": "unmeasurable", "options": {"dense": True}}]}
+    study = make_study({**asked, "models": {"broken": other, **asked["models"]}})
+    rows = write_report(study, run_study(study, tmp_path / "out"), tmp_path / "out")
+    assert [(row["model"], row["failed"]) for row in rows] == [
+        ("broken", "the dense model cannot be evaluated on unmeasurable: no dense model here"),
+        ("digits", ""),
+    ]
+
+
+def test_a_cell_alone_is_what_it_is_among_others_in_another_dtype_too(tmp_path):
+    def asked(patterns):
+        made = values(patterns=patterns, seeds=[0], controls=False, methods={"s": {"metric": "sparsegpt"}})
+        made["models"]["digits"] |= {"dtype": "bfloat16"}
+        return make_study(made)
+
+    run_study(asked([0.5, 0.6]), tmp_path / "both")
+    run_study(asked([0.5]), tmp_path / "one")
+    place = "cells/digits/s/0.5/0/cell.json"
+    assert (tmp_path / "both" / place).read_bytes() == (tmp_path / "one" / place).read_bytes()
+    assert json.loads((tmp_path / "one" / "dense/digits/0.json").read_text())["asked"]["dtype"] == "bfloat16"
+
+
+METRIC = """
+from pruneforge import Metric
+
+
+class Mine(Metric):
+    def score(self, layer, stats):
+        return layer.weight{}
+"""
+
+
+def test_a_plugin_file_counts_by_what_is_in_it(tmp_path):
+    (tmp_path / "mine.py").write_text(METRIC.format(".abs()"))
+    (tmp_path / "other.py").write_text(METRIC.replace("Mine", "Other").format(""))
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(values(methods={"m": {"metric": "mine"}}, controls=False)))
+    base = ("compare", tmp_path / "study.yaml", "--output", tmp_path / "out")
+    first = commands.run(*base, "-p", tmp_path / "mine.py")
+    assert first.returncode == 0, first.stderr
+    before = finished_in(tmp_path / "out")
+    wider = values(methods={"m": {"metric": "mine"}, "o": {"metric": "other"}}, controls=False)
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(wider))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "mine.py").rename(tmp_path / "elsewhere" / "mine.py")
+    files = ("-p", tmp_path / "other.py", "-p", tmp_path / "elsewhere" / "mine.py")
+    second = commands.run(*base, *files)
+    assert second.returncode == 0, second.stderr
+    after = finished_in(tmp_path / "out")
+    assert len(after) == 4
+    assert {key: after[key] for key in before} == before
+    (tmp_path / "elsewhere" / "mine.py").write_text(METRIC.format(".square()"))
+    third = commands.run(*base, *files)
+    assert third.returncode == 2
+    assert "is of another study: plugins mine.py was" in third.stderr
+
+
+def test_a_folder_of_something_else_stays_as_it_is(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "study.yaml").write_text("# mine")
+    for place, said in (("file", "is no folder"), ("file/below", "is no folder"), ("full", "holds other files")):
         with pytest.raises(PruneForgeError, match=said):
-            make_executor(name, **options)
-
-
-def test_a_pass_makes_as_many_models_as_the_disk_has_room_for(unbroken, tmp_path, monkeypatch):
-    study, folder = make_study(values()), tmp_path / "out"
-    size = sum(path.stat().st_size for path in (CHECKPOINT.parent / "image").glob("*.safetensors"))
-    little = shutil._ntuple_diskusage(10 * size, 6 * size, 4 * size)  # three models at 80 %
-    monkeypatch.setattr(cells_module, "shutil", SimpleNamespace(rmtree=shutil.rmtree, disk_usage=lambda _: little))
-    cells = run_study(study, folder)
-    together = [StudyFolder(folder).measured(cell)["runs_in_the_pass"] for cell in cells if cell.seed == 0]
-    assert together == [3, 3, 3, 1]
-    write_report(study, cells, folder)
-    assert kept(folder) == kept(unbroken)
-
-
-def test_parts_of_a_study_run_apart_and_make_it_together(unbroken, tmp_path):
-    study, folder = make_study(values()), tmp_path / "out"
-    for part in ("2/2", "1/2"):
-        cells = run_study(study, folder, only=[part])
-    assert {key.split("/")[-1] for key in finished_in(folder)} == {"0", "1"}
-    write_report(study, cells, folder)
-    assert kept(folder) == kept(unbroken)
-    by_name = [cell.key for cell in chosen_cells(cells, ["*/wanda/*/1", "digits/random/*"])]
-    assert by_name == ["digits/wanda/2of4/1", "digits/random/2of4/0", "digits/random/2of4/1"]
-    parts = [cell.key for part in ("1/3", "2/3", "3/3") for cell in chosen_cells(cells, [part])]
-    assert sorted(parts) == sorted(cell.key for cell in cells)
-    for asked, said in (("0/3", "from 1 to 3"), ("4/3", "from 1 to 3"), ("text/*", "names none")):
-        with pytest.raises(PruneForgeError, match=said):
-            chosen_cells(cells, [asked])
+            run_study(make_study(values()), tmp_path / place)
+    assert (tmp_path / "full" / "study.yaml").read_text() == "# mine"
 
 
 def test_what_is_kept_of_each_cell(unbroken, tmp_path):
@@ -225,9 +179,7 @@ def test_the_outcome_of_each_item_is_kept_and_its_mean_is_the_measure(unbroken):
         assert items["measure"] == "top1"
         assert statistics.fmean(items["values"]) == held.cell(cell)["evaluations"][0]["top1"]
         ids.add(items["ids"])
-    dense = json.loads((unbroken / "dense" / "digits" / "items-0.json").read_text())
-    assert statistics.fmean(dense["values"]) == held.dense("digits", 0)["top1"]
-    assert ids == {dense["ids"]}
+    assert len(ids) == 1
 
 
 def test_a_method_may_see_other_data(tmp_path):
@@ -290,6 +242,10 @@ def test_a_cell_that_fails_says_why_and_the_rest_goes_on(tmp_path, monkeypatch):
         ({"methods": {"../one": {"metric": "wanda"}}}, "cannot be part of a folder's name"),
         ({"methods": {"..": {"metric": "wanda"}}}, "'..' cannot be part of a folder's name"),
         ({"patterns": ["2:4:8"]}, "2:4:8"),
+        ({"patterns": ["3:7"]}, "model 'digits': pattern 3:7 needs inputs in groups of 7"),
+        ({"patterns": [124]}, 'write N:M patterns in quotes, such as "2:4"'),
+        ({"patterns": [0.5, 0.5]}, "0.5 is named twice"),
+        ({"seeds": [0, 1, 0]}, "0 is named twice"),
         ({"patterns": []}, "patterns"),
         ({"baseline": "gblm"}, "baseline 'gblm' is not among the methods"),
         ({"models": {}}, "models"),
@@ -338,7 +294,7 @@ def test_models_on_the_command_line_are_a_study_too(tmp_path):
     study = tmp_path / "out" / "study.yaml"
     part = commands.invoke("compare", study, "--cells", "*/gblm/*/0", "--output", tmp_path / "p")
     assert part.exit_code == 0, part.output
-    assert "2 of 8 cells are in" in part.output
+    assert "2 of 8 cells are finished in" in part.output
     assert set(finished_in(tmp_path / "p")) == {"image/gblm/0.5/0", "image/gblm/2of4/0"}
     assert not (tmp_path / "p" / "report.html").exists()
 
