@@ -57,7 +57,7 @@ class Plugins:
     Attributes:
         registry: Everything registered, by kind and name.
         loaded: The plugins in the order they were discovered, failed ones included.
-        hook: pluggy's relay; `hook.pruneforge_run_started(run=...)` calls every observer.
+        hook: pluggy's relay; `hook.pruneforge_run_started(run=...)` calls every plugin's hook.
     """
 
     def __init__(self) -> None:
@@ -112,13 +112,13 @@ class Plugins:
         entries = (entry for kind in KINDS for entry in self.registry.entries(kind))
         return [_described(entry) for entry in entries if not names or entry.name in names]
 
-    def register(self, observer: object) -> None:
+    def register(self, hooks: object) -> None:
         """Add an object whose methods implement hooks, for observing runs from Python."""
-        self._manager.register(observer)
+        self._manager.register(hooks)
 
-    def unregister(self, observer: object) -> None:
+    def unregister(self, hooks: object) -> None:
         """Remove an object that `register` added."""
-        self._manager.unregister(observer)
+        self._manager.unregister(hooks)
 
     def _load(self, name: str, origin: str, version: str, load: object, from_file: bool = False) -> None:
         # A plugin may fail in any way at all; it is reported, and the others go on working.
