@@ -53,7 +53,7 @@ class Observer(options.Configurable, ABC):
 
     @abstractmethod
     def close(self, summary: Mapping[str, Value] | None) -> None:
-        """End the log.
+        """End the log; of a finished run, everything is written by then.
 
         Args:
             summary: `run/sparsity`, `run/seconds/...` by stage, `run/peak_memory/...` in bytes, and `run/warnings` as a

@@ -57,4 +57,5 @@ def prune_in_memory(session: Session, run: Run) -> PruneResult:
             loaded.adapter.save(loaded.module, loaded.processor, folder)
             save_masks(kept.masks, folder)
             session.describe(run, folder)
+    session.close_log(run)
     return PruneResult(report, loaded=loaded, masks=kept.masks, profile=run.profile)

@@ -112,8 +112,8 @@ def _composition(run: Run) -> dict[str, Any]:
 
 
 def save_report(report: Mapping[str, Any], folder: Path) -> None:
-    """Write a report to `folder`."""
-    (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    """Write a report to `folder`, or replace the one that is there."""
+    write_text(json.dumps(report, indent=2) + "\n", folder / REPORT_FILE)
 
 
 def record_evaluation(folder: Path, outcome: Mapping[str, Any]) -> str | None:
@@ -128,7 +128,7 @@ def record_evaluation(folder: Path, outcome: Mapping[str, Any]) -> str | None:
     others = [known for known in report["evaluation"] if known["recipe"] != outcome["recipe"]]
     report["evaluation"] = [*others, dict(outcome)]
     try:
-        write_text(json.dumps(report, indent=2) + "\n", folder / REPORT_FILE)
+        save_report(report, folder)
     except OSError as error:
         return f"the evaluation could not be added to {str(folder / REPORT_FILE)!r}: {error.strerror}"
     return None

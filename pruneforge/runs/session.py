@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from pruneforge.checkpoint.durable import writing
 from pruneforge.data.calibration import Calibration
 from pruneforge.engine.processes import Group
 from pruneforge.interfaces.adapter import LoadedModel
@@ -90,7 +91,7 @@ class Session:
         self.hook.pruneforge_block_pruned(run=run, result=result)
 
     def finish(self, run: Run, identity: dict[str, Any], together: int) -> dict[str, Any]:
-        """Make the report of a run whose blocks are all pruned, and tell observers and plugins.
+        """Make the report of a run whose blocks are all pruned, and tell plugins.
 
         Args:
             run: The run.
@@ -101,7 +102,6 @@ class Session:
             run, self.loaded, self.fingerprint, self.description_of(run) or None, self.peak.read(), identity
         )
         run.report["measured"]["patterns_at_once"] = together
-        observers.finished(run, run.report)
         self.hook.pruneforge_run_finished(run=run, report=run.report)
         return run.report
 
@@ -112,3 +112,15 @@ class Session:
         save_report(run.report, folder)
         if self.resources.profile:
             run.profile.save(folder / PROFILE_FILE)
+
+    def close_log(self, run: Run) -> None:
+        """Tell observers of a run's report, once everything is written: one that hangs then costs no result.
+
+        A warning that comes of it is added to the report, in the run's folder too.
+        """
+        assert run.report is not None
+        known = len(run.warnings)
+        observers.finished(run, run.report)
+        if run.folder is not None and len(run.warnings) > known:
+            with writing(run.folder):
+                save_report(run.report, run.folder)

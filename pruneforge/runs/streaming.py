@@ -52,10 +52,10 @@ def _prune(session: Session, outputs: Sequence[StreamedOutput]) -> None:
     """Make the outputs' runs in one pass, and write what belongs beside their weights."""
     group, runs = session.group, [output.run for output in outputs]
     rooms = session.rooms(runs)  # before anything is written
-    with ExitStack() as opened:
+    with ExitStack() as logs, ExitStack() as opened:  # logs are closed when the folders are let go of
         for output in outputs:
             opened.enter_context(output.opened())
-        opened.enter_context(session.observed(runs))
+        logs.enter_context(session.observed(runs))
         for output in outputs:  # once every folder is known to take its run
             output.prepare()
         with session.profile.stage("total"):
@@ -65,11 +65,14 @@ def _prune(session: Session, outputs: Sequence[StreamedOutput]) -> None:
                     output.finish()
         for output in outputs:
             with writing(output.folder):
-                report = session.finish(output.run, output.identity, len(outputs)) if group.first else None
-                if report is not None:
+                if group.first:
+                    session.finish(output.run, output.identity, len(outputs))
                     session.describe(output.run, output.folder)
                     sync(output.folder)
         group.gather(None)  # a barrier: the other processes wait until the first has finished the outputs
+        opened.close()
+        for run in runs if group.first else ():
+            session.close_log(run)
 
 
 def _prune_blocks(session: Session, outputs: Sequence[StreamedOutput], on_host: int, on_device: int) -> None:

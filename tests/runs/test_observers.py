@@ -29,6 +29,7 @@ class Recorder(Observer):
     class Options(Observer.Options):
         file: Path = Field(description="where to")
         fails: str = Field("", description="at what it fails")
+        folder: Path | None = Field(None, description="what to look into at the end")
 
     def start(self, name, config):
         self.run = name
@@ -39,6 +40,9 @@ class Recorder(Observer):
 
     def close(self, summary):
         self.write("close", summary)
+        if self.options.folder is not None:
+            kept = [path for path in self.options.folder.rglob("*") if path.is_file()]
+            self.write("kept", {path.name: path.stat().st_size for path in kept})
 
     def write(self, what, told):
         random.seed()  # as a library might
@@ -131,6 +135,21 @@ def test_runs_of_one_pass_are_logged_each_by_its_own_name(given, recorder, tmp_p
     assert list(by_run) == [f"{before}-0.5", f"{before}-2of4"]
     assert all(events[0] == "start" and events[-1] == "close" for events in by_run.values())
     assert len({tuple(events) for events in by_run.values()}) == 1
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_everything_is_written_before_a_log_is_closed(in_memory, recorder, tmp_path):
+    out = tmp_path / "out"
+    options = {"file": tmp_path / "log", "folder": out}
+    if in_memory:
+        more = {"observe": "recorder", "observe_options": options, "output": out}
+        pruneforge.prune(tiny_llama(), "magnitude", 0.5, **more)
+    else:
+        prune(out, tmp_path / "log", observe_options=options)
+    close, kept = [line[2:] for line in told(tmp_path / "log")][-2:]
+    assert close[0] == "close"
+    assert {"pruneforge.json", "recipe.yaml", "masks.safetensors", "model.safetensors"} <= set(kept[1])
+    assert kept[1] == {path.name: path.stat().st_size for path in out.iterdir()}  # so no journal any more
 
 
 @pytest.mark.parametrize("fails", ["log", "close"])
