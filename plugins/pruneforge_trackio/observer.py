@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextvars import Context
+from functools import partial
 from typing import Any
 
 from pruneforge import Observer
@@ -20,8 +21,8 @@ class Trackio(Observer):
         import trackio
 
         # In a context of its own: in one context, each run that begins ends the one before.
-        quiet = {"private": True, "auto_log_cpu": False, "auto_log_gpu": False}
-        self._run = Context().run(trackio.init, self.options.project, name, config=dict(config), **quiet)
+        begin = partial(trackio.init, private=True, auto_log_cpu=False, auto_log_gpu=False)
+        self._run = Context().run(begin, self.options.project, name, config=dict(config))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Log a block."""
