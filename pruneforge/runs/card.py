@@ -8,11 +8,10 @@ from string import Template
 from typing import Any
 
 import yaml
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from pruneforge.errors import PruneForgeError
 from pruneforge.plugins import loaded_plugins
+from pruneforge.runs.markdown import code, markdown
 
 CARD_FILE = "README.md"
 
@@ -29,16 +28,17 @@ def model_card(report: Mapping[str, Any], title: str) -> str:
         title: What the model is called.
     """
     base = report["recipe"]["model"]
-    known = {"base_model": base.removeprefix("hf-hub:")} if _is_hub_id(base) else {}
+    # A folder may be named as a model of the Hub is; only where the run was made was it known.
+    known = {"base_model": base.removeprefix("hf-hub:")} if report["model"].get("on_hub") else {}
     return _filled(
         "model_card.md",
         metadata=_yaml({**known, "tags": TAGS}),
-        title=title,
-        model=_code(base),
-        version=report["versions"]["pruneforge"],
+        title=markdown(title),
+        model=code(base),
+        version=markdown(report["versions"]["pruneforge"]),
         settings=_table(["", ""], [[name, text] for name, text in _settings(report).items()]),
         evaluation=_evaluation(report["evaluation"]),
-        warnings="".join(["\n## Warnings\n\n", *(f"- {text}\n" for text in report["warnings"])])
+        warnings="".join(["\n## Warnings\n\n", *(f"- {markdown(text)}\n" for text in report["warnings"])])
         if report["warnings"]
         else "",
     )
@@ -62,10 +62,10 @@ def _settings(report: Mapping[str, Any]) -> dict[str, str]:
     refiners = report.get("refiners", [])
     scope = report["pattern"]["scope"]
     return {
-        "base model": _code(recipe["model"]),
+        "base model": code(recipe["model"]),
         **{name: _part(part) for name, part in parts.items() if part is not None},
         **({"refined by": ", ".join(map(_part, refiners))} if refiners else {}),
-        "pattern": report["pattern"]["pattern"] + (f", compared within each {scope}" if scope else ""),
+        "pattern": markdown(report["pattern"]["pattern"] + (f", compared within each {scope}" if scope else "")),
         "sparsity": f"{sparsity['reached']:.2%} of {sparsity['weights']:,} weights in {len(report['layers'])} layers",
         "calibration": _calibration(report),
     }
@@ -73,7 +73,7 @@ def _settings(report: Mapping[str, Any]) -> dict[str, str]:
 
 def _part(part: Mapping[str, Any]) -> str:
     options = {name: value for name, value in part["options"].items() if value is not None}
-    return _code(part["name"]) + (f" ({_assignments(options)})" if options else "")
+    return code(part["name"]) + (f" ({_assignments(options)})" if options else "")
 
 
 def _calibration(report: Mapping[str, Any]) -> str:
@@ -82,7 +82,7 @@ def _calibration(report: Mapping[str, Any]) -> str:
         return "none"
     tokens = f", {data['tokens']:,} tokens" if "tokens" in data else ""
     return (
-        f"{_code(recipe['calibration'] or data['source'])}, {data['samples']:,} samples{tokens}, seed {recipe['seed']}"
+        f"{code(recipe['calibration'] or data['source'])}, {data['samples']:,} samples{tokens}, seed {recipe['seed']}"
     )
 
 
@@ -93,7 +93,7 @@ def _evaluation(outcomes: Sequence[Mapping[str, Any]]) -> str:
         measure, share = _measure(outcome["task"])
         value = outcome.get(measure)
         text = "in `pruneforge.json`" if value is None else f"{value:.2%}" if share else f"{value:,.2f}"
-        rows.append([outcome["task"], _assignments(outcome["recipe"]["options"]), measure, text])
+        rows.append([markdown(outcome["task"]), _assignments(outcome["recipe"]["options"]), markdown(measure), text])
     return f"\n## Evaluation\n\n{_table(['task', 'settings', 'measure', 'value'], rows)}\n" if rows else ""
 
 
@@ -106,16 +106,6 @@ def _measure(task: str) -> tuple[str, bool]:
     return kind.measure, kind.share
 
 
-def _is_hub_id(model: str) -> bool:
-    """Return whether a model was named by its repository on the Hub, as far as that can be known here."""
-    name = model.removeprefix("hf-hub:")
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name and not Path(name).exists()
-
-
 def _filled(template: str, **texts: str) -> str:
     return Template((TEMPLATES / template).read_text(encoding="utf-8")).substitute(texts)
 
@@ -125,13 +115,9 @@ def _yaml(metadata: Mapping[str, Any]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["-"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    lines = [head, ["-"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _assignments(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in options.items())
-
-
-def _code(text: str) -> str:
-    return f"`{text}`"
+    return markdown(", ".join(f"{name}={value}" for name, value in options.items()))

@@ -13,6 +13,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from pruneforge.checkpoint.durable import write_text
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import LoadedModel
@@ -64,6 +67,7 @@ def make_report(
         **_composition(run),
         "model": {
             "reference": model.reference,
+            "on_hub": is_on_hub(run.recipe.model),
             "class": type(model.module).__name__,
             "adapter": model.adapter.name,
             "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
@@ -89,6 +93,16 @@ def make_report(
             "machine": machine(),
         },
     }
+
+
+def is_on_hub(model: str) -> bool:
+    """Return whether a model was named by its repository; a folder may have such a name too, as shows here alone."""
+    name = model.removeprefix("hf-hub:")
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1 and not Path(name).exists()
 
 
 def _composition(run: Run) -> dict[str, Any]:

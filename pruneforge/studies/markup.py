@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from pruneforge.runs.markdown import markdown
 from pruneforge.studies.grids import Entry, Grid
 
 LATEX = {
@@ -35,11 +36,11 @@ def as_markdown(sections: Sequence[Section]) -> str:
     """Return a report as Markdown."""
     parts = [f"# Pruning study\n\n{HOW}\n"]
     for title, text, grid in sections:
-        parts += [f"## {_markdown(title)}\n", f"{_markdown(text)}\n"]
-        parts.append(_line(map(_markdown, one_line_heads(grid))))
+        parts += [f"## {markdown(title)}\n", f"{markdown(text)}\n"]
+        parts.append(_line(map(markdown, one_line_heads(grid))))
         parts.append("|" + "|".join([":-"] * grid.texts + ["-:"] * (len(grid.heads) - grid.texts)) + "|")
         parts += [_line(map(_markdown_entry, row)) for row in grid.rows]
-        parts += ["", *(f"{_markdown(note)}\n" for note in grid.notes)]
+        parts += ["", *(f"{markdown(note)}\n" for note in grid.notes)]
     return "\n".join(parts)
 
 
@@ -67,14 +68,8 @@ def one_line_heads(grid: Grid) -> list[str]:
     return [f"{group} {head}".strip() for group, head in zip(above, grid.heads, strict=True)]
 
 
-def _markdown(text: str) -> str:
-    for character in "\\|*_`<[":
-        text = text.replace(character, f"\\{character}")
-    return text
-
-
 def _markdown_entry(entry: Entry) -> str:
-    text = _markdown(_tagged(entry))
+    text = markdown(_tagged(entry))
     return f"**{text}**" if entry.best else text
 
 
