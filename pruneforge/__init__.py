@@ -75,9 +75,9 @@ if TYPE_CHECKING:
     from pruneforge.runs.prune import load as load
     from pruneforge.runs.prune import prune as prune
     from pruneforge.runs.prune import prune_each as prune_each
-    from pruneforge.runs.push import push as push
     from pruneforge.runs.result import PruneResult as PruneResult
     from pruneforge.studies.compare import compare as compare
+    from pruneforge.studies.push import push as push
 
 _MODULES = {
     "checkpoint.reader": ("Checkpoint",),
@@ -129,9 +129,9 @@ _MODULES = {
     "runs.evaluate": ("evaluate",),
     "runs.inspect": ("diff", "inspect"),
     "runs.prune": ("load", "prune", "prune_each"),
-    "runs.push": ("push",),
     "runs.result": ("PruneResult",),
     "studies.compare": ("compare",),
+    "studies.push": ("push",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

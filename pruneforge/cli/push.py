@@ -32,9 +32,10 @@ def push(
 ) -> None:
     """Upload a pruned model, or a study, to the Hugging Face Hub.
 
-    A folder without a README.md gets a card made from its report. Journals, locks and hidden files are left out.
+    A folder without a README.md gets a card made from its report, unless the repository has one. Journals, locks,
+    hidden files and links out of the folder are left out. A repository that holds something else is refused.
     """
-    from pruneforge.runs.push import push as run
+    from pruneforge.studies.push import push as run
 
     pushed = run(folder, to, private=private, dry_run=dry_run)
     if as_json:
@@ -45,5 +46,9 @@ def push(
         print(f"{size:>15,}  {name}{made}")
     if pushed["left_out"]:
         print(f"left out: {', '.join(pushed['left_out'])}")
+    if "README.md" not in pushed["files"]:
+        print("kept the repository's README.md")
+    if pushed["removed"]:
+        print(f"removed from the repository: {', '.join(pushed['removed'])}")
     total = f"{len(pushed['files'])} files, {common.mebibytes(sum(pushed['files'].values()))}"
     print(f"would push {total} to {to} ({pushed['kind']})" if dry_run else f"pushed {total}: {pushed['url']}")

@@ -20,6 +20,8 @@ from pruneforge.studies.results import Row, as_csv, rows_of
 from pruneforge.studies.study import STUDY_FILE, Cell, Study
 from pruneforge.studies.tables import Table, tables_of
 
+RESULTS_FILE, MARKDOWN_FILE = "results.json", "report.md"
+
 RECIPES = "recipes"
 """Folder of the recipes below the study's, each named by its hash."""
 
@@ -38,13 +40,13 @@ def write_report(study: Study, cells: Sequence[Cell], folder: Path) -> list[Row]
     sections = _sections(rows, tables, study)
     text = (folder / STUDY_FILE).read_text(encoding="utf-8")
     write_text(as_csv(rows), folder / "results.csv")
-    write_text(json.dumps(rows, indent=1) + "\n", folder / "results.json")
     write_text(as_csv(measured), folder / "measured.csv")
-    write_text(as_markdown(sections), folder / "report.md")
+    write_text(as_markdown(sections), folder / MARKDOWN_FILE)
     write_text(as_latex(sections), folder / "report.tex")
     write_text(as_html(study, text, rows, tables, shown), folder / "report.html")
     write_text(as_costs(study, tables, measured), folder / "measured.html")
     _write_recipes(cells, folder / RECIPES)
+    write_text(json.dumps(rows, indent=1) + "\n", folder / RESULTS_FILE)  # last: what it tells of is in all of them
     return rows
 
 

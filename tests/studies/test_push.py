@@ -12,10 +12,15 @@ import pytest
 import yaml
 from commands import invoke
 from huggingface_hub import constants
+from made_up_study import made_up
 
 import pruneforge
 from pruneforge import PruneForgeError
+from pruneforge.runs.report import is_on_hub
+from pruneforge.studies.report import write_report
 from pruneforge.studies.study import STUDY_FILE
+
+SHA = "1" * 40
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +39,15 @@ def pruned(made, tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A server that takes commits; `commits` holds the files of each."""
+    """A server that takes commits; `commits` holds the files of each, and `removed` the names that each removes.
+
+    `there` is what the repository holds.
+    """
 
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.answer({"id": "me/mine", "private": server.private, "siblings": [], "tags": []})
+            siblings = [{"rfilename": name} for name in (".gitattributes", *server.there)]
+            self.answer({"id": "me/mine", "sha": SHA, "private": server.private, "siblings": siblings, "tags": []})
 
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -55,6 +64,9 @@ def hub(monkeypatch):
                 entries = [json.loads(line) for line in body.splitlines()]
                 files = [entry["value"] for entry in entries if entry["key"] == "file"]
                 server.commits.append({file["path"]: base64.b64decode(file["content"]) for file in files})
+                server.removed.append([e["value"]["path"] for e in entries if e["key"] == "deletedFile"])
+                (head,) = [entry["value"] for entry in entries if entry["key"] == "header"]
+                assert head["parentCommit"] == SHA
                 self.answer({"commitOid": "0" * 40, "commitUrl": f"{address}/me/mine/commit/0", "success": True})
 
         def answer(self, value):
@@ -67,7 +79,7 @@ def hub(monkeypatch):
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.private, server.created, server.commits = True, [], []
+        server.private, server.created, server.commits, server.there, server.removed = True, [], [], [], []
         address = f"http://127.0.0.1:{server.server_port}"
         monkeypatch.setattr(constants, "ENDPOINT", address)  # which HF_ENDPOINT sets
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -84,16 +96,26 @@ def front_matter(card):
 
 
 def test_a_dry_run_lists_every_file_but_those_that_are_nobody_s_business(pruned):
-    for place in (".git/config", ".env", "run.lock", "inner/journal.jsonl", "inner/.cache/x", "inner/notes.txt"):
+    for place in (
+        ".git/config",
+        ".env",
+        "run.lock",
+        ".lock",
+        ".work-x/model",
+        "inner/journal.jsonl",
+        "inner/.cache/x",
+        "inner/notes.txt",
+    ):
         (pruned / place).parent.mkdir(parents=True, exist_ok=True)
         (pruned / place).write_text("secret")
     found = pruneforge.push(pruned, "me/mine", dry_run=True)
     expected = {path.name: path.stat().st_size for path in pruned.iterdir() if path.is_file()}
-    del expected[".env"], expected["run.lock"]
+    del expected[".env"], expected["run.lock"], expected[".lock"]
     assert {"model.safetensors", "masks.safetensors", "pruneforge.json", "recipe.yaml"} <= set(expected)
     card = {"README.md": len(found["card"].encode())}
     assert found["files"] == {**expected, **card, "inner/notes.txt": 6}
-    assert sorted(found["left_out"]) == [".env", ".git/", "inner/.cache/", "inner/journal.jsonl", "run.lock"]
+    left_out = [".env", ".git/", ".lock", ".work-x/", "inner/.cache/", "inner/journal.jsonl", "run.lock"]
+    assert sorted(found["left_out"]) == left_out
     assert (found["kind"], found["url"]) == ("model", None)
     assert not (pruned / "README.md").exists()
 
@@ -113,12 +135,12 @@ def test_the_card_says_what_the_report_says(pruned):
         "pruneforge prune --config recipe.yaml --output repeated",
     ):
         assert text in card, card
-    report["recipe"]["model"], report["warnings"] = "meta-llama/Llama-2-7b-hf", ["one | two"]
+    report["recipe"]["model"], report["warnings"] = "me/`base`", ["one | two\n\n# <b>"]
     report["evaluation"].append({"task": "theirs", "bits": 3, "recipe": {"options": {}}})
     (pruned / "pruneforge.json").write_text(json.dumps(report))
     card = pruneforge.push(pruned, "me/mine", dry_run=True)["card"]
-    assert front_matter(card)["base_model"] == "meta-llama/Llama-2-7b-hf"
-    assert "\n- one | two\n" in card
+    assert "\n- one \\| two # \\<b>\n" in card
+    assert "| base model | me/\\`base\\` |" in card
     assert "| theirs |  | loss | in `pruneforge.json` |" in card
 
 
@@ -155,30 +177,114 @@ def test_nothing_is_pushed_to_a_public_repository_that_should_be_private(pruned,
     assert len(hub.commits) == 1
 
 
+def test_weights_of_an_earlier_result_go_in_the_same_commit_and_its_readme_stays(pruned, hub):
+    listed = pruneforge.push(pruned, "me/mine", dry_run=True)
+    shards = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
+    hub.there = ["README.md", "pruneforge.json", "notes.txt", "model.safetensors", *shards]
+    done = invoke("push", pruned, "--to", "me/mine")
+    assert done.exit_code == 0, done.output
+    assert f"kept the repository's README.md\nremoved from the repository: {', '.join(shards)}\n" in done.output
+    assert hub.removed == [shards]
+    assert set(hub.commits[0]) == set(listed["files"]) - {"README.md"}
+    (pruned / "README.md").write_text("# Mine")
+    pruneforge.push(pruned, "me/mine")
+    assert hub.commits[1]["README.md"] == b"# Mine"
+
+
+def test_a_repository_that_holds_something_else_is_left_alone(pruned, hub):
+    hub.there = ["README.md", "config.json", "model.safetensors"]
+    done = invoke("push", pruned, "--to", "me/mine")
+    assert done.exit_code == 2
+    said = "'me/mine' holds 'config.json' and no result of PruneForge; name another repository, or a new one"
+    assert done.output == f"pruneforge: {said}\n"
+    assert hub.commits == []
+    hub.there = ["README.md"]
+    assert invoke("push", pruned, "--to", "me/mine").exit_code == 0
+
+
+def test_links_out_of_the_folder_are_left_out(pruned, tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "more").mkdir()
+    (pruned / "out.txt").symlink_to(tmp_path / "secret")
+    (pruned / "more").symlink_to(tmp_path / "more")
+    (pruned / "inside.json").symlink_to("pruneforge.json")
+    found = pruneforge.push(pruned, "me/mine", dry_run=True)
+    assert sorted(found["left_out"]) == ["more/", "out.txt"]
+    assert found["files"]["inside.json"] == (pruned / "pruneforge.json").stat().st_size
+    (pruned / "gone.txt").symlink_to("nowhere")
+    with pytest.raises(PruneForgeError) as error:
+        pruneforge.push(pruned, "me/mine", dry_run=True)
+    assert str(error.value) == f"'{pruned / 'gone.txt'}' cannot be read, or is a link to nothing; mend or remove it"
+
+
+def test_the_base_model_is_named_if_it_was_of_the_hub_where_it_was_pruned(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint, "llama/base")
+    pruneforge.prune("llama/base", "magnitude", 0.5, output="pruned")
+    monkeypatch.chdir(tmp_path / "pruned")  # where llama/base is no folder
+    assert "base_model" not in front_matter(pruneforge.push(".", "me/mine", dry_run=True)["card"])
+    report = json.loads((tmp_path / "pruned" / "pruneforge.json").read_text())
+    report["model"]["on_hub"] = True
+    (tmp_path / "pruned" / "pruneforge.json").write_text(json.dumps(report))
+    assert front_matter(pruneforge.push(".", "me/mine", dry_run=True)["card"])["base_model"] == "llama/base"
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("me/base", True),
+        ("hf-hub:me/base", True),
+        ("timm:vit", False),
+        ("./me/base", False),
+        ("LlamaForCausalLM", False),
+    ],
+)
+def test_a_name_is_of_the_hub_if_it_has_an_owner_and_is_no_folder(model, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_on_hub(model) == expected
+    (tmp_path / "me" / "base").mkdir(parents=True)
+    assert not is_on_hub("me/base")
+
+
 def test_a_study_is_pushed_as_a_data_set_without_its_work(tmp_path, hub):
     study = tmp_path / "study"
-    for place in (STUDY_FILE, "report.html", "results.csv", "cells/m/wanda/0.5/0/cell.json", "work/m0/model"):
-        (study / place).parent.mkdir(parents=True, exist_ok=True)
+    failed = []
+
+    def change(cell, found):
+        if not failed:
+            failed.append(cell.key)
+            found.clear()
+            found["failed"] = "out of memory"
+
+    write_report(*made_up(study, change, methods={"wanda": {"metric": "wanda"}}, seeds=[0]), study)
+    expected = {str(path.relative_to(study)) for path in study.rglob("*") if path.is_file()}
+    assert f"cells/{failed[0]}/cell.json" in expected
+    (study / ".work-x" / "m0").mkdir(parents=True)
+    for place in (".lock", ".work-x/lock", ".work-x/m0/model"):
         (study / place).write_text("x")
-    (study / "report.md").write_text("| method | 0.5 |\n")
     done = invoke("push", study, "--to", "me/mine")
     assert done.exit_code == 0, done.output
-    assert "left out: work/\n" in done.output
+    assert "left out: .work-x/, .lock\n" in done.output
     (files,) = hub.commits
-    assert set(files) == {
-        STUDY_FILE,
-        "report.html",
-        "report.md",
-        "results.csv",
-        "cells/m/wanda/0.5/0/cell.json",
-        "README.md",
-    }
-    assert "| method | 0.5 |" in files["README.md"].decode()
+    assert set(files) == {*expected, "README.md"}
+    assert (study / "report.md").read_text() in files["README.md"].decode()
     assert front_matter(files["README.md"].decode())["configs"][0]["data_files"] == "results.csv"
     assert hub.created[0]["type"] == "dataset"
-    (study / "report.html").unlink()
-    with pytest.raises(PruneForgeError, match="holds an unfinished study; run it again"):
-        pruneforge.push(study, "me/mine", dry_run=True)
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_a_study_is_unfinished_until_its_report_is_of_every_cell(ran, tmp_path):
+    methods = {"wanda": {"metric": "wanda"}}
+    study, cells = made_up(tmp_path, methods=methods, seeds=[0], controls=False)
+    write_report(study, cells, tmp_path)
+    pruneforge.push(tmp_path, "me/mine", dry_run=True)
+    before = (tmp_path / STUDY_FILE).read_text()
+    made_up(tmp_path, methods=methods, seeds=[0, 1], controls=False)  # extended: run with `cells`, or not yet
+    assert (tmp_path / STUDY_FILE).read_text() != before
+    if not ran:
+        shutil.rmtree(tmp_path / "cells" / "text" / "wanda" / "0.5" / "1")
+    with pytest.raises(PruneForgeError, match=r"unfinished study: its report lacks 'text/wanda/0\.5/1'; run it again"):
+        pruneforge.push(tmp_path, "me/mine", dry_run=True)
 
 
 def test_what_cannot_be_pushed_is_one_line(pruned, tmp_path):
@@ -191,6 +297,7 @@ def test_what_cannot_be_pushed_is_one_line(pruned, tmp_path):
     refused("cannot be pushed to: Cannot reach https://huggingface.co", pruned)  # the tests are offline
     refused("is not the name of a repository", pruned, "me/mine/more", dry_run=True)
     refused("is not the name of a repository", pruned, "me/my model", dry_run=True)
+    refused("'mine' is not the name of a repository: it needs an owner", pruned, "mine", dry_run=True)
     refused(f"several runs; push one of them, such as '{pruned}'", tmp_path, dry_run=True)
     refused("does not exist", tmp_path / "nowhere", dry_run=True)
     (tmp_path / "other").mkdir()
