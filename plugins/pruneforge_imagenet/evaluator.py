@@ -186,7 +186,7 @@ class ImageNet(Evaluator):
             "labels": "real" if self.options.real_labels else "folder",
             "class_accuracy": accuracy,
             "confused": [{"class": a, "taken_for": b, "images": n} for (a, b), n in wrong.most_common(CONFUSED)],
-            "loss": math.fsum(each.loss for each in predicted.values()) / len(predicted),
+            "loss": math.fsum(predicted[index].loss for index in counted) / len(counted),
             "warnings": reading.warnings(),
         }
 

@@ -201,6 +201,7 @@ def test_each_image_has_a_record_by_name(folder, checkpoint, tmp_path):
     counted = pruneforge.evaluate(checkpoint, "imagenet", options, data=folder, items=True)
     assert len(counted["items"]["id"]) == counted["images"] == EACH * 3 - 2
     assert set(counted["items"]["top1"]) == {1}
+    assert sum(counted["items"]["loss"]) / counted["images"] == pytest.approx(counted["loss"], rel=1e-12)
 
 
 def test_images_that_are_called_alike_have_records_of_their_own(tmp_path, checkpoint):
