@@ -184,6 +184,9 @@ def published(body: str) -> str:
         protocol = ", ".join(map(_code, dict.fromkeys((measure, listed[0].task))))
         protocol += f" on {_code(data)}" if data else ""
         protocol += f" in windows of {window} tokens" if window else ""
+        seen = ", ".join(f"{name} {value}" for name, value in listed[0].recipe.items())
+        protocol += f", {listed[0].images:,} images" if listed[0].images else ""
+        protocol += f", calibrated with {seen}" if seen else ""
         protocol += ", second hand" if listed[0].second_hand else ""
         parts += [f"## {source}", f"{protocol}.", _published_table(listed)]
     return "\n\n".join(parts) + "\n"

@@ -16,12 +16,9 @@ from pruneforge.data.overlap import sketch
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import LoadedModel
 from pruneforge.interfaces.batch import Batch
-from pruneforge.interfaces.recipe import PruneRecipe
+from pruneforge.interfaces.recipe import LONGEST_DEFAULT, PruneRecipe
 from pruneforge.interfaces.source import Request, Source
 from pruneforge.progress import Progress
-
-LONGEST_DEFAULT = 2048
-"""Tokens; the published sequence length. A model's own context may be much longer, and cost much more."""
 
 TOKENS_AN_IMAGE = 256
 """Assumed where data have no length to choose: about that of a 224 x 224 image in patches of 16 x 16."""

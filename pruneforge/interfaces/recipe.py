@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Propagate = Literal["pruned", "dense"]
 
+LONGEST_DEFAULT = 2048
+"""Tokens; the published sequence length. A model's own context may be much longer, and cost much more."""
+
 
 class Recipe(BaseModel):
     """Settings that every command takes."""
@@ -57,7 +60,7 @@ class PruneRecipe(Recipe):
     )
     samples: int = Field(128, ge=1, description="Sequences or images to draw from the source.")
     seqlen: int | None = Field(
-        None, ge=1, description="Tokens per sequence; by default the model's context, at most 2048."
+        None, ge=1, description=f"Tokens per sequence; by default the model's context, at most {LONGEST_DEFAULT}."
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the metric.")
     source_options: dict[str, Any] = Field(default_factory=dict, description="Options of the calibration source.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -13,13 +13,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.patterns import parse_pattern
-from pruneforge.interfaces.recipe import PruneRecipe
+from pruneforge.interfaces.recipe import LONGEST_DEFAULT, PruneRecipe
 from pruneforge.interfaces.shipped import Shipped
 from pruneforge.plugins import loaded_plugins
-from pruneforge.studies.study import Cell
+from pruneforge.studies.study import OF_DATA, Cell
 
 DENSE, NOTHING = "dense", 0.0
 """What published numbers call the model as it is: its method, and the sparsity that is its pattern."""
+
+SEEN = (*OF_DATA, "propagate")
+"""Settings of the recipe that decide what calibration sees."""
+
+HARMLESS = frozenset({"amp", "data", "window", "workers"})
+"""Options of a task that keep its protocol: `data` and `window` are compared, and the others say how it is computed."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,8 @@ class Published:
         source: The publication, and where it says so.
         task: The evaluator.
         data: Source of the evaluation data; `None` if the task implies them.
+        images: Images that were evaluated; `None` where that means nothing.
+        recipe: Settings of the recipe that say what calibration saw, as far as they are known.
         references: Hub ids of the model.
         second_hand: Whether the publication itself was not read; such a number does not stand beside a result.
     """
@@ -50,6 +58,8 @@ class Published:
     task: str
     data: str | None
     references: tuple[str, ...]
+    images: int | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
     second_hand: bool = False
 
 
@@ -63,6 +73,11 @@ class PublishedTable(BaseModel):
     measure: str = Field(description="What the evaluator calls the number.")
     data: str | None = Field(None, description="Source of the evaluation data, if the task does not imply them.")
     window: int | None = Field(None, ge=1, description="Tokens that were evaluated at a time.")
+    images: int | None = Field(None, ge=1, description="Images that were evaluated, if the task does not imply them.")
+    recipe: dict[str, Any] = Field(
+        default_factory=dict,
+        description=f"What calibration saw, where it is known, as the recipe says it: {', '.join(SEEN)}.",
+    )
     second_hand: bool = Field(False, description="Whether the publication itself was not read.")
     values: dict[str, dict[str, dict[float | str, float]]] = Field(
         description="The number of each model, method and pattern; the dense model has the sparsity 0."
@@ -79,8 +94,11 @@ class PublishedFile(BaseModel):
 
     @model_validator(mode="after")
     def _known(self) -> PublishedFile:
-        """Check that models are declared and patterns are some."""
+        """Check that models are declared, patterns are some, and settings say what calibration saw."""
         for table in self.tables:
+            for name in table.recipe:
+                if name not in SEEN:
+                    raise ValueError(f"recipe: {name!r} is not one of {', '.join(SEEN)}")
             for model, methods in table.values.items():
                 if model not in self.models:
                     raise ValueError(f"model {model!r} is not among the models")
@@ -103,6 +121,8 @@ class PublishedFile(BaseModel):
                 task=table.task,
                 data=table.data,
                 references=tuple(self.models[model]),
+                images=table.images,
+                recipe=table.recipe,
                 second_hand=table.second_hand,
             )
             for table in self.tables
@@ -136,38 +156,53 @@ def published_for(cell: Cell, evaluation: Mapping[str, Any]) -> Published | None
     """Return what was published for a cell, evaluated as `evaluation` was.
 
     A method is published by the names of its parts, so one with options of its own has no number; neither has a task
-    with a `limit`, which measures something else.
+    with options that may change what it measures, such as a `limit`, or a method that saw other calibration data than
+    the table states.
 
     Args:
         cell: The cell.
         evaluation: One of its evaluations, as the study's folder holds it.
     """
     method = _method(cell.recipe)
-    return None if method is None else _find(cell, evaluation, method, cell.pattern)
+    return None if method is None else _find(cell, evaluation, method, cell.pattern, cell.recipe)
 
 
 def published_dense(cell: Cell, evaluation: Mapping[str, Any]) -> Published | None:
     """Return what was published for the dense model of a cell; the arguments are those of `published_for`."""
-    return _find(cell, evaluation, DENSE, NOTHING)
+    return _find(cell, evaluation, DENSE, NOTHING, None)
 
 
-def _find(cell: Cell, evaluation: Mapping[str, Any], method: str, pattern: float | str) -> Published | None:
+def _find(
+    cell: Cell, evaluation: Mapping[str, Any], method: str, pattern: float | str, recipe: PruneRecipe | None
+) -> Published | None:
+    """Return the first number of a protocol; `recipe` is what its calibration data are compared with."""
     task = evaluation["task"]
-    if any(each.task == task and "limit" in each.options for each in cell.tasks):
+    if any(each.task == task and not HARMLESS.issuperset(each.options) for each in cell.tasks):
         return None
     measured = (evaluation["measure"], evaluation.get("window"))
-    data = (None, evaluation.get("data", {}).get("source"))
+    data, images = (None, evaluation.get("data", {}).get("source")), (None, evaluation.get("images"))
     for number in published_numbers():
         if (
             (number.method, number.pattern) == (method, pattern)
             and (number.measure, number.window) == measured
             and number.task in (task, task.partition(":")[0])
             and number.data in data
+            and number.images in images
+            and (recipe is None or _saw(recipe, number.recipe))
             and not number.second_hand
             and _name(cell.recipe.model) in map(_name, number.references)
         ):
             return number
     return None
+
+
+def _saw(recipe: PruneRecipe, stated: Mapping[str, Any]) -> bool:
+    """Return whether calibration sees what a table states; a recipe without any has a metric that needs none."""
+    if recipe.calibration is None:
+        return True
+    own = recipe.model_dump(include=set(SEEN))
+    own["seqlen"] = own["seqlen"] or LONGEST_DEFAULT
+    return all(own[name] == value for name, value in {"source_options": {}, "streams": {}, **stated}.items())
 
 
 def _method(recipe: PruneRecipe) -> str | None:

@@ -61,9 +61,10 @@ def test_gradients_help_in_every_model_of_their_paper():
         assert found[model, "dense", 0.0, 2048] < found[model, "gblm", 0.5, 2048] < min(others)
 
 
-def cell(model, method="wanda", pattern: float | str = 0.5):
-    of_model = {"model": model, "calibration": "c4", "tasks": [{"task": "perplexity"}]}
+def cell(model, method="wanda", pattern: float | str = 0.5, **saw):
+    of_model = {"model": model, "calibration": "c4", "tasks": [{"task": "perplexity"}], **saw}
     values = {"models": {"m": of_model}, "methods": {"one": {"metric": method}}, "patterns": [pattern]}
+    values["propagate"] = "pruned"
     return cells_of(make_study(values | {"controls": False}), [])[0]
 
 
@@ -78,19 +79,29 @@ def cell(model, method="wanda", pattern: float | str = 0.5):
 )
 def test_perplexities_of_wikitext_are_found_by_window(model, window, found, dense):
     evaluation = {"task": "perplexity", "measure": "perplexity", "window": window, "data": {"source": "wikitext2"}}
-    pruned, whole = published_for(cell(model), evaluation), published_dense(cell(model), evaluation)
+    as_published = cell(model, seqlen=window)
+    pruned, whole = published_for(as_published, evaluation), published_dense(as_published, evaluation)
     assert (pruned and pruned.value) == found
     assert (whole and whole.value) == dense
-    assert published_for(cell(model), {**evaluation, "data": {"source": "c4"}}) is None
+    assert published_for(as_published, {**evaluation, "data": {"source": "c4"}}) is None
+
+
+def test_a_perplexity_after_other_calibration_is_not_the_published_one():
+    """Those of LLaMA-2 7B at 50 % state theirs; one sample in place of 128 gives another model."""
+    evaluation = {"task": "perplexity", "measure": "perplexity", "window": 2048, "data": {"source": "wikitext2"}}
+    for saw in ({"samples": 1}, {"seqlen": 512}, {"calibration": "wikitext2"}):
+        assert published_for(cell("meta-llama/Llama-2-7b-hf", **saw), evaluation) is None
 
 
 @pytest.mark.parametrize("prefix", ["timm:", "hf-hub:timm/"])
 def test_accuracies_are_found_by_the_name_in_timm(prefix):
-    evaluation = {"task": "imagenet", "measure": "top1", "data": {"source": "imagenet/val"}}
+    evaluation = {"task": "imagenet", "measure": "top1", "images": 50000, "data": {"source": "imagenet/val"}}
     found = published_for(cell(f"{prefix}vit_base_patch16_224.augreg_in1k", "magnitude", "2:4"), evaluation)
     assert found is not None
     assert found.value == 0.6592
     assert published_for(cell(f"{prefix}vit_base_patch16_224.augreg2_in21k_ft_in1k"), evaluation) is None
+    matched = {**evaluation, "images": 10000, "data": {"source": "imagenetv2-matched-frequency"}}
+    assert published_for(cell(f"{prefix}vit_base_patch16_224.augreg_in1k", "magnitude", "2:4"), matched) is None
 
 
 def shipped(name) -> Study:
@@ -114,6 +125,12 @@ def test_a_study_of_the_demo_can_run_without_a_network(name):
     study = shipped(name)
     assert {model.model for model in study.models.values()} == {"demo:text", "demo:image"}
     check(study, cells_of(study, []))
+
+
+def test_statistics_of_image_classifiers_are_of_the_models_that_the_published_ones_are_of():
+    """Wanda's from one pass over the dense model, the others' from blocks behind pruned ones."""
+    propagate = {cell.method: cell.recipe.propagate for cell in cells_of(shipped("vit-table"), [])}
+    assert propagate == {"magnitude": "pruned", "sparsegpt": "pruned", "wanda": "dense", "gblm": "pruned"}
 
 
 def test_image_classifiers_are_those_of_timm():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import yaml
 
@@ -19,6 +21,7 @@ FILE = {
             "measure": "perplexity",
             "data": "python-docs",
             "window": 64,
+            "recipe": {"calibration": "python-docs", "samples": 64, "seqlen": 2048, "propagate": "pruned"},
             "values": {
                 "Demo": {
                     "dense": {0: 5.0},
@@ -35,6 +38,13 @@ FILE = {
             "data": "python-docs",
             "window": 64,
             "values": {"Demo": {"wanda": {0.5: 6.6, 0.6: 8.0}}},
+        },
+        {
+            "source": "A paper of images",
+            "task": "imagenet",
+            "measure": "top1",
+            "images": 50000,
+            "values": {"Demo": {"dense": {0: 0.8}, "wanda": {0.5: 0.7}}},
         },
         {
             "source": "Hearsay",
@@ -62,9 +72,10 @@ def registered(tmp_path, monkeypatch):
 
 
 def the_cell(method, pattern=0.5, model="demo:text", **options):
-    values = {"model": model, "calibration": "python-docs", "tasks": [{"task": "perplexity", "options": options}]}
-    study = make_study({"models": {"m": values}, "methods": {"one": method}, "patterns": [pattern], "controls": False})
-    return cells_of(study, [])[0]
+    tasks = [{"task": task, "options": options} for task in ("perplexity", "imagenet")]
+    values = {"model": model, "calibration": "python-docs", "samples": 64, "tasks": tasks}
+    study = {"models": {"m": values}, "methods": {"one": method}, "patterns": [pattern], "propagate": "pruned"}
+    return cells_of(make_study(study | {"controls": False}), [])[0]
 
 
 def found(method, pattern=0.5, model="demo:text", evaluation=None, **options):
@@ -95,11 +106,55 @@ def test_a_number_of_another_protocol_is_none(registered):
     wanda = {"metric": "wanda"}
     for other in ({"window": 128}, {"data": {"source": "c4"}}, {"measure": "loss"}, {"task": "mine"}, {"data": {}}):
         assert found(wanda, evaluation=other) is None
-    assert found(wanda, limit=8) is None
+    for more in ({"limit": 8}, {"num_fewshot": 5}, {"present_only": True}, {"source_options": {"split": "train"}}):
+        assert found(wanda, **more) is None
+    assert found(wanda, data="python-docs", window=64) == (6.5, "A paper, table 1")
     dense = published_dense(the_cell({"metric": "magnitude"}, "2:4"), EVALUATION)
     assert dense is not None
     assert (dense.value, dense.window, dense.pattern) == (5.0, 64, 0.0)
     assert published_dense(the_cell(wanda, limit=8), EVALUATION) is None
+
+
+IMAGES = {"task": "imagenet", "measure": "top1", "window": None, "images": 50000, "data": {"source": "imagenet"}}
+
+
+def test_accuracies_of_other_images_are_none(registered):
+    wanda = {"metric": "wanda"}
+    assert found(wanda, evaluation=IMAGES, workers=2, amp=True) == (0.7, "A paper of images")
+    for images in (10000, 49999, None):
+        assert found(wanda, evaluation={**IMAGES, "images": images}) is None
+        assert published_dense(the_cell(wanda), {**IMAGES, "images": images}) is None
+    for more in ({"real_labels": "real.json"}, {"present_only": True}):
+        assert found(wanda, evaluation=IMAGES, **more) is None
+
+
+@pytest.mark.parametrize(
+    "saw",
+    [
+        {"samples": 1},
+        {"seqlen": 128},
+        {"propagate": "dense"},
+        {"calibration": "c4"},
+        {"source_options": {"column": "body"}},
+        {"streams": {"other": "c4"}},
+    ],
+)
+def test_a_method_that_saw_other_data_than_the_table_states_has_no_number_of_it(registered, saw):
+    assert found({"metric": "wanda", **saw}, "2:4") is None
+    of_later = (6.6, "A later paper")  # which does not state what calibration saw, beside one source of it
+    assert found({"metric": "wanda", **saw}) == (None if {"source_options", "streams"} & saw.keys() else of_later)
+    dense = published_dense(the_cell({"metric": "wanda", **saw}), EVALUATION)
+    assert dense is not None
+    assert dense.value == 5.0  # which sees none
+
+
+def test_a_method_that_needs_no_data_has_its_number_whatever_the_table_states(registered):
+    cell = the_cell({"metric": "wanda"})
+    without = replace(cell, recipe=cell.recipe.model_copy(update={"calibration": None, "samples": 128}))
+    number = published_for(without, EVALUATION)
+    assert number is not None
+    assert number.value == 6.5
+    assert found({"metric": "wanda", "seqlen": 2048}) == (6.5, "A paper, table 1")  # as it is by default
 
 
 @pytest.mark.parametrize(
@@ -110,6 +165,7 @@ def test_a_number_of_another_protocol_is_none(registered):
         ({"values": {"Demo": {"wanda": {0: 1}}}}, "method 'wanda' has the pattern 0.0"),
         ({"values": {"Demo": {"dense": {0.5: 1}}}}, "method 'dense' has the pattern 0.5"),
         ({"values": {"Demo": {"wanda": {0.5: "low"}}}}, r"tables\.0\.values\.Demo\.wanda\.0\.5"),
+        ({"recipe": {"batch_size": 8}}, "recipe: 'batch_size' is not one of calibration, "),
         ({"windows": 64}, r"tables\.0\.windows: Extra inputs"),
     ],
 )
