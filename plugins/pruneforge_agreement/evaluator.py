@@ -15,7 +15,12 @@ from pruneforge import Evaluator, ImageSource, LoadedModel, Options, PruneForgeE
 from pruneforge.data.evaluation import image_batches, spread, text_windows, unique_names
 from pruneforge.data.images import Reading
 
-ALONE = "no report says what the model was made of, so it was compared with itself; `dense` names another"
+POSITIONS = 256
+"""Tokens whose distributions are compared together: a window of them over a large vocabulary takes gigabytes."""
+
+ALONE = (
+    "no report was found that says what the model was made of, so it was compared with itself; `dense` names another"
+)
 """The warning about a model that was never pruned, or was pruned in memory and came without its result."""
 
 Pair = tuple[float, float]
@@ -133,9 +138,15 @@ def _logits(model: LoadedModel, data: Tensor, device: torch.device) -> Tensor:
 
 def _pair(expected: Tensor, predicted: Tensor) -> Pair:
     """Return the agreement and the divergence of one sample, in float32 or better, from logits [..., classes]."""
-    p, q = (
-        logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1) for logits in (expected, predicted)
-    )
+    rows = [logits.reshape(-1, logits.shape[-1]) for logits in (expected, predicted)]
+    parts = [_of_positions(*part) for part in zip(*(each.split(POSITIONS) for each in rows), strict=True)]
+    same, divergence = (torch.cat(measured).double().mean().item() for measured in zip(*parts, strict=True))
+    return same, divergence
+
+
+def _of_positions(expected: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return whether the likeliest class is the same, and the divergence, [positions], from [positions, classes]."""
+    wide = torch.promote_types(expected.dtype, torch.float32)
+    p, q = (logits.to(wide).log_softmax(-1) for logits in (expected, predicted))
     divergence = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
-    same = expected.argmax(-1) == predicted.argmax(-1)
-    return same.double().mean().item(), divergence.double().mean().item()
+    return expected.argmax(-1) == predicted.argmax(-1), divergence

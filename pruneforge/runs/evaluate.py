@@ -13,13 +13,16 @@ import torch
 from torch import nn
 
 from pruneforge.checkpoint.durable import write_text
+from pruneforge.checkpoint.reader import INDEX, SINGLE, Checkpoint
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import LoadedModel
 from pruneforge.interfaces.evaluator import Evaluator, Subject
 from pruneforge.interfaces.recipe import EvalRecipe
 from pruneforge.interfaces.registry import Registry
+from pruneforge.memory import one_line_for_full_devices
 from pruneforge.plugins import loaded_plugins
 from pruneforge.progress import Progress, as_progress
+from pruneforge.runs import provenance
 from pruneforge.runs import report as reports
 from pruneforge.runs.documented import documented
 from pruneforge.runs.loading import in_evaluation_mode, load_model, parse_device, parse_dtype
@@ -76,7 +79,7 @@ def evaluate(  # noqa: D417 -- the settings are described where they are declare
     else:
         loaded = load_model(model, dtype, processor, installed.registry)
         folder = Path(loaded.reference) if Path(loaded.reference).is_dir() else None
-        report = (reports.load_report(folder) if folder else None) or {}
+        report = ({} if isinstance(model, nn.Module) else reports.find_report(loaded.reference)) or {}
     recipe = validated(
         EvalRecipe,
         model=loaded.reference,
@@ -89,7 +92,8 @@ def evaluate(  # noqa: D417 -- the settings are described where they are declare
         plugins=[plugin.origin for plugin in installed.loaded if plugin.from_file],
     )
     home = next(loaded.module.parameters()).device
-    with in_evaluation_mode(loaded.module):
+    changed: list[str] = []
+    with in_evaluation_mode(loaded.module), one_line_for_full_devices():
         try:
             loaded.module.to(target)
             subject = Subject(
@@ -102,12 +106,12 @@ def evaluate(  # noqa: D417 -- the settings are described where they are declare
                 progress=as_progress(progress),
                 items=bool(items),
                 made_of=report["recipe"]["model"] if report else None,
-                loader=_loader(loaded, target, report, installed.registry),
+                loader=_loader(loaded, target, report, installed.registry, changed),
             )
             results = evaluator.evaluate(subject)
         finally:
             loaded.module.to(home)
-    warnings, records = results.pop("warnings", []), results.pop("items", None)
+    warnings, records = [*results.pop("warnings", []), *changed], results.pop("items", None)
     if items and records is None:
         warnings = [*warnings, f"evaluator {evaluator.name!r} keeps no record of its items, so there is none"]
     outcome = {
@@ -128,9 +132,12 @@ def evaluate(  # noqa: D417 -- the settings are described where they are declare
 
 
 def _loader(
-    loaded: LoadedModel, device: torch.device, report: Mapping[str, Any], registry: Registry
+    loaded: LoadedModel, device: torch.device, report: Mapping[str, Any], registry: Registry, changed: list[str]
 ) -> Callable[[str], LoadedModel]:
-    """Return what loads a model to compare another with, on the same device and in the same dtype."""
+    """Return what loads a model to compare another with, on the same device and in the same dtype.
+
+    `changed` gets a warning if it is not the one that was pruned.
+    """
     pruned_from = report.get("model", {})
 
     def load(reference: str) -> LoadedModel:
@@ -138,10 +145,33 @@ def _loader(
             raise PruneForgeError(f"it was a {reference} in memory")
         dtype = str(next(loaded.module.parameters()).dtype).removeprefix("torch.")
         other = load_model(reference, dtype, None, registry)
+        found, expected = _fingerprint(other, report), pruned_from.get("fingerprint")
+        if found is not None and found != expected:
+            changed.append(
+                f"the dense model {reference!r} is not the one that was pruned: its fingerprint is {found}, and the "
+                f"report's {expected}"
+            )
         other.module.eval().to(device)
         return replace(other, reference=reference)  # as it was asked for: a demo's folder differs between machines
 
     return load
+
+
+def _fingerprint(dense: LoadedModel, report: Mapping[str, Any]) -> str | None:
+    """Return the fingerprint of a dense model as a report has it, or `None` where there is nothing to compare.
+
+    A run that streamed, which alone has an identity, hashed the whole checkpoint. A folder is read once more for that,
+    from the system's cache as a rule; what was downloaded is not, as the Hub has hashes of its own. A run in memory
+    hashed some values of each parameter, in the dtype that it computed in.
+    """
+    if "identity" not in report:
+        return None
+    if report["identity"]:
+        folder = Path(dense.reference)
+        whole = any((folder / name).is_file() for name in (SINGLE, INDEX))
+        return Checkpoint(folder).fingerprint() if whole else None
+    dtype = str(next(dense.module.parameters()).dtype).removeprefix("torch.")
+    return provenance.fingerprint(dense.module) if dtype == report["model"]["dtype"] else None
 
 
 def _as_lines(records: Mapping[str, Sequence[Any]]) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from pruneforge.checkpoint.reader import Checkpoint
@@ -145,6 +147,16 @@ def _cast(module: nn.Module, dtype: torch.dtype | None) -> None:
     for parameter in module.parameters():
         if dtype is not None and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+
+
+def hub_id(reference: str) -> str | None:
+    """Return the repository on the Hub that a reference names, as OWNER/NAME, as far as that can be known here."""
+    name = reference.removeprefix("hf-hub:")
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name if "/" in name and not Path(name).exists() else None
 
 
 def _is_path(reference: str) -> bool:

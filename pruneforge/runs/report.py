@@ -13,13 +13,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
 from pruneforge.checkpoint.durable import write_text
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import LoadedModel
 from pruneforge.interfaces.run import Run
+from pruneforge.runs.loading import hub_id
 from pruneforge.runs.provenance import machine, versions
 
 REPORT_FILE = "pruneforge.json"
@@ -67,7 +68,7 @@ def make_report(
         **_composition(run),
         "model": {
             "reference": model.reference,
-            "on_hub": is_on_hub(run.recipe.model),
+            "on_hub": hub_id(run.recipe.model) is not None,
             "class": type(model.module).__name__,
             "adapter": model.adapter.name,
             "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
@@ -93,16 +94,6 @@ def make_report(
             "machine": machine(),
         },
     }
-
-
-def is_on_hub(model: str) -> bool:
-    """Return whether a model was named by its repository; a folder may have such a name too, as shows here alone."""
-    name = model.removeprefix("hf-hub:")
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name.count("/") == 1 and not Path(name).exists()
 
 
 def _composition(run: Run) -> dict[str, Any]:
@@ -146,6 +137,26 @@ def record_evaluation(folder: Path, outcome: Mapping[str, Any]) -> str | None:
     except OSError as error:
         return f"the evaluation could not be added to {str(folder / REPORT_FILE)!r}: {error.strerror}"
     return None
+
+
+def find_report(reference: str) -> dict[str, Any] | None:
+    """Return the report of the model that a folder or hub id names, or `None` if there is none.
+
+    A hub id's is downloaded to the Hub's cache; without a network one that is there is read.
+
+    Raises:
+        PruneForgeError: It is damaged or of another format, or the Hub refuses to say.
+    """
+    repository = hub_id(reference)
+    if repository is None:
+        return load_report(Path(reference))
+    try:
+        return load_report(Path(hf_hub_download(repository, REPORT_FILE)).parent)
+    except (EntryNotFoundError, RepositoryNotFoundError):  # it has none, or neither the Hub nor its cache says so
+        return None
+    except HfHubHTTPError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PruneForgeError(f"the report of {reference!r} cannot be read from the Hub: {reason}") from error
 
 
 def load_report(folder: Path) -> dict[str, Any] | None:

@@ -10,7 +10,10 @@ import pytest
 import timm
 import torch
 from conftest import tiny_llama
+from huggingface_hub import constants
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pruneforge
@@ -19,6 +22,7 @@ from pruneforge.plugins import loaded_plugins
 from pruneforge.testing import check_evaluator
 from pruneforge.testing.evaluator import Case
 from pruneforge.testing.models import examples
+from pruneforge_agreement.evaluator import POSITIONS, _pair
 
 TEXT = {"data": "python-docs", "window": 16, "limit": 3}
 IMAGES = {"data": "digits", "limit": 6, "workers": 0}
@@ -109,6 +113,30 @@ def test_a_model_that_was_never_pruned_agrees_with_itself(model, asked):
     assert "compared with itself" in found["warnings"][0]
 
 
+class Sizes(TorchDispatchMode):
+    """Records how many numbers the tensors have that are computed in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = [0]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.dtype == torch.float32:
+            self.seen.append(found.numel())
+        return found
+
+
+def test_long_windows_are_compared_in_parts_that_are_small():
+    dense, pruned = torch.randn(2, 700, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with Sizes() as sizes:
+        found = _pair(dense, pruned)
+    p, q = dense.double().softmax(-1), pruned.double().softmax(-1)
+    same = (dense.argmax(-1) == pruned.argmax(-1)).double().mean().item()
+    assert found == pytest.approx((same, (p * (p.log() - q.log())).sum(-1).mean().item()), rel=1e-5)
+    assert max(sizes.seen) == POSITIONS * 50 < 700 * 50 / 2
+
+
 def test_images_need_no_labels_and_unreadable_ones_are_counted(tmp_path):
     for number in range(3):
         pixels = np.random.default_rng(number).integers(0, 255, (8, 8), dtype=np.uint8)
@@ -140,6 +168,45 @@ def test_a_dense_model_that_cannot_be_found_is_named_with_the_way_out(checkpoint
     moved = pruneforge.evaluate(tmp_path / "pruned", "agreement", TEXT, dense=tmp_path / "moved")
     assert 0 < moved["agreement"] < 1
     assert moved["dense"] == str(tmp_path / "moved")
+
+
+@pytest.mark.parametrize("model", ["demo:text", "demo:image"])
+def test_a_model_of_the_hub_is_compared_with_the_one_that_its_report_names(model, tmp_path, monkeypatch):
+    """As the Hub's cache holds it: each file by the commit that `main` is."""
+    asked, prefix = (TEXT, "") if model == "demo:text" else (IMAGES, "hf-hub:")
+    repository = tmp_path / "models--me--mine"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    pruned = repository / "snapshots" / ("0" * 40)
+    pruneforge.prune(model, "magnitude", 0.6, output=pruned)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    found = pruneforge.evaluate(f"{prefix}me/mine", "agreement", asked)
+    local = pruneforge.evaluate(pruned, "agreement", asked)
+    assert (found["agreement"], found["kl"]) == (local["agreement"], local["kl"]) != (1.0, 0.0)
+    assert (found["dense"], found["warnings"]) == (model, [])
+    (pruned / "pruneforge.json").unlink()
+    unknown = pruneforge.evaluate(f"{prefix}me/mine", "agreement", asked)
+    assert (unknown["agreement"], unknown["kl"]) == (1.0, 0.0)
+    assert "compared with itself" in unknown["warnings"][0]
+
+
+def test_a_dense_model_that_is_not_the_one_that_was_pruned_is_warned_of(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "dense")
+    streamed = pruneforge.prune(tmp_path / "dense", "magnitude", 0.5, output=tmp_path / "pruned")
+    in_memory = pruneforge.prune(tmp_path / "dense", "magnitude", 0.5)
+    for pruned in (tmp_path / "pruned", in_memory):
+        assert pruneforge.evaluate(pruned, "agreement", TEXT)["warnings"] == []
+    assert pruneforge.evaluate(tmp_path / "pruned", "agreement", TEXT, dtype="float64")["warnings"] == []
+    weights = load_file(tmp_path / "dense" / "model.safetensors")
+    next(iter(weights.values())).mul_(2)
+    save_file(weights, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    for pruned, report in ((tmp_path / "pruned", streamed.report), (in_memory, in_memory.report)):
+        (said,) = pruneforge.evaluate(pruned, "agreement", TEXT)["warnings"]
+        start = f"the dense model {str(tmp_path / 'dense')!r} is not the one that was pruned: its fingerprint is "
+        assert said.startswith(start)
+        assert said.endswith(f", and the report's {report['model']['fingerprint']}")
+    in_memory.model.double()  # of which the report's fingerprint says nothing
+    assert pruneforge.evaluate(in_memory, "agreement", TEXT)["warnings"] == []
 
 
 def test_a_model_that_was_pruned_in_memory_is_compared_with_the_dense_one_that_is_named(checkpoint):
