@@ -8,6 +8,7 @@ import io
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,9 @@ from pruneforge import Evaluator, Options, PruneForgeError, Subject
 
 ZERO_SHOT_7 = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """The seven tasks of the published zero-shot tables."""
+
+COMPARE_CHOICES = ("multiple_choice", "loglikelihood")
+"""What lm-eval calls the output of tasks for which it keeps the batch size that it found to fit."""
 
 BATCH_ON_CPU = 8
 """Prompts in a batch on the CPU unless another number is asked for."""
@@ -87,7 +91,7 @@ class LMEval(Evaluator):
             reason = " ".join(str(error).split())[:300]
             raise PruneForgeError(f"lm-eval cannot run {', '.join(names)}: {reason}") from error
         results = self._results(outcome, names)
-        results["batch_size"] = next(iter(harness.batch_sizes.values()), harness.batch_size)
+        results["batch_size"] = _batch_size(harness, outcome["configs"])
         if subject.items:
             results["items"], without = _items(outcome["samples"])
             if without:
@@ -106,17 +110,18 @@ class LMEval(Evaluator):
         results = {
             task: {key: _plain(value) for key, value in values.items()} for task, values in outcome["results"].items()
         }
-        accuracies = [float(results[task]["acc,none"]) for task in tasks if "acc,none" in results.get(task, {})]
-        limited = (
-            [f"only the first {self.options.limit} documents of each task were used"] if self.options.limit else []
-        )
+        accuracies = {task: float(results[task]["acc,none"]) for task in tasks if "acc,none" in results.get(task, {})}
+        without = ", ".join(task for task in tasks if task not in accuracies)
+        warnings = [f"mean_accuracy leaves out {without}, without an accuracy (`acc,none`)"] if without else []
+        if self.options.limit:
+            warnings.append(f"only the first {self.options.limit} documents of each task were used")
         return {
             "results": results,
-            "mean_accuracy": sum(accuracies) / len(accuracies) if accuracies else None,
+            "mean_accuracy": fmean(accuracies.values()) if accuracies else None,
             "task_versions": outcome["versions"],
             "shots": outcome.get("n-shot", {}),
             "documents": {task: count["effective"] for task, count in outcome.get("n-samples", {}).items()},
-            "warnings": limited,
+            "warnings": warnings,
         }
 
 
@@ -127,6 +132,17 @@ def usual_batch_size(device: torch.device) -> int | str:
     and takes 64, if the system has not ended the process.
     """
     return BATCH_ON_CPU if device.type == "cpu" else "auto"
+
+
+def _batch_size(harness: Any, configs: Mapping[str, Mapping[str, Any]]) -> int | str:
+    """Return the batch size that all tasks had, or "auto" where lm-eval does not keep what it found to fit.
+
+    It keeps the size for tasks that compare choices, and not the one that it finds for those that generate text.
+    """
+    kept = all(config.get("output_type") in COMPARE_CHOICES for config in configs.values())
+    sizes = set(harness.batch_sizes.values()) if kept else set()
+    found: int | str = sizes.pop() if len(sizes) == 1 else harness.batch_size
+    return found
 
 
 def _plain(value: Any) -> Any:

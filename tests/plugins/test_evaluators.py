@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pruneforge
 from pruneforge import Example, PruneForgeError
+from pruneforge.errors import UnfinishedError
+from pruneforge.plugins import loaded_plugins
 from pruneforge.testing import run_checks
 from pruneforge.testing.evaluator import Case
 
@@ -195,6 +197,9 @@ metric_list:
 """
     (folder / "sums.yaml").write_text(f"task: sums\n{task}  - metric: acc\n")
     (folder / "likely.yaml").write_text(f"task: likely\n{task}  - metric: brier_score\n")
+    generating = task.replace("multiple_choice", "generate_until").replace('doc_to_choice: "{{choices}}"\n', "")
+    generating = generating.replace("metric_list", "generation_kwargs: {until: [x], max_gen_toks: 2}\nmetric_list")
+    (folder / "said.yaml").write_text(f"task: said\n{generating}  - metric: exact_match\n")
     return folder
 
 
@@ -242,20 +247,32 @@ def test_questions_without_an_accuracy_are_no_items(checkpoint, local_task):
     assert found["items"]["id"] == ["sums/0", "sums/1"]
     assert found["results"]["likely"]["brier_score,none"] > 0
     assert found["results"]["likely"]["brier_score_stderr,none"] == "N/A"
-    assert found["warnings"][1] == "questions of likely have no accuracy, and are no items"
+    assert found["warnings"] == [
+        "mean_accuracy leaves out likely, without an accuracy (`acc,none`)",
+        "only the first 2 documents of each task were used",
+        "questions of likely have no accuracy, and are no items",
+    ]
+    assert found["mean_accuracy"] == sum(found["items"]["acc"]) / 2
+
+
+def test_there_is_no_mean_accuracy_of_tasks_without_any(checkpoint, local_task):
+    found = pruneforge.evaluate(checkpoint, "lm-eval:likely", include_path=local_task, limit=2)
+    assert found["mean_accuracy"] is None
+    assert found["warnings"][0] == "mean_accuracy leaves out likely, without an accuracy (`acc,none`)"
 
 
 def test_the_batch_size_that_lm_eval_used_is_reported(checkpoint, local_task, monkeypatch, capsys):
     from pruneforge_lm_eval import evaluator
 
-    def used(**asked):
-        return pruneforge.evaluate(checkpoint, "lm-eval:sums", include_path=local_task, limit=2, **asked)["batch_size"]
+    def used(task="lm-eval:sums", **asked):
+        return pruneforge.evaluate(checkpoint, task, include_path=local_task, limit=2, **asked)["batch_size"]
 
     assert (used(), used(batch_size=3)) == (8, 3)
     assert evaluator.usual_batch_size(torch.device("cuda", 0)) == "auto"
     monkeypatch.setattr(evaluator, "usual_batch_size", lambda device: "auto")
     capsys.readouterr()
     assert used() == 64  # the most that the harness tries
+    assert used("lm-eval:said") == used("lm-eval:sums,said") == "auto"  # it does not say what it found for `said`
     assert capsys.readouterr().out == ""  # where the command prints JSON
 
 
@@ -273,7 +290,6 @@ def test_lm_eval_limit_is_applied_and_said(checkpoint, local_task):
 
 
 def test_the_seven_zero_shot_tasks_are_the_published_ones_and_known_to_lm_eval():
-    from pruneforge.plugins import loaded_plugins
     from pruneforge_lm_eval.evaluator import _task_manager
 
     tasks = ["boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
@@ -297,6 +313,19 @@ def test_bad_tasks_are_named(checkpoint, task, options, said):
     with pytest.raises(PruneForgeError) as error:
         pruneforge.evaluate(checkpoint, task, **options)
     assert said in str(error.value)
+
+
+def test_a_full_device_is_one_line(checkpoint, tmp_path):
+    file = tmp_path / "greedy.py"
+    file.write_text(
+        "import torch\nfrom pruneforge import Evaluator\n"
+        "class Greedy(Evaluator):\n    def evaluate(self, subject):\n"
+        "        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.\\nOf 24 GiB.')\n"
+    )
+    loaded_plugins().load_file(file)
+    with pytest.raises(UnfinishedError, match=r"^the device has no room left: CUDA out of memory; free") as error:
+        pruneforge.evaluate(checkpoint, "greedy")
+    assert "\n" not in str(error.value)
 
 
 def test_evaluation_leaves_the_model_as_it_was():
