@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from pruneforge import Evaluator, ImageSource, LoadedModel, Options, PruneForgeError, Subject, TextSource
+from pruneforge import Evaluator, ImageSource, LoadedModel, PruneForgeError, Subject, TextSource
 from pruneforge.data.evaluation import image_batches, spread, text_windows, unique_names
 from pruneforge.data.images import Reading
 
@@ -47,7 +47,7 @@ class Agreement(Evaluator):
     higher_is_better = True
     share = True
 
-    class Options(Options):
+    class Options(Evaluator.Options):
         """Options of the agreement evaluator."""
 
         data: str = Field(description="source or path of text or images, without labels")

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from pruneforge import Evaluator, ImageProcessor, ImageSet, ImageSource, Options, PruneForgeError, Subject
+from pruneforge import Evaluator, ImageProcessor, ImageSet, ImageSource, PruneForgeError, Subject
 from pruneforge.data.evaluation import image_batches, spread, unique_names
 from pruneforge.data.images import Reading, image_processor
 
@@ -54,7 +54,7 @@ class ImageNet(Evaluator):
     share = True
     measured = frozenset({"images_per_second"})
 
-    class Options(Options):
+    class Options(Evaluator.Options):
         """Options of the ImageNet evaluator."""
 
         data: str = Field("imagenet", description="source or path of the labelled images")

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from pruneforge import Evaluator, Options, PruneForgeError, Subject
+from pruneforge import Evaluator, PruneForgeError, Subject
 
 ZERO_SHOT_7 = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """The seven tasks of the published zero-shot tables."""
@@ -39,7 +39,7 @@ class LMEval(Evaluator):
     share = True
     measured = frozenset({"batch_size"})
 
-    class Options(Options):
+    class Options(Evaluator.Options):
         """Options of the lm-eval evaluator."""
 
         tasks: str = Field(description="names of tasks, separated by commas")

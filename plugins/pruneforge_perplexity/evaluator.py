@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from pydantic import Field
 
-import pruneforge
 from pruneforge import Evaluator, PruneForgeError, Subject, TextSource
 from pruneforge.data.evaluation import text_windows
 
@@ -24,7 +23,7 @@ class Perplexity(Evaluator):
 
     measure = "perplexity"
 
-    class Options(pruneforge.Options):
+    class Options(Evaluator.Options):
         """Options of the perplexity evaluator."""
 
         data: str = Field(description="source or path of the evaluation text")

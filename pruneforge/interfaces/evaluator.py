@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from pruneforge.errors import PruneForgeError
+from pruneforge.interfaces import options
 from pruneforge.interfaces.options import Configurable
 from pruneforge.interfaces.source import Source, create_source
 from pruneforge.memory import usual_tokens_a_batch
@@ -103,6 +104,9 @@ class Evaluator(Configurable, ABC):
     higher_is_better: ClassVar[bool] = False
     share: ClassVar[bool] = False
     measured: ClassVar[frozenset[str]] = frozenset()
+
+    class Options(options.Options):
+        """Options of every evaluator."""
 
     @abstractmethod
     def evaluate(self, subject: Subject) -> dict[str, Any]:

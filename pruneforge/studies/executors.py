@@ -10,6 +10,7 @@ import itertools
 import multiprocessing
 import os
 import socket
+import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,6 @@ from typing import Any
 
 from pydantic import Field
 
-from pruneforge.engine.gradient_store import cache_folder
 from pruneforge.errors import PruneForgeError, UnfinishedError, unknown_name
 from pruneforge.interfaces import options
 from pruneforge.interfaces.options import Configurable
@@ -221,8 +221,12 @@ def _check_address(address: str | None) -> None:
 def _found_there(part: Work, files: Sequence[str]) -> Iterator[Found]:
     """Run a part in a process of Ray's."""
     _load_plugins(files)
-    # In a folder of all such processes of the node, so that what killed ones leave is found and removed.
-    with StudyFolder(cache_folder().parent / "studies").work() as work:
+    # In a folder of all such processes of the node and user, so that what killed ones leave is found and removed.
+    place = Path(tempfile.gettempdir(), f"pruneforge-{os.getuid()}")
+    place.mkdir(mode=0o700, exist_ok=True)
+    if place.stat().st_uid != os.getuid():
+        raise PruneForgeError(f"{str(place)!r} belongs to somebody else; set TMPDIR to a folder of your own")
+    with StudyFolder(place).work() as work:
         yield from part.run(work)
 
 

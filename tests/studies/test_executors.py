@@ -74,6 +74,7 @@ def new_ray(monkeypatch):
     with tempfile.TemporaryDirectory(prefix="ray") as folder:
         for name, value in {"TMPDIR": folder, "AUTH_MODE": "disabled", "USAGE_STATS_ENABLED": "0"}.items():
             monkeypatch.setenv(f"RAY_{name}", value)
+        monkeypatch.setenv("TMPDIR", folder)
         yield
 
 

@@ -16,7 +16,7 @@ from made_up_study import made_up
 
 import pruneforge
 from pruneforge import PruneForgeError
-from pruneforge.runs.report import is_on_hub
+from pruneforge.runs.loading import hub_id
 from pruneforge.studies.report import write_report
 from pruneforge.studies.study import STUDY_FILE
 
@@ -241,9 +241,9 @@ def test_the_base_model_is_named_if_it_was_of_the_hub_where_it_was_pruned(checkp
 )
 def test_a_name_is_of_the_hub_if_it_has_an_owner_and_is_no_folder(model, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert is_on_hub(model) == expected
+    assert (hub_id(model) is not None) == expected
     (tmp_path / "me" / "base").mkdir(parents=True)
-    assert not is_on_hub("me/base")
+    assert hub_id("me/base") is None
 
 
 def test_a_study_is_pushed_as_a_data_set_without_its_work(tmp_path, hub):
