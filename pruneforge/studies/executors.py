@@ -227,7 +227,10 @@ def _found_there(part: Work, files: Sequence[str]) -> Iterator[Found]:
     if place.stat().st_uid != os.getuid():
         raise PruneForgeError(f"{str(place)!r} belongs to somebody else; set TMPDIR to a folder of your own")
     with StudyFolder(place).work() as work:
-        yield from part.run(work)
+        for found in part.run(
+            work
+        ):  # not `yield from`: Ray sends values into the generator, which are not for the part
+            yield found
 
 
 def _plugin_files() -> list[str]:
