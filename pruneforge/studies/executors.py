@@ -227,9 +227,8 @@ def _found_there(part: Work, files: Sequence[str]) -> Iterator[Found]:
     if place.stat().st_uid != os.getuid():
         raise PruneForgeError(f"{str(place)!r} belongs to somebody else; set TMPDIR to a folder of your own")
     with StudyFolder(place).work() as work:
-        for found in part.run(
-            work
-        ):  # not `yield from`: Ray sends values into the generator, which are not for the part
+        # Ray sends values into the generator, which `yield from` would hand on to iterators that take none.
+        for found in part.run(work):  # noqa: UP028
             yield found
 
 
