@@ -2,10 +2,11 @@
 
     python benchmarks/pretrained.py --wheels wheels --images cifar10.zip --output models
     pruneforge compare benchmarks/studies/real.yaml --output real
-    python benchmarks/study_page.py real
+    pruneforge compare benchmarks/studies/structure.yaml --output structure
+    python benchmarks/study_page.py real structure
 
-from a folder that holds `models`, `cifar10` and `wikitext-2`. Copies the study's results to `benchmarks/results/real`,
-and writes `docs/results/compare.md` and `docs/results/compare.png`.
+from a folder that holds `models`, `cifar10` and `wikitext-2`. Copies the studies' results to `benchmarks/results`, and
+writes `docs/results/compare.md` and `docs/results/compare.png`.
 """
 
 from __future__ import annotations
@@ -95,13 +96,14 @@ def structure(rows: list[Row]) -> list[str]:
 
 def main() -> None:
     """Copy the results and write the page."""
-    folder = Path(sys.argv[1])
+    folder, layers = Path(sys.argv[1]), Path(sys.argv[2])
     study = read_study(folder / "study.yaml")
-    rows = json.loads((folder / "results.json").read_text())
-    kept = ROOT / "benchmarks" / "results" / "real"
-    kept.mkdir(exist_ok=True)
-    for name in KEPT:
-        shutil.copyfile(folder / name, kept / name)
+    rows, by_layer = (json.loads((each / "results.json").read_text()) for each in (folder, layers))
+    for place, named in ((folder, "real"), (layers, "structure")):
+        kept = ROOT / "benchmarks" / "results" / named
+        kept.mkdir(exist_ok=True)
+        for name in KEPT:
+            shutil.copyfile(place / name, kept / name)
     tables = tables_of(rows, study.compared_with)
     mains = [next(table for table in tables if table.model == model) for model in study.models]
     docs = ROOT / "docs" / "results"
@@ -129,6 +131,14 @@ def main() -> None:
         "explain nothing, as in groups of N:M. Of scores the first draw is shown.",
         "",
         *structure(rows),
+        "",
+        "Compared over whole layers (`benchmarks/studies/structure.yaml`), masks show whether scores prefer rows:",
+        "",
+        *structure(by_layer),
+        "",
+        "Top-1 accuracy then:",
+        "",
+        *(layers / "report.md").read_text().rpartition("\n\n")[2].strip().splitlines(),
         "",
         f"Machine: {where['processor']}, {where['cores']} cores.",
     ]
