@@ -43,10 +43,11 @@ class Command(studies.StudyCommand):
     """`pruneforge compare`: an option for each setting that a study on the command line has."""
 
     def fields(self) -> Fields:
-        """Return the settings; a study in a file has its own task."""
-        fields = dict(super().fields())
-        fields["task"] = copy.copy(fields["task"])
-        fields["task"].default = None
+        """Return the settings; a study in a file has its own task, and propagation has the default of studies."""
+        fields = {**super().fields()}
+        for name, default in (("task", None), ("propagate", "dense")):
+            fields[name] = copy.copy(fields[name])
+            fields[name].default = default
         return fields
 
 
