@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(BIN)/pruneforge demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto
 
 # With the slow ones, and the coverage.
 test-all: .venv/ready

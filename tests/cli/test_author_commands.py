@@ -15,7 +15,10 @@ from commands import invoke
 KINDS = ["metric", "allocator", "refiner", "recovery", "objective", "adapter", "source", "evaluator", "observer"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in ("metric", "evaluator")]
+
+
+@pytest.mark.parametrize("kind", ["metric", "evaluator", *SLOW])
 def test_a_new_plugin_works_and_its_tests_pass_at_once(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = f"fresh_{kind}"

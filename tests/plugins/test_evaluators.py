@@ -261,6 +261,7 @@ def test_there_is_no_mean_accuracy_of_tasks_without_any(checkpoint, local_task):
     assert found["warnings"][0] == "mean_accuracy leaves out likely, without an accuracy (`acc,none`)"
 
 
+@pytest.mark.slow
 def test_the_batch_size_that_lm_eval_used_is_reported(checkpoint, local_task, monkeypatch, capsys):
     from pruneforge_lm_eval import evaluator
 

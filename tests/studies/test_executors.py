@@ -139,6 +139,7 @@ def test_one_device_is_not_for_several_workers(tmp_path):
         run_study(study, tmp_path / "out", executor=make_executor("local", workers=2))
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_process_that_started_them(tmp_path):
     file, folder = tmp_path / "study.yaml", tmp_path / "out"
     file.write_text(yaml.safe_dump(values(), sort_keys=False))
