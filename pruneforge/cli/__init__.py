@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -73,4 +74,13 @@ app.command(cls=settings.SettingsCommand, epilog=doctor.EXAMPLES)(doctor.doctor)
 
 def main() -> None:
     """Run the command line."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and isinstance(end.code, int | None):
+            # Everything is written and closed. With several processes, threads of torch's may abort while the
+            # interpreter is taken down, and torchrun would call the run failed.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code or 0)
+        raise
