@@ -14,7 +14,7 @@ import typer
 
 from pruneforge.cli import common, tables
 from pruneforge.cli.fields import Fields, fields_of
-from pruneforge.cli.settings import SettingsCommand, settings
+from pruneforge.cli.settings import OF_RUN, SettingsCommand, settings
 from pruneforge.errors import PruneForgeError
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -48,13 +48,7 @@ pruneforge prune --config pruned/recipe.yaml --seed 1 --output again
 class Command(SettingsCommand):
     """`pruneforge prune`: an option for each setting of a run, of its metric and of its calibration source."""
 
-    plugin_options: ClassVar = {
-        "metric": ("metric", "options"),
-        "calibration": ("source", "source_options"),
-        "allocator": ("allocator", "allocator_options"),
-        "recover": ("recovery", "recover_options"),
-        "objective": ("objective", "objective_options"),
-    }
+    plugin_options: ClassVar = OF_RUN
 
     def plugin_named(self, chooser: str, value: Any) -> str | None:
         """Return what a setting names; with several metrics, options say whose they are: `--option NAME.alpha=1`."""

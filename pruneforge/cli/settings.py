@@ -20,6 +20,16 @@ _PLUGIN_OPTIONS = "pruneforge.plugin_options"
 _SETTINGS = "pruneforge.settings"
 
 
+OF_RUN = {
+    "metric": ("metric", "options"),
+    "calibration": ("source", "source_options"),
+    "allocator": ("allocator", "allocator_options"),
+    "recover": ("recovery", "recover_options"),
+    "objective": ("objective", "objective_options"),
+}
+"""Settings of a run that name a plugin: the plugin's kind, and the setting that takes its options."""
+
+
 class SettingsCommand(TyperCommand):
     """A command that has an option for each of its settings, beside the parameters of its function.
 

@@ -12,7 +12,7 @@ import typer
 
 from pruneforge.cli import common
 from pruneforge.cli.fields import Fields, fields_of
-from pruneforge.cli.settings import SettingsCommand
+from pruneforge.cli.settings import OF_RUN, SettingsCommand
 
 if TYPE_CHECKING:
     from pruneforge.studies.study import Cell
@@ -41,14 +41,7 @@ SOME_FAILED = 1
 class StudyCommand(SettingsCommand):
     """A command with an option for each setting of a study's runs, of their metric, data and evaluator."""
 
-    plugin_options: ClassVar = {
-        "metric": ("metric", "options"),
-        "calibration": ("source", "source_options"),
-        "allocator": ("allocator", "allocator_options"),
-        "recover": ("recovery", "recover_options"),
-        "objective": ("objective", "objective_options"),
-        "task": ("evaluator", "task_options"),
-    }
+    plugin_options: ClassVar = {**OF_RUN, "task": ("evaluator", "task_options")}
 
     def plugin_named(self, chooser: str, value: Any) -> str | None:
         """Return what a setting names; with several metrics, options say whose they are: `--option NAME.alpha=1`."""

@@ -108,6 +108,12 @@ class Entry:
 Registered = TypeVar("Registered", Entry, Shipped)
 
 
+def _named(kind: str, name: str, among: Mapping[str, Registered]) -> Registered:
+    if name not in among:
+        raise unknown_name(kind, name, among)
+    return among[name]
+
+
 def imported(target: str) -> Any:
     """Return what `module:attribute` names."""
     module, _, attribute = target.partition(":")
@@ -220,10 +226,7 @@ class Registry:
         Raises:
             PruneForgeError: Nobody registered the name; the message offers the nearest.
         """
-        try:
-            return self._entries[kind][name]
-        except KeyError:
-            raise unknown_name(kind, name, self._entries[kind]) from None
+        return _named(kind, name, self._entries[kind])
 
     def files(self, kind: ShippedKind) -> list[Shipped]:
         """Return the files of one kind, in the order of their registration."""
@@ -235,10 +238,7 @@ class Registry:
         Raises:
             PruneForgeError: Nobody registered the name; the message offers the nearest.
         """
-        try:
-            return self._files[kind][name]
-        except KeyError:
-            raise unknown_name(kind, name, self._files[kind]) from None
+        return _named(kind, name, self._files[kind])
 
     def create(self, kind: str, spec: str, options: Mapping[str, Any] | None = None) -> Any:
         """Return an instance of what `spec` names.

@@ -143,8 +143,14 @@ def arguments(cell: Cell) -> dict[str, Any]:
     return {**given, "details": "details" in cell.keeps}
 
 
-def _made(cells: Sequence[Cell], work: Path) -> Iterator[Found]:
-    """Prune to make cells, and yield what was found; their models are gone from the disk afterwards."""
+def _made(cells: Sequence[Cell], work: Path, alone_because: str = "") -> Iterator[Found]:
+    """Prune to make cells, and yield what was found; their models are gone from the disk afterwards.
+
+    Args:
+        cells: All of some methods by all of some patterns.
+        work: A folder to prune into.
+        alone_because: Why a pass that would have made more failed.
+    """
     folder = work / "pass"
     try:
         results = _pruned(cells, folder)
@@ -156,12 +162,12 @@ def _made(cells: Sequence[Cell], work: Path) -> Iterator[Found]:
             yield _failure(cells[0], error)
             return
         for cell in cells:  # alone each takes less, and says for itself why it fails
-            yield from _made([cell], work)
+            yield from _made([cell], work, _reason(error))
         return
     try:
         for cell, result in zip(cells, results, strict=True):
             try:
-                found = _finished(cell, result, len(cells))
+                found = _finished(cell, result, len(cells), alone_because)
             except Exception as error:  # an evaluation of this model alone
                 found = [_failure(cell, error)]
             yield from found
@@ -209,7 +215,7 @@ def _reason(error: Exception) -> str:
     return said if isinstance(error, PruneForgeError) else f"{type(error).__name__}: {said}"
 
 
-def _finished(cell: Cell, result: PruneResult, together: int) -> list[Found]:
+def _finished(cell: Cell, result: PruneResult, together: int, alone_because: str) -> list[Found]:
     """Evaluate a cell's model, and return what was found."""
     wants_items = "items" in cell.keeps
     outcomes = [_evaluated(result, task, cell.recipe.device, wants_items) for task in cell.tasks]
@@ -218,6 +224,7 @@ def _finished(cell: Cell, result: PruneResult, together: int) -> list[Found]:
     measured = {
         "seconds": seconds["total"],
         "runs_in_the_pass": together,
+        "alone_because": alone_because,
         "peak_bytes": peak["host_bytes"],
         "peak_device_bytes": peak.get("device_bytes"),
         "stages": seconds,

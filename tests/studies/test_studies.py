@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import json
 import statistics
@@ -227,6 +228,10 @@ def test_a_cell_that_fails_says_why_and_the_rest_goes_on(tmp_path, monkeypatch):
     assert [row["method"] for row in failed] == ["never"]
     assert all("metric 'never' failed on layer" in row["failed"] for row in failed)
     assert [row["method"] for row in rows if not row["failed"]] == ["wanda"]
+    with open(folder / "measured.csv", newline="") as file:
+        (spared,) = csv.DictReader(file)
+    assert (spared["method"], spared["runs_in_the_pass"]) == ("wanda", "1")
+    assert "metric 'never' failed on layer" in spared["alone_because"]
     assert "not today" in (folder / "report.html").read_text()
 
 
