@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -169,9 +170,20 @@ def _fingerprint(dense: LoadedModel, report: Mapping[str, Any]) -> str | None:
     if report["identity"]:
         folder = Path(dense.reference)
         whole = any((folder / name).is_file() for name in (SINGLE, INDEX))
-        return Checkpoint(folder).fingerprint() if whole else None
+        return _of_files(folder, _stamps(folder)) if whole else None
     dtype = str(next(dense.module.parameters()).dtype).removeprefix("torch.")
     return provenance.fingerprint(dense.module) if dtype == report["model"]["dtype"] else None
+
+
+def _stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Return name, size and time of change of a checkpoint's files."""
+    files = [(path.name, path.stat()) for path in sorted(folder.glob("*.safetensors*"))]
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
+
+
+@functools.lru_cache(maxsize=8)  # a study compares many pruned models with one
+def _of_files(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
+    return Checkpoint(folder).fingerprint()
 
 
 def _as_lines(records: Mapping[str, Sequence[Any]]) -> str:
