@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -98,7 +98,8 @@ class InputRecorder:
         # Holding the tensor keeps its id from being reused by another one within this batch.
         self._seen.setdefault(id(value), (value, value._version, known))
         if known.leader is layer:
-            self._update(known, value)
+            assert self._batch is not None
+            _update(known.statistics.values(), layer.inputs(value, self._batch.size), self._batch, layer)
         self._uses.append(layer.name)
         if self._each_once and len(set(self._uses)) == len(self._block.layers):
             raise _Enough
@@ -109,16 +110,7 @@ class InputRecorder:
         assert batch is not None
         if layer.name not in self._outputs:
             self._outputs[layer.name] = empty_statistics(layer, self._output_kinds)
-        tokens = valid_tokens(layer.outputs(output, batch.size), batch, layer)
-        for statistic in self._outputs[layer.name].values():
-            statistic.update(tokens, batch.size)
-
-    def _update(self, known: _Input, value: Tensor) -> None:
-        batch = self._batch
-        assert batch is not None
-        tokens = valid_tokens(known.leader.inputs(value, batch.size), batch, known.leader)
-        for statistic in known.statistics.values():
-            statistic.update(tokens, batch.size)
+        _update(self._outputs[layer.name].values(), layer.outputs(output, batch.size), batch, layer)
 
     def merge(self, group: Group) -> None:
         """Merge the statistics of all processes into those of all batches."""
@@ -205,6 +197,26 @@ def check_weights(block: Block) -> None:
     first = first_false([finite_flag(layer.matrix()) for layer in block.layers])
     if first is not None:
         raise PruneForgeError(f"layer {block.layers[first].name!r} has non-finite weights; the checkpoint is damaged")
+
+
+def _update(statistics: Iterable[InputStatistic | OutputStatistic], seen: Tensor, batch: Batch, layer: Layer) -> None:
+    """Add what a layer received or put out, [samples, tokens, in or out], to statistics of it.
+
+    Raises:
+        PruneForgeError: The tokens that count, or the samples, cannot be told apart.
+    """
+    tokens = valid_tokens(seen, batch, layer)
+    for statistic in statistics:
+        if not statistic.by_sample:
+            statistic.update(tokens, batch.size)
+            continue
+        if layer.routed:
+            raise PruneForgeError(
+                f"statistic {type(statistic).__name__} is of one sample at a time, and layer {layer.name!r} receives "
+                "the tokens that are routed to it, of all samples; leave it out with `exclude`"
+            )
+        for part in tokens.split(seen.shape[1] if batch.valid is None else batch.lengths):
+            statistic.update(part, 1)
 
 
 def valid_tokens(inputs: Tensor, batch: Batch, layer: Layer) -> Tensor:

@@ -38,6 +38,13 @@ class Batch:
         assert self.valid is not None
         return self.valid.flatten().nonzero().flatten()
 
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Numbers of valid tokens of the samples of a padded batch; cached for the same reason."""
+        assert self.valid is not None
+        lengths: list[int] = self.valid.sum(1).tolist()
+        return lengths
+
     def part(self, samples: slice) -> Batch:
         """Return a batch of some of the samples."""
         inputs = {key: value[samples] for key, value in self.inputs.items()}

@@ -100,9 +100,12 @@ class InputStatistic(Statistic):
     Attributes:
         in_cache: Whether `add` receives a few tokens at a time on the CPU, so that they stay in the processor's cache.
             That is faster for elementwise sums and slower for matrix products.
+        by_sample: Whether `update`, and so `add` without `in_cache`, receives one sample at a time, for sums of what is
+            not linear in tokens. No routed layer has it: experts receive the tokens of all samples mixed.
     """
 
     in_cache: ClassVar[bool] = False
+    by_sample: ClassVar[bool] = False
 
     def update(self, inputs: Tensor, samples: int) -> None:
         """Add one batch.
@@ -123,7 +126,13 @@ class InputStatistic(Statistic):
 
 
 class OutputStatistic(Statistic):
-    """A sum over the tokens that a layer put out, dense, before anything else is done with them."""
+    """A sum over the tokens that a layer put out, dense, before anything else is done with them.
+
+    Attributes:
+        by_sample: Whether `add` receives one sample at a time; see `InputStatistic`.
+    """
+
+    by_sample: ClassVar[bool] = False
 
     def update(self, outputs: Tensor, samples: int) -> None:
         """Add one batch.

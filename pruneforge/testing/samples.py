@@ -68,6 +68,10 @@ class Sample:
 
     def collect(self, statistic: Statistic, part: Tensor) -> None:
         """Add some samples, by their indices, to a statistic as the engine does."""
+        if getattr(statistic, "by_sample", False) and len(part) > 1:
+            for one in part.split(1):
+                self.collect(statistic, one)
+            return
         if isinstance(statistic, InputStatistic):
             statistic.update(self.inputs[part].flatten(0, 1), len(part))
         elif isinstance(statistic, OutputStatistic):

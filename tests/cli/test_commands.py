@@ -171,7 +171,7 @@ def test_demo_prunes_both_models_with_a_metric_at_both_patterns():
         assert all((row[result] < dense[result]) == (half == "image") for row in rows)
 
 
-METRICS = ("admm", "gblm", "magnitude", "random", "ria", "sparsegpt", "wanda", "wanda++")
+METRICS = ("admm", "d2prune", "gblm", "magnitude", "pruner-zero", "random", "ria", "sparsegpt", "wanda", "wanda++")
 
 
 @pytest.mark.slow
