@@ -28,6 +28,7 @@ class Rewrite:
         folder: Path,
         layers: Mapping[str, tuple[TensorLocation, tuple[int, int]]],
         others: Sequence[TensorLocation] = (),
+        permuted: bool = False,
     ) -> None:
         """Describe the files; nothing is written yet.
 
@@ -36,20 +37,20 @@ class Rewrite:
             folder: The folder to write to.
             layers: Location of each layer's tensor, and the shape of its mask (out, in), by layer name.
             others: Locations of further tensors that change.
+            permuted: Whether a permutation of each layer's columns is kept too.
         """
         self.source = source
         self.folder = folder
         self._layers = dict(layers)
         self._changing = {location.name for location in [*(location for location, _ in layers.values()), *others]}
-        self._head = masks.masks_header({name: shape for name, (_, shape) in layers.items()})
+        self._head, self._kept = masks.masks_header({name: shape for name, (_, shape) in layers.items()}, permuted)
         self._places: dict[str, TensorLocation] = {}
 
     def bytes_needed(self) -> int:
         """Return the size in bytes of the finished folder."""
         weights = sum((self.source.folder / file).stat().st_size for file in self.source.files)
         others = sum(path.stat().st_size for path in self.source.companions())
-        packed = sum(masks.packed_bytes(shape) for _, shape in self._layers.values())
-        return weights + others + packed + len(self._head)
+        return weights + others + len(self._head) + self._kept
 
     def prepare(self) -> None:
         """Create every file at its full size, with everything that does not change.
@@ -65,9 +66,8 @@ class Rewrite:
                 raise OSError(errno.ENOSPC, f"{self.bytes_needed():,} bytes are needed and {free + there:,} are free")
             for file in self.source.files:
                 self._lay_out(file)
-            size = len(self._head) + sum(masks.packed_bytes(shape) for _, shape in self._layers.values())
             with open_for_writing(self.folder / (masks.MASKS_FILE + PARTIAL)) as target:
-                _reserve(target, size)
+                _reserve(target, len(self._head) + self._kept)
                 os.pwrite(target, self._head, 0)
                 os.fsync(target)
             sync(self.folder)
@@ -89,12 +89,15 @@ class Rewrite:
             _copy(original.fileno(), target, start, size)
             os.fsync(target)
 
-    def write(self, tensors: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
+    def write(
+        self, tensors: Mapping[str, Tensor], kept: Mapping[str, Tensor], permutations: Mapping[str, Tensor]
+    ) -> None:
         """Write finished layers, flushed to the disk when this returns.
 
         Args:
             tensors: The changed tensors, by name, in the checkpoint's dtype.
             kept: Masks, boolean [out, in], by layer name.
+            permutations: Order of the columns [in], by layer name, if these are kept.
 
         Raises:
             UnfinishedError: The disk is full or cannot be written.
@@ -109,7 +112,8 @@ class Rewrite:
             partial = self.folder / (masks.MASKS_FILE + PARTIAL)
             if not self._places:
                 self._places = {location.name: location for location in read_header(partial)}
-            packed = [(self._places[name].start, masks.pack(mask).data) for name, mask in kept.items()]
+            arrays = masks.packed(kept, permutations)
+            packed = [(self._places[name].start, array.data.cast("B")) for name, array in arrays.items()]
             for path, parts in [*touched.items(), (partial, packed)]:
                 with open_for_writing(path) as target:
                     for offset, data in parts:

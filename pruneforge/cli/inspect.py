@@ -79,6 +79,8 @@ def print_masks(found: dict[str, Any], layers: bool, agreement: dict[str, Any], 
         columns["dead"] = lambda item: f"{item['dead_rows']}, {item['dead_columns']}"
     if found["all"]["patterns"]:
         columns["patterns"] = lambda item: ", ".join(item["patterns"])
+    if found["all"]["permuted_patterns"]:
+        columns["permuted"] = lambda item: ", ".join(item["permuted_patterns"])
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     table.add_column("layer")
     for name in [*columns, *(["agreement"] if agreement else [])]:

@@ -92,7 +92,7 @@ def named(who: str, where: str, work: Callable[[], T]) -> T:
         raise PruneForgeError(f"{who} failed {where}: {reason}") from error
 
 
-def check_pruned(layer: Layer, pruned: Pruned, pattern: Pattern | None, who: str) -> None:
+def check_pruned(layer: Layer, pruned: Pruned, pattern: Pattern | None, who: str, permutes: bool = False) -> None:
     """Raise unless a mask fits the layer's pattern and the weights are finite in the layer's dtype.
 
     Args:
@@ -100,6 +100,7 @@ def check_pruned(layer: Layer, pruned: Pruned, pattern: Pattern | None, who: str
         pruned: The mask and maybe weights.
         pattern: What the mask has to fit; `None` for comparison groups that are checked otherwise.
         who: What messages call the plugin that made them.
+        permutes: Whether it says that it permutes columns.
 
     Raises:
         PruneForgeError: Naming the plugin and the layer.
@@ -109,7 +110,7 @@ def check_pruned(layer: Layer, pruned: Pruned, pattern: Pattern | None, who: str
     if not isinstance(pruned.notes, tuple | list) or not all(isinstance(note, str) for note in pruned.notes):
         raise PruneForgeError(f"{who} gave notes for layer {layer.name!r} that are not a tuple of texts")
     mask, device = pruned.mask, layer.parameter.device
-    for what, tensor in (("a mask", mask), ("weights", pruned.weight)):
+    for what, tensor in (("a mask", mask), ("weights", pruned.weight), ("a permutation", pruned.permutation)):
         if tensor is not None and (not isinstance(tensor, Tensor) or tensor.device != device):
             what_it_is = f"a tensor on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise PruneForgeError(
@@ -118,7 +119,8 @@ def check_pruned(layer: Layer, pruned: Pruned, pattern: Pattern | None, who: str
     if mask is None or mask.dtype != torch.bool or mask.shape != layer.shape:
         made = "nothing" if mask is None else f"{mask.dtype} {tuple(mask.shape)}"
         raise PruneForgeError(f"{who} made a mask of {made} for layer {layer.name!r}; it must be boolean {layer.shape}")
-    if pattern is not None and not pattern.fits(mask):
+    _check_permutation(layer, pruned.permutation, who, permutes)
+    if pattern is not None and not pruned.fits(pattern):
         raise PruneForgeError(f"{who} made a mask for layer {layer.name!r} that does not fit {pattern}")
     if pruned.weight is not None:
         if pruned.weight.shape != layer.shape:
@@ -128,6 +130,20 @@ def check_pruned(layer: Layer, pruned: Pruned, pattern: Pattern | None, who: str
                 dtype = layer.parameter.dtype
                 raise PruneForgeError(f"{who} made weights in layer {layer.name!r} that are too large for {dtype}")
             raise PruneForgeError(f"{who} made non-finite weights in layer {layer.name!r}")
+
+
+def _check_permutation(layer: Layer, permutation: Tensor | None, who: str, permutes: bool) -> None:
+    """Raise unless there is a permutation of a layer's columns, or none, as the plugin says."""
+    if (permutation is not None) != permutes:
+        made = "gave no permutation for" if permutes else "permuted the columns of"
+        raise PruneForgeError(f"{who} {made} layer {layer.name!r}, and its `permutes` is {permutes}")
+    if permutation is not None:
+        columns = torch.arange(layer.shape[1], device=permutation.device)
+        if permutation.dtype != torch.int64 or not torch.equal(permutation.sort().values, columns):
+            raise PruneForgeError(
+                f"{who} made a permutation of {permutation.dtype} {tuple(permutation.shape)} for layer {layer.name!r}; "
+                f"it must have each of 0 to {layer.shape[1] - 1} once, in int64"
+            )
 
 
 def check_share(run: Run, layers: Sequence[Layer], masks: Mapping[str, Tensor], of: str) -> None:

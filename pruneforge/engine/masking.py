@@ -5,7 +5,7 @@ The metric scores and the pattern selects (`interfaces/patterns.py`); over sever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -35,6 +35,7 @@ class _Outcome(NamedTuple):
 
     notes: Sequence[str]
     updated: bool
+    permutation: Tensor | None  # on the CPU
 
 
 class Applier:
@@ -92,7 +93,8 @@ class Applier:
             check_count(run, pruning, sum(pruned.values()), f"block {block.name!r}")
         measured = details.measured() if details is not None else {}
         run.details.update(measured)
-        result = BlockResult(index, block, masks, pruned, notes, updated, measured)
+        permutations = _permutations(block.layers, outcomes) if run.metric.permutes else {}
+        result = BlockResult(index, block, masks, pruned, notes, updated, measured, permutations)
         run.output.add(result)
         self.block_pruned(run, result)
 
@@ -134,7 +136,8 @@ class Applier:
                     if layer.name not in together:
                         check_share(run, [layer], masks, f"layer {layer.name!r}")
                     layer.write(pruned.mask, pruned.weight)
-                    outcomes[layer.name] = _Outcome(pruned.notes, pruned.weight is not None)
+                    order = None if pruned.permutation is None else pruned.permutation.cpu()
+                    outcomes[layer.name] = _Outcome(pruned.notes, pruned.weight is not None, order)
             if together:
                 check_share(run, pruning, masks, f"block {block.name!r}")
         except Exception as raised:  # of any kind, since metrics are plugins; `agree` raises it in all processes
@@ -193,7 +196,7 @@ class Applier:
             if given is None:
                 given = guarded(run, layer, own, who, lambda: run.metric.prune_layer(layer, own, pattern))
             pruned = given
-            check_pruned(layer, pruned, None if other_groups else pattern, who)
+            check_pruned(layer, pruned, None if other_groups else pattern, who, run.metric.permutes)
         if other_groups and run.refiners:  # they have to keep what this layer lost
             count = pruned.mask.numel() - int(pruned.mask.count_nonzero())
             pattern = Unstructured(0.0, "layer").at(count, layer.shape)
@@ -208,6 +211,12 @@ class Applier:
 def _copies(layers: Sequence[Layer]) -> dict[str, Tensor]:
     """Return copies of weights [out, in] in float32 or better, by layer name."""
     return {la.name: la.matrix().to(accumulation_dtype(la.parameter.dtype), copy=True) for la in layers}
+
+
+def _permutations(layers: Sequence[Layer], outcomes: Mapping[str, _Outcome]) -> dict[str, Tensor]:
+    """Return the order of the columns of each layer, by name; a layer that was left dense has its own."""
+    made = {name: outcome.permutation for name, outcome in outcomes.items() if outcome.permutation is not None}
+    return {layer.name: made.get(layer.name, torch.arange(layer.shape[1])) for layer in layers}
 
 
 def _prune_together(run: Run, layers: Sequence[Layer], block: Block, stats: BlockStatistics) -> dict[str, Pruned]:

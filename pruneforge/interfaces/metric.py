@@ -26,11 +26,18 @@ class Pruned:
         mask: Boolean [out, in], `True` keeps.
         weight: The updated weight [out, in], or `None` to leave it unchanged.
         notes: Messages for the report, such as about a damping that had to be raised.
+        permutation: Order of the columns, int64 [in], in which the mask fits the pattern; `None` for the layer's own.
+            Mask and weight are in the layer's own order in any case. Only a metric that `permutes` gives one.
     """
 
     mask: Tensor
     weight: Tensor | None = None
     notes: tuple[str, ...] = ()
+    permutation: Tensor | None = None
+
+    def fits(self, pattern: Pattern) -> bool:
+        """Return whether the mask, with its columns permuted if there is a permutation, fits a pattern."""
+        return pattern.fits(self.mask if self.permutation is None else self.mask[:, self.permutation])
 
 
 class Metric(options.Configurable):
@@ -44,9 +51,12 @@ class Metric(options.Configurable):
         requires: The statistics it needs; a property if they depend on the options.
         scope: The comparison group that its paper uses.
         control: Whether studies show it beside any method, as what a method has to beat.
+        permutes: Whether each result has a permutation of the columns, in which its mask fits N:M; a property if it
+            depends on the options.
     """
 
     requires: Sequence[Requirement] = ()
+    permutes: bool = False
     scope: ClassVar[Scope | None] = "row"
     control: ClassVar[bool] = False
 

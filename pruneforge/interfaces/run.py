@@ -42,6 +42,8 @@ class BlockResult:
         details: What is measured of each layer if the run asks for details, by full name.
         updated: Names of the layers whose remaining weights were updated, and of other parameters of the block that
             recovery changed.
+        permutations: Order of each layer's columns, int64 [in] on the CPU, in which its mask fits N:M, by full name, if
+            the metric permutes.
     """
 
     index: int
@@ -51,6 +53,7 @@ class BlockResult:
     notes: list[str] = field(default_factory=list)
     updated: frozenset[str] = frozenset()
     details: dict[str, dict[str, Any]] = field(default_factory=dict)
+    permutations: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Output:

@@ -97,7 +97,7 @@ def estimate(
     disk = waiting - waits_on_device - waits_on_host
     if loaded.checkpoint is not None:
         stored = layer_locations(loaded.module, run.blocks, loaded.checkpoint)
-        disk += statistics + Rewrite(loaded.checkpoint, Path(), stored).bytes_needed()
+        disk += statistics + Rewrite(loaded.checkpoint, Path(), stored, permuted=run.metric.permutes).bytes_needed()
     return Estimate(
         blocks=len(run.blocks),
         layers=len(layers),

@@ -23,14 +23,17 @@ class Masks(Output):
 
     Attributes:
         masks: Boolean [out, in] by full layer name.
+        permutations: Order of the columns [in] in which each mask fits N:M, by full layer name, if the metric permutes.
     """
 
     def __init__(self) -> None:
         self.masks: dict[str, Tensor] = {}
+        self.permutations: dict[str, Tensor] = {}
 
     def add(self, result: BlockResult) -> None:
         """Keep a block's masks."""
         self.masks.update(result.masks)
+        self.permutations.update(result.permutations)
 
 
 def prune_in_memory(session: Session, run: Run) -> PruneResult:
@@ -55,7 +58,7 @@ def prune_in_memory(session: Session, run: Run) -> PruneResult:
     if run.folder is not None and session.group.first:
         with new_folder(run.folder) as folder:
             loaded.adapter.save(loaded.module, loaded.processor, folder)
-            save_masks(kept.masks, folder)
+            save_masks(kept.masks, folder, kept.permutations)
             session.describe(run, folder)
     session.close_log(run)
-    return PruneResult(report, loaded=loaded, masks=kept.masks, profile=run.profile)
+    return PruneResult(report, loaded=loaded, masks=kept.masks, permutations=kept.permutations, profile=run.profile)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pruneforge.checkpoint.masks import load_masks, pack, packed_bytes
+from pruneforge.checkpoint.masks import load_masks, load_permutations, pack, packed_bytes
 from pruneforge.engine.structure import Structure, random_structure, structure_of, together
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.patterns import NM
@@ -34,25 +34,31 @@ def inspect(folder: str | Path, against: str | Path | None = None) -> dict[str, 
     Returns:
         `layers` and `components` (layers of the same role in all blocks), each by name with `weights`, `sparsity`,
         `rows` and `columns` (shares of the mask's variance that they explain, see `engine.structure`), `random_rows`
-        and `random_columns` (of a random mask), `dead_rows`, `dead_columns` and `patterns` (those that the mask
-        satisfies); `all` for all layers together; `bytes` with the size of the pruned layers `dense`, `packed` (the
-        values that are kept and one bit a weight) and `masks` and `masks_compressed` (by zlib); with `against`,
-        also `agreement` with `same` (share of weights that both keep or both prune) and `jaccard` (of what is pruned)
-        for all layers and for each.
+        and `random_columns` (of a random mask), `dead_rows`, `dead_columns`, `patterns` (those that the mask
+        satisfies) and `permuted_patterns` (those that it satisfies in the order of columns that the folder keeps);
+        `all` for all layers together; `bytes` with the size of the pruned layers `dense`, `packed` (the values that
+        are kept and one bit a weight) and `masks` and `masks_compressed` (by zlib); with `against`, also `agreement`
+        with `same` (share of weights that both keep or both prune) and `jaccard` (of what is pruned) for all layers
+        and for each.
 
     Raises:
         PruneForgeError: A folder is not the output of a pruning run, or the two are of models with other layers.
     """
     masks, report = _read(Path(folder))
-    layers = {name: _described([mask]) for name, mask in masks.items()}
-    roles: dict[str, list[Tensor]] = {}
-    for name, mask in masks.items():
-        roles.setdefault(role(name), []).append(mask)
+    permutations = load_permutations(Path(folder))
+    roles: dict[str, list[str]] = {}
+    for name in masks:
+        roles.setdefault(role(name), []).append(name)
+
+    def described(names: Iterable[str]) -> dict[str, Any]:
+        permuted = [masks[name][:, permutations[name]] for name in names if name in permutations]
+        return _described([masks[name] for name in names], permuted)
+
     found = {
         "recipe": report["recipe"],
-        "all": _described(list(masks.values())),
-        "components": {name: _described(of_role) for name, of_role in roles.items()},
-        "layers": layers,
+        "all": described(list(masks)),
+        "components": {name: described(of_role) for name, of_role in roles.items()},
+        "layers": {name: described([name]) for name in masks},
         "bytes": _bytes(masks, report),
     }
     if against is not None:
@@ -135,7 +141,8 @@ def _report(folder: Path) -> dict[str, Any]:
     return report
 
 
-def _described(masks: list[Tensor]) -> dict[str, Any]:
+def _described(masks: list[Tensor], permuted: list[Tensor]) -> dict[str, Any]:
+    """Describe some masks; `permuted` are the same with their columns permuted, where the folder keeps an order."""
     weights, kept = sum(mask.numel() for mask in masks), sum(int(mask.sum()) for mask in masks)
     found = together(structure_of(mask) for mask in masks)
     control = together(random_structure(mask) for mask in masks)
@@ -146,8 +153,14 @@ def _described(masks: list[Tensor]) -> dict[str, Any]:
         **_shares(control, "random_"),
         "dead_rows": sum(int((~mask).all(1).sum()) for mask in masks),
         "dead_columns": sum(int((~mask).all(0).sum()) for mask in masks),
-        "patterns": [str(pattern) for pattern in PATTERNS if all(_fits(mask, pattern) for mask in masks)],
+        "patterns": _patterns(masks),
+        "permuted_patterns": _patterns(permuted),
     }
+
+
+def _patterns(masks: list[Tensor]) -> list[str]:
+    """Return the patterns that all masks satisfy; none if there is no mask."""
+    return [str(pattern) for pattern in PATTERNS if masks and all(_fits(mask, pattern) for mask in masks)]
 
 
 def _shares(structure: Structure, prefix: str) -> dict[str, float]:
@@ -158,7 +171,7 @@ def _fits(mask: Tensor, pattern: NM) -> bool:
     """Return whether at most N of every M consecutive inputs are kept."""
     if mask.shape[1] % pattern.m:
         return False
-    return bool((mask.view(mask.shape[0], -1, pattern.m).sum(-1) <= pattern.n).all())
+    return bool((mask.reshape(mask.shape[0], -1, pattern.m).sum(-1) <= pattern.n).all())
 
 
 def _bytes(masks: Mapping[str, Tensor], report: Mapping[str, Any]) -> dict[str, int]:

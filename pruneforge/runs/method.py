@@ -51,6 +51,11 @@ class Method:
         run.recipe = recipe.model_copy(update=own)
         for why in _contradictions(run):
             raise PruneForgeError(why)
+        if self.metric.permutes:
+            run.warnings.append(
+                f"masks fit {pattern} only with the inputs of each layer permuted, as the result's `permutations` say; "
+                "in the layers' own order they do not"
+            )
         return run
 
 
@@ -58,6 +63,16 @@ def _contradictions(run: Run) -> Iterator[str]:
     """Yield what cannot be: scope, allocation, propagation and what goes with the metric against one another."""
     metric, allocator, recovery = run.metric, run.allocator, run.recovery
     compares = [kind for kind in map(kind_of, run.requires) if getattr(kind, "with_target", False)]
+    if metric.permutes and not isinstance(run.pattern, NM):
+        yield (
+            f"metric {metric.name!r} is asked to permute columns, which serves N:M patterns alone, and the pattern is "
+            f"{run.pattern}; ask for N:M, or for no permutation"
+        )
+    if metric.permutes and run.refiners:
+        yield (
+            f"refiner {run.refiners[0].name!r} works in the layer's own order of columns, and metric {metric.name!r} "
+            "is asked to permute them; leave out the refiner, or ask for no permutation"
+        )
     if run.scope == "model" and run.propagate == "pruned" and sees_activations(run):
         yield (
             "scope=model compares scores of all blocks, so none can be pruned before the last is calibrated; "

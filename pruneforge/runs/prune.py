@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from pruneforge.checkpoint.masks import load_masks
+from pruneforge.checkpoint.masks import load_masks, load_permutations
 from pruneforge.data.calibration import Data
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.allocator import Allocator
@@ -152,9 +152,9 @@ def load(folder: str | Path, *, device: str = "auto", dtype: str = "auto") -> Pr
         PruneForgeError: The folder is not the output of a pruning run.
     """
     path = Path(folder)
-    masks, report = load_masks(path), reports.load_report(path)
+    masks, permutations, report = load_masks(path), load_permutations(path), reports.load_report(path)
     if report is None:
         raise PruneForgeError(f"{str(folder)!r} holds no {reports.REPORT_FILE}; it is not the output of a pruning run")
     loaded = load_model(path, dtype, None, loaded_plugins().registry)
     loaded.module.to(parse_device(device))
-    return PruneResult(report, loaded=loaded, masks=masks)
+    return PruneResult(report, loaded=loaded, masks=masks, permutations=permutations)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pruneforge.checkpoint.masks import load_masks
+from pruneforge.checkpoint.masks import load_masks, load_permutations
 from pruneforge.interfaces.adapter import LoadedModel
 from pruneforge.plugins import loaded_plugins
 from pruneforge.profile import Profile
@@ -30,6 +30,7 @@ class PruneResult:
         folder: Path | None = None,
         loaded: LoadedModel | None = None,
         masks: dict[str, Tensor] | None = None,
+        permutations: dict[str, Tensor] | None = None,
         dtype: str = "auto",
         profile: Profile | None = None,
     ) -> None:
@@ -42,6 +43,8 @@ class PruneResult:
             self.loaded = loaded
         if masks is not None:
             self.masks = masks
+        if permutations is not None:
+            self.permutations = permutations
 
     @cached_property
     def loaded(self) -> LoadedModel:
@@ -54,6 +57,15 @@ class PruneResult:
         """Boolean [out, in] by full layer name, `True` keeps."""
         assert self.folder is not None
         return load_masks(self.folder)
+
+    @cached_property
+    def permutations(self) -> dict[str, Tensor]:
+        """Order of the columns, int64 [in], in which each layer's mask fits N:M, by full layer name.
+
+        Empty unless the metric permutes: the masks fit in the layers' own order. The weights always are in their own.
+        """
+        assert self.folder is not None
+        return load_permutations(self.folder)
 
     @property
     def model(self) -> nn.Module:

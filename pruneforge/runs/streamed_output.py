@@ -64,7 +64,7 @@ class StreamedOutput(Output):
         self._locations = layer_locations(session.loaded.module, run.blocks, checkpoint)
         self._others = self._recovered(session.loaded.module) if run.recovery is not None else {}
         others = [location for of_block in self._others.values() for location, _ in of_block.values()]
-        self.rewrite = Rewrite(checkpoint, self.folder, self._locations, others)
+        self.rewrite = Rewrite(checkpoint, self.folder, self._locations, others, run.metric.permutes)
         self._journal: Journal | None = None
         self._writer: Behind | None = None
         self._transfers: Transfers | None = None
@@ -237,6 +237,7 @@ class StreamedOutput(Output):
         """Write a block, and then the journal's entry that says so."""
         assert self._journal is not None
         with self.run.profile.stage("write", result.index, wait=False):
-            self.rewrite.write({name: copy.on_host() for name, copy in copies.items()}, result.masks)
+            tensors = {name: copy.on_host() for name, copy in copies.items()}
+            self.rewrite.write(tensors, result.masks, result.permutations)
             entry = {"block": result.index, "pruned": result.pruned, "notes": result.notes}
             self._journal.append({**entry, "details": result.details} if result.details else entry)

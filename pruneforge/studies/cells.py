@@ -231,7 +231,7 @@ def _finished(cell: Cell, result: PruneResult, together: int, alone_because: str
     }
     kept: list[Found] = [(place_of(cell, MEASURED_FILE), as_json(measured))]
     if "masks" in cell.keeps:
-        kept.append((place_of(cell, MASKS_FILE), masks_file(result.masks)))
+        kept.append((place_of(cell, MASKS_FILE), masks_file(result.masks, result.permutations)))
     for number, (_, items) in enumerate(outcomes) if wants_items else ():
         kept.append((place_of(cell, items_file(number)), as_json(items)))
     found = _found(cell, result, [outcome for outcome, _ in outcomes])

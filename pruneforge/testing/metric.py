@@ -39,22 +39,24 @@ def prune(metric: Metric, made: Sample, pattern: Pattern, parts: int = 1) -> Pru
         return metric.prune_layer(made.layer(), made.statistics(metric.requires, parts), pattern)
 
 
-def unstructured(metric: Metric, sparsity: float = HALF) -> Unstructured:
-    """Return the pattern that the engine would ask the metric for."""
+def asked_for(metric: Metric, sparsity: float = HALF) -> Pattern:
+    """Return the pattern that the engine would ask the metric for: unstructured, unless it permutes for N:M."""
+    if metric.permutes:
+        return NM(round(4 * (1 - sparsity)), 4)
     scope = metric.comparison_group() or "layer"
     return Unstructured(sparsity, "layer" if scope in ("block", "model") else scope)
 
 
 def patterns(metric: Metric) -> Iterator[Pattern]:
     """Yield patterns of every kind."""
-    for sparsity in (0.0, 0.37, HALF, 0.97):
-        yield unstructured(metric, sparsity)
+    for sparsity in () if metric.permutes else (0.0, 0.37, HALF, 0.97):
+        yield asked_for(metric, sparsity)
     yield from (NM(2, 4), NM(4, 8), NM(1, 4))
 
 
 def masks_are_boolean_and_of_the_weight_s_shape(metric: Metric) -> None:
     """Check dtype, shape and device of the mask and of an updated weight."""
-    pruned = prune(metric, sample(), unstructured(metric))
+    pruned = prune(metric, sample(), asked_for(metric))
     assert pruned.mask.dtype == torch.bool, f"the mask is {pruned.mask.dtype}"
     assert pruned.mask.shape == (12, 32), f"the mask is {tuple(pruned.mask.shape)}, the weight (12, 32)"
     assert pruned.mask.device == torch.device("cpu"), f"the mask is on {pruned.mask.device}, the weight on the CPU"
@@ -72,23 +74,23 @@ def ties_change_no_count(metric: Metric) -> None:
     """Check the count where all scores are equal."""
     equal = torch.ones(12, 32)
     made = sample(weight=equal, inputs=torch.ones(6, 16, 32), gradients=torch.ones(6, 12, 32))
-    for pattern in (unstructured(metric), NM(2, 4)):
+    for pattern in (asked_for(metric), NM(2, 4)):
         _check_count(metric, made, pattern)
 
 
 def _check_count(metric: Metric, made: Sample, pattern: Pattern) -> None:
-    mask = prune(metric, made, pattern).mask
+    pruned = prune(metric, made, pattern)
     if metric.scope is None and isinstance(pattern, Unstructured):  # its own groups round down
-        reached = 1 - mask.double().mean().item()
+        reached = 1 - pruned.mask.double().mean().item()
         assert 0.85 * pattern.sparsity <= reached <= pattern.sparsity + 0.05, f"{pattern}: {reached:.1%} is pruned"
     else:
-        assert pattern.fits(mask), f"the mask does not fit {pattern}"
+        assert pruned.fits(pattern), f"the mask does not fit {pattern}"
 
 
 def nothing_pruned_leaves_the_weights(metric: Metric) -> None:
     """Check sparsity 0."""
     made = sample()
-    pruned = prune(metric, made, unstructured(metric, 0.0))
+    pruned = prune(metric, made, asked_for(metric, 0.0))
     assert pruned.mask.all(), "weights are pruned at sparsity 0"
     if pruned.weight is not None:
         assert torch.allclose(pruned.weight, made.weight, atol=1e-8), "weights change although none is pruned"
@@ -100,13 +102,13 @@ def results_are_finite(metric: Metric) -> None:
     if scores(metric):
         seed_random_numbers(0, torch.device("cpu"))
         assert all_finite(metric.score(made.layer(), made.statistics(metric.requires))), "a score is not finite"
-    weight = prune(metric, made, unstructured(metric)).weight
+    weight = prune(metric, made, asked_for(metric)).weight
     assert weight is None or all_finite(weight), "a weight is not finite"
 
 
 def dead_inputs_are_no_error(metric: Metric) -> None:
     """Check the count with an input that is always zero, which makes a Gram matrix singular."""
-    for pattern in (unstructured(metric), NM(2, 4)):
+    for pattern in (asked_for(metric), NM(2, 4)):
         _check_count(metric, _with_a_dead_column(), pattern)
 
 
@@ -119,7 +121,7 @@ def _with_a_dead_column() -> Sample:
 
 def the_same_twice(metric: Metric) -> None:
     """Check that nothing but the seeded random numbers of torch, numpy and Python varies."""
-    first, second = (prune(metric, sample(), unstructured(metric)) for _ in range(2))
+    first, second = (prune(metric, sample(), asked_for(metric)) for _ in range(2))
     assert torch.equal(first.mask, second.mask), "two calls give two masks, though random numbers are seeded alike"
     if first.weight is not None and second.weight is not None:
         assert torch.equal(first.weight, second.weight), "two calls give two weights"
@@ -130,7 +132,7 @@ def hashes_have_no_say(metric: Metric) -> None:
     masks = []
     for salt in ("one process", "another"):
         with _texts_hashed_with(salt):
-            masks.append(prune(metric, sample(), unstructured(metric)).mask)
+            masks.append(prune(metric, sample(), asked_for(metric)).mask)
     assert torch.equal(*masks), "masks depend on `hash` of a text, which is another one in each process; use zlib.crc32"
 
 
@@ -157,28 +159,28 @@ def the_order_in_memory_has_no_say(metric: Metric) -> None:
     made = sample()
     transposed = sample(weight=made.weight.T.contiguous().T)
     assert torch.equal(
-        prune(metric, made, unstructured(metric)).mask, prune(metric, transposed, unstructured(metric)).mask
+        prune(metric, made, asked_for(metric)).mask, prune(metric, transposed, asked_for(metric)).mask
     ), "a weight that lies transposed in memory gets another mask"
 
 
 def narrow_dtypes_work(metric: Metric) -> None:
     """Check float32, bfloat16 and float16."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        _check_count(metric, sample(dtype=dtype), unstructured(metric))
+        _check_count(metric, sample(dtype=dtype), asked_for(metric))
 
 
 def rows_are_pruned_alike(metric: Metric) -> None:
     """Check that permuted output rows get the permuted mask."""
     made, order = sample(), torch.arange(11, -1, -1)
     permuted = sample(weight=made.weight[order], gradients=made.gradients[:, order])
-    pattern = unstructured(metric)
+    pattern = asked_for(metric)
     expected, found = prune(metric, made, pattern).mask[order], prune(metric, permuted, pattern).mask
     assert torch.equal(found, expected), "permuting the output rows gives another mask than the permuted one"
 
 
 def the_split_into_batches_has_no_say(metric: Metric) -> None:
     """Check that merged statistics of several batches, or processes, do as well as those of one."""
-    pattern = unstructured(metric)
+    pattern = asked_for(metric)
     whole, parts = (prune(metric, sample(), pattern, parts).mask for parts in (1, 3))
     assert torch.equal(whole, parts), "statistics of three batches, merged, give another mask than those of one"
 
@@ -189,7 +191,7 @@ def weights_and_statistics_are_not_changed(metric: Metric) -> None:
     layer, stats = made.layer(), made.statistics(metric.requires)
     seed_random_numbers(0, torch.device("cpu"))
     with torch.no_grad(), nothing_changed(layer, stats):
-        metric.prune_layer(layer, stats, unstructured(metric))
+        metric.prune_layer(layer, stats, asked_for(metric))
 
 
 def the_statistics_required_are_used(metric: Metric) -> None:
@@ -198,7 +200,7 @@ def the_statistics_required_are_used(metric: Metric) -> None:
     watched = _Watched(made.statistics(metric.requires))
     seed_random_numbers(0, torch.device("cpu"))
     with torch.no_grad():
-        metric.prune_layer(made.layer(), watched, unstructured(metric))
+        metric.prune_layer(made.layer(), watched, asked_for(metric))
     unused = [kind.__name__ for kind in metric.requires if kind not in watched.used]
     assert not unused, f"{', '.join(unused)} is required and not used; collecting it costs time and memory"
 
@@ -237,7 +239,7 @@ def scores_compare_over_several_layers(metric: Metric) -> None:
 
 def cuda_gives_the_masks_of_the_cpu(metric: Metric) -> None:
     """Check that masks agree in float64, but for ties within rounding."""
-    made, pattern = sample(), unstructured(metric)
+    made, pattern = sample(), asked_for(metric)
     on_device = prune(metric, made.to(torch.device("cuda", torch.cuda.current_device())), pattern).mask
     assert on_device.is_cuda, f"the mask of a weight on CUDA is on {on_device.device}"
     alike = (prune(metric, made, pattern).mask == on_device.cpu()).double().mean().item()

@@ -273,7 +273,7 @@ def test_similarity_is_what_two_masks_have_in_common(tmp_path):
         failed = cell.model == "tuned" and cell.pattern == 0.9
         (folder / "cell.json").write_text(json.dumps({"failed": "why"} if failed else {}))
         masks[cell.model, cell.pattern] = pruneforge.prune(**cell.recipe.model_dump(exclude={"plugins"})).masks
-        save_masks(masks[cell.model, cell.pattern], folder)
+        save_masks(masks[cell.model, cell.pattern], folder, {})
     found = list(similarities(cells, held))
     assert [(each.models, each.method, each.pattern) for each in found] == [
         (names, "magnitude", "0.25"),
