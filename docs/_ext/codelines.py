@@ -39,6 +39,7 @@ APART = "kernel.py"
 
 WHY = {
     "gblm": "four options, for the paper's ablations, and statistics that depend on them",
+    "ria": "two ways to permute the columns for N:M",
     "owl": "two typed signatures of three lines each",
     "sparseswaps": "swaps of many rows at a time, and within the groups of N:M",
     "sparsegpt": "it chooses between the kernel and plain torch, and raises the damping where it has to",

@@ -14,10 +14,11 @@ from pruneforge import NM, ColumnSquares, Layer, LayerStatistics, Metric, Patter
 class RIA(Metric):
     """`S_ij = (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||_2^a`, compared within each layer (equation 4).
 
-    For N:M, columns may be permuted so that more of the score is kept: important columns come into
-    different groups (`snake`), and then one column of each group is exchanged at a time so that the groups keep the
-    most, by linear assignment (`assignment`). The mask is selected in that order, and mapped back to the layer's own.
-    `snake` may keep less than no permutation does, `assignment` never less than `snake`.
+    For N:M, columns may be permuted so that more of the score is kept: important columns come into different groups
+    (`snake`), and then one column of each group is exchanged at a time so that the groups keep the most, by linear
+    assignment (`assignment`). The mask is selected in that order, and mapped back to the layer's own. `snake` may keep
+    less than no permutation does, `assignment` never less than `snake`. The authors' faster way, which
+    splits the columns, is not here.
     """
 
     requires = (ColumnSquares,)

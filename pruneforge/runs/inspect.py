@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def inspect(folder: str | Path, against: str | Path | None = None) -> dict[str, 
     for name in masks:
         roles.setdefault(role(name), []).append(name)
 
-    def described(names: Iterable[str]) -> dict[str, Any]:
+    def described(names: Sequence[str]) -> dict[str, Any]:
         permuted = [masks[name][:, permutations[name]] for name in names if name in permutations]
         return _described([masks[name] for name in names], permuted)
 
