@@ -105,27 +105,29 @@ def _prune_tile(
         tl.store(mask + place, keep.to(tl.int8), mask=there)
 
 
-def prune_columns(weight: Tensor, factor: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+def prune_columns(weight: Tensor, factor: Tensor, choice: Pattern | Tensor) -> tuple[Tensor, Tensor]:
     """Prune one block of columns in place, like `pruneforge_sparsegpt.metric.prune_columns`.
 
     Args:
         weight: W^T of the block [columns, out], contiguous; replaced by the pruned and compensated weight.
         factor: U of these columns [columns, columns].
-        pattern: Selects the mask.
+        choice: A pattern, which selects the mask, or the mask, boolean [columns, out].
 
     Returns:
         The errors [columns, out], for the columns to the right, and the mask, boolean [columns, out].
     """
     columns, rows = weight.shape
     errors = torch.empty_like(weight)
-    if isinstance(pattern, NM):
-        n, m = pattern.n, pattern.m
+    n, m = 0, 0
+    if isinstance(choice, NM):
+        n, m = choice.n, choice.m
         mask = torch.ones_like(weight, dtype=torch.int8)
+    elif isinstance(choice, Tensor):
+        mask = choice.contiguous().to(torch.int8)
     else:
-        n, m = 0, 0
         # An unstructured mask compares all rows of the block, which one program does not see.
         scores = (weight / factor.diagonal()[:, None]).square_()
-        mask = pattern.within("layer").select(scores.T).T.contiguous().to(torch.int8)
+        mask = choice.within("layer").select(scores.T).T.contiguous().to(torch.int8)
     factor = factor.contiguous()  # the factorisation returns a column-major one
     # Triton launches on the current device, whatever the tensors' device.
     with torch.cuda.device(weight.device) if weight.is_cuda else nullcontext():

@@ -10,9 +10,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pruneforge import NM, Gram, Layer, LayerStatistics, Metric, Options, Pattern, Pruned, PruneForgeError
+from pruneforge import NM, Gram, Layer, LayerStatistics, Metric, Options, Pattern, Pruned, PruneForgeError, Unstructured
 
-PruneColumns = Callable[[Tensor, Tensor, Pattern], tuple[Tensor, Tensor]]
+Choice = Pattern | Tensor
+"""What decides which weights are pruned: a pattern, by their scores, or a mask that is given."""
+
+PruneColumns = Callable[[Tensor, Tensor, Choice], tuple[Tensor, Tensor]]
 
 SUB_BLOCK = 32
 """Number of columns whose errors go to the rest of the block together, as one matrix product."""
@@ -48,6 +51,22 @@ class SparseGPT(Metric):
         Raises:
             PruneForgeError: The Hessian cannot be factorised.
         """
+        return self.compensate(layer, stats, pattern)
+
+    def compensate(self, layer: Layer, stats: LayerStatistics, choice: Choice) -> Pruned:
+        """Return the mask and the compensated weight of a layer, both [out, in].
+
+        Args:
+            layer: The layer, dense.
+            stats: Its statistics, as this metric owns them.
+            choice: A pattern, or the mask, boolean [out, in].
+
+        Raises:
+            PruneForgeError: The Hessian cannot be factorised.
+        """
+        given = choice.T if isinstance(choice, Tensor) else None
+        # Like an unstructured mask, one that is given has no groups in which it is selected on the way.
+        pattern = Unstructured(0.0, "layer") if isinstance(choice, Tensor) else choice
         factor, dead, notes = stats.shared("factor", lambda: self._factor(stats[Gram], layer.name))
         weight = layer.weight.T.clone(memory_format=torch.contiguous_format)  # [in, out]: a column is contiguous
         weight[dead] = 0  # a dead input contributes nothing to the output; at score 0 its weights are pruned first
@@ -56,7 +75,8 @@ class SparseGPT(Metric):
         prune, slower = column_pruner(weight.device, weight.dtype, size, pattern)
         for start in range(0, len(weight), size):
             columns = slice(start, min(start + size, len(weight)))
-            errors, mask[columns] = prune(weight[columns], factor[columns, columns], pattern)
+            of_block = pattern if given is None else given[columns]
+            errors, mask[columns] = prune(weight[columns], factor[columns, columns], of_block)
             # The columns to the right receive the errors of the whole block, as one matrix product (lazy updates).
             weight[columns.stop :].addmm_(factor[columns, columns.stop :].T, errors, alpha=-1)
         return Pruned(mask.T.contiguous(), weight.T.contiguous(), (*notes, *slower))
@@ -142,7 +162,7 @@ def column_pruner(
     return kernel.prune_columns, ()
 
 
-def prune_columns(weight: Tensor, factor: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+def prune_columns(weight: Tensor, factor: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
     """Prune one block of columns in place, transposed so that a column is contiguous.
 
     A column's error is applied to the rest of its sub-block at once, and to the rest of the block together with the
@@ -151,7 +171,7 @@ def prune_columns(weight: Tensor, factor: Tensor, pattern: Pattern) -> tuple[Ten
     Args:
         weight: W^T of the block [columns, out]; replaced by the pruned and compensated weight.
         factor: U of these columns [columns, columns].
-        pattern: Selects the mask.
+        choice: A pattern, which selects the mask, or the mask, boolean [columns, out].
 
     Returns:
         The errors [columns, out], for the columns to the right, and the mask, boolean [columns, out].
@@ -161,11 +181,9 @@ def prune_columns(weight: Tensor, factor: Tensor, pattern: Pattern) -> tuple[Ten
     mask = torch.empty_like(weight, dtype=torch.bool)
     divisors = torch.empty_like(weight)  # infinite where a weight is kept, so that its error is 0
     group, width = len(weight), SUB_BLOCK
-    if isinstance(pattern, NM):
-        group = pattern.m
+    if isinstance(choice, NM):
+        group = choice.m
         width = max(group, width - width % group)
-    else:
-        pattern = pattern.within("layer")
     # A column takes a few microseconds, most of them for the calls: the rows are indexed once, and each column takes
     # two calls.
     columns = list(zip(weight, divisors, errors, factor, strict=True))
@@ -174,7 +192,7 @@ def prune_columns(weight: Tensor, factor: Tensor, pattern: Pattern) -> tuple[Ten
         for j in range(start, stop):
             if j % group == 0:
                 chosen = slice(j, j + group)
-                mask[chosen] = pattern.select((weight[chosen] / diagonal[chosen]).square_().T).T
+                mask[chosen] = _mask(weight[chosen], diagonal[chosen], choice)
                 torch.div(diagonal[chosen], ~mask[chosen], out=divisors[chosen])
             column, divisor, error, row = columns[j]
             torch.div(column, divisor, out=error)
@@ -182,3 +200,12 @@ def prune_columns(weight: Tensor, factor: Tensor, pattern: Pattern) -> tuple[Ten
         weight[stop:].addmm_(factor[start:stop, stop:].T, errors[start:stop], alpha=-1)
     weight.mul_(mask)
     return errors, mask
+
+
+def _mask(weight: Tensor, diagonal: Tensor, choice: Choice) -> Tensor:
+    """Return the mask of some columns [columns, out], as given or by the score `W^2 / diag(U)^2`."""
+    if isinstance(choice, Tensor):
+        return choice
+    # Outside of N:M groups, all rows of a block are compared with each other.
+    pattern = choice if isinstance(choice, NM) else choice.within("layer")
+    return pattern.select((weight / diagonal).square_().T).T

@@ -33,7 +33,7 @@ def top(score, pattern):
 def by_the_paper(weight, gram, pattern, rho, damping, iterations, cg_steps):
     """ALPS in the paper's letters and orientation, B [in, out], with a plain inverse for each step."""
     columns = len(gram)
-    gram = gram + damping * gram.diagonal().mean() * torch.eye(columns)
+    gram = gram + damping * gram.diagonal().mean() * torch.eye(columns, dtype=gram.dtype)
     d = gram.diagonal().sqrt() + 1e-8
     a = gram / torch.outer(d, d)
     start = d[:, None] * weight.T
@@ -42,7 +42,7 @@ def by_the_paper(weight, gram, pattern, rho, damping, iterations, cg_steps):
     last = top(start.T.abs(), pattern).T
     v, sparse, grown, path = torch.zeros_like(start), start * last, False, []
     for step in range(1, iterations + 1):
-        b = torch.linalg.inv(a + rho * torch.eye(columns)) @ (y - v + rho * sparse)
+        b = torch.linalg.inv(a + rho * torch.eye(columns, dtype=gram.dtype)) @ (y - v + rho * sparse)
         sparse = (b + v / rho) * top((b + v / rho).T.abs(), pattern).T
         v = v + rho * (b - sparse)
         if step % 3 == 0:
@@ -94,7 +94,7 @@ def test_alps_does_what_the_paper_writes(pattern, rho):
         found = pruned_by("alps", made, pattern, **options)
         mask, weight, path = by_the_paper(made.weight, flat.T @ flat / len(inputs), pattern, **options)
         assert torch.equal(found.mask, mask)
-        torch.testing.assert_close(found.weight, weight, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.weight, weight, rtol=1e-8, atol=1e-8)
         assert pattern.fits(found.mask)
         assert (found.weight[~found.mask] == 0).all()
         paths.append(path)

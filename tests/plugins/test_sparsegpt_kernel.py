@@ -76,6 +76,9 @@ for case in cases:
     pattern = parse_pattern(None, text, "layer") if ":" in text else parse_pattern(float(text), None, "layer")
     weight = case["weight"].clone().to(sys.argv[3])
     errors, mask = kernel.prune_columns(weight, case["factor"].to(sys.argv[3]), pattern)
+    again = case["weight"].clone().to(sys.argv[3])
+    given = (again, *kernel.prune_columns(again, case["factor"].to(sys.argv[3]), mask))
+    assert all(torch.equal(one, other) for one, other in zip(given, (weight, errors, mask), strict=True)), text
     case["kernel"] = (weight.cpu(), errors.cpu(), mask.cpu())
 torch.save(cases, sys.argv[2])
 """
@@ -155,6 +158,11 @@ def test_plain_torch_prunes_as_the_slow_loop_does(pattern, cases):
         found_errors, found_mask = prune_columns(found, case["factor"], asked)
         assert torch.equal(found_mask, mask)
         torch.testing.assert_close(found, weight, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found_errors, errors, rtol=1e-9, atol=1e-9)
+        under_mask = case["weight"].clone()
+        found_errors, found_mask = prune_columns(under_mask, case["factor"], mask)
+        assert torch.equal(found_mask, mask)
+        torch.testing.assert_close(under_mask, weight, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(found_errors, errors, rtol=1e-9, atol=1e-9)
 
 
