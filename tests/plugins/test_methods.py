@@ -141,6 +141,58 @@ def test_sparseswaps_stops_after_its_steps_and_each_takes_the_best_swap():
     assert torch.equal(found, min(swaps, key=lambda swap: swap[0])[1])
 
 
+def greedy(layer, start, inputs, group):
+    """Of each row, take the best of all swaps until none lowers the error, each compared by its error itself."""
+    found, gram = start.clone(), inputs.T @ inputs
+    for weight, keep in zip(layer.weight, found, strict=True):
+        while True:
+            error = (weight * ~keep) @ gram @ (weight * ~keep)
+            best, swap = error * (1 - 1e-9), None
+            for p, u in itertools.product((~keep).nonzero()[:, 0].tolist(), keep.nonzero()[:, 0].tolist()):
+                if p // group == u // group:
+                    removed = weight * ~keep
+                    removed[p], removed[u] = 0, weight[u]
+                    if removed @ gram @ removed < best:
+                        best, swap = removed @ gram @ removed, (p, u)
+            if swap is None:
+                break
+            keep[swap[0]], keep[swap[1]] = True, False
+    return found
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.6, "layer"), NM(2, 4), NM(5, 8)], ids=str)
+def test_sparseswaps_in_rounds_is_as_good_as_the_best_swap_each_time(pattern):
+    layer, stats, inputs = layer_and_statistics(4, 40, seed=1)
+    start = pattern.select(layer.weight.abs())
+    refiner = loaded_plugins().registry.create("refiner", "sparseswaps", {"candidates": 6})
+    found = refiner.refine(layer, stats, Pruned(start), pattern).mask
+    before, after = row_errors(layer, start, inputs), row_errors(layer, found, inputs)
+    plain = row_errors(layer, greedy(layer, start, inputs, getattr(pattern, "m", 40)), inputs)
+    assert (after <= before).all()
+    assert before.sum() - after.sum() > 0.9 * (before.sum() - plain.sum())
+
+
+@pytest.mark.parametrize(
+    "pattern", [Unstructured(0.7), NM(2, 4), NM(4, 4), NM(2, 8), Unstructured(0.9, "layer")], ids=str
+)
+@pytest.mark.parametrize("steps", [1, 3, 20])
+def test_sparseswaps_never_raises_an_error_and_never_swaps_more_than_its_steps(pattern, steps):
+    layer, stats, inputs = layer_and_statistics(24, 160)
+    start = pattern.select(layer.weight.abs())
+    refiner = loaded_plugins().registry.create("refiner", "sparseswaps", {"steps": steps})
+    narrow = Layer("layer", torch.nn.Parameter(layer.weight.float()))
+    gram = Gram((24, 160), torch.float32, torch.device("cpu"))
+    gram.update(inputs.float(), 5)
+    for one, sums in ((layer, stats), (narrow, LayerStatistics({Gram: gram}, {}))):
+        found = refiner.refine(one, sums, Pruned(start), pattern).mask
+        before, after = row_errors(layer, start, inputs), row_errors(layer, found, inputs)
+        assert (after <= before).all()
+        assert (after < before).any() == (pattern.sparsity > 0)
+        assert torch.equal(found.sum(1), start.sum(1))
+        assert pattern.fits(found)
+        assert (found & ~start).sum(1).max() <= steps
+
+
 def test_weights_that_a_metric_updated_stay_with_their_mask():
     plain = pruneforge.prune(tiny_llama(), "sparsegpt", 0.5, None, tokens().split(3))
     refined = pruneforge.prune(tiny_llama(), "sparsegpt", 0.5, None, tokens().split(3), refine="sparseswaps")
