@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from pruneforge.interfaces.registry import Registry as Registry
     from pruneforge.interfaces.run import BlockResult as BlockResult
     from pruneforge.interfaces.run import Run as Run
+    from pruneforge.interfaces.shares import proportional as proportional
+    from pruneforge.interfaces.shares import spread as spread
     from pruneforge.interfaces.source import Source as Source
     from pruneforge.interfaces.statistics import BlockGradientStatistic as BlockGradientStatistic
     from pruneforge.interfaces.statistics import GradientStatistic as GradientStatistic
@@ -103,6 +105,7 @@ _MODULES = {
     "interfaces.refiner": ("Refiner",),
     "interfaces.registry": ("Registry",),
     "interfaces.run": ("BlockResult", "Run"),
+    "interfaces.shares": ("proportional", "spread"),
     "interfaces.source": ("Source",),
     "interfaces.statistics": (
         "BlockGradientStatistic",

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor
 
-from pruneforge import Allocator, Block, ColumnSquares, Layer, LayerStatistics
+from pruneforge import Allocator, Block, ColumnSquares, Layer, LayerStatistics, spread
 
 
 class OWL(Allocator):
@@ -43,8 +43,5 @@ class OWL(Allocator):
     ) -> dict[str, float]:
         """Return the sparsity of each layer, which is its block's."""
         outliers = {block: measures[block]["outliers"] for block, layers in sizes.items() if layers}
-        low, high = min(outliers.values()), max(outliers.values())
-        spread = 2 * self.options.lam / (high - low) if high > low else 0.0
-        mean = sum(outliers.values()) / len(outliers)
-        share = {block: sparsity - spread * (each - mean) for block, each in outliers.items()}
-        return {name: min(max(share[block], 0.01), 1.0) for block, layers in sizes.items() for name in layers}
+        density = spread(outliers, 1 - sparsity, self.options.lam)
+        return {name: max(1 - density[block], 0.01) for block, layers in sizes.items() for name in layers}

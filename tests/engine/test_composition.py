@@ -21,6 +21,7 @@ from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.patterns import NM, Unstructured, pruned_count
 from pruneforge.plugins import loaded_plugins
 
+ALLOCATORS = ("owl", "erk", "alphapruning", "lsa", "dlp")
 METRICS = ("magnitude", "wanda", "sparsegpt", "gblm", "ria", "admm")
 
 
@@ -142,9 +143,24 @@ def test_streaming_gives_what_a_run_in_memory_gives(metric, propagate, model, tm
     assert [refiner["name"] for refiner in found.report["refiners"]] == ["sparseswaps"]
 
 
-@pytest.mark.parametrize("at", [0, 1])
-def test_a_resumed_run_allocates_once_and_gives_the_same_bytes(at, model, tmp_path, monkeypatch):
-    asked = {"allocator": "owl", "refine": ["sparseswaps"]}
+@pytest.mark.parametrize("pattern", [0.6, "2:4"])
+@pytest.mark.parametrize(("metric", "allocator"), itertools.product(["wanda", "sparsegpt"], ALLOCATORS))
+def test_every_allocator_keeps_the_budget_and_is_the_same_streamed(metric, allocator, pattern, model, tmp_path):
+    sparsity, text = (None, pattern) if isinstance(pattern, str) else (pattern, None)
+    asked = (model, metric, sparsity, text, batches())
+    expected = pruneforge.prune(*asked, allocator=allocator)
+    found = pruneforge.prune(*asked, allocator=allocator, output=tmp_path / "out", memory_budget="1TB")
+    assert all(torch.equal(found.masks[name], mask) for name, mask in expected.masks.items())
+    sizes = [mask.numel() for mask in found.masks.values()]
+    left = pruned_count(sum(sizes), 0.5 if text else 0.6) - sum(int((~mask).sum()) for mask in found.masks.values())
+    # The least step of a layer is one weight, or a weight of each group of four.
+    assert 0 <= left < (min(sizes) // 4 if text else {"sparsegpt": 1, "wanda": 64}[metric])
+    assert len({layer["sparsity"] for layer in found.report["layers"].values()}) > 1
+
+
+@pytest.mark.parametrize(("at", "allocator"), [(0, "owl"), *((1, name) for name in ALLOCATORS)])
+def test_a_resumed_run_allocates_once_and_gives_the_same_bytes(at, allocator, model, tmp_path, monkeypatch):
+    asked = {"allocator": allocator, "refine": ["sparseswaps"]}
     with interrupted_after(at):
         pruneforge.prune(model, "wanda", 0.6, None, batches(), output=tmp_path / "out", **asked)
     whole = pruneforge.prune(model, "wanda", 0.6, None, batches(), output=tmp_path / "whole", **asked)
@@ -152,7 +168,7 @@ def test_a_resumed_run_allocates_once_and_gives_the_same_bytes(at, model, tmp_pa
     def measure(self, block, stats, score):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("pruneforge_owl.allocator.OWL.measure", measure)
+    monkeypatch.setattr(loaded_plugins().registry.get("allocator", allocator).load(), "measure", measure)
     pruneforge.prune(model, "wanda", 0.6, None, batches(), output=tmp_path / "out", resume=True, **asked)
     assert outcome(tmp_path / "out") == outcome(whole.folder)
 
@@ -168,6 +184,23 @@ def test_two_processes_allocate_and_refine_alike(checkpoint, tmp_path):
     first, second = pruneforge.load(tmp_path / "one"), pruneforge.load(tmp_path / "two")
     assert first.report["recipe"]["allocator_options"] == {"m": 3.0}
     assert all(torch.equal(second.masks[name], mask) for name, mask in first.masks.items())
+
+
+@pytest.mark.parametrize("allocator", ["erk", "alphapruning"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_allocators_that_look_at_weights_alone_need_no_data_and_pass_none(allocator, streamed, model, tmp_path):
+    def refuse(module, _):
+        raise AssertionError(f"{type(module).__name__} was run")
+
+    refusing = torch.nn.modules.module.register_module_forward_pre_hook(refuse)
+    try:
+        output = {"output": tmp_path / "out"} if streamed else {}
+        found = pruneforge.prune(model, "magnitude", 0.6, allocator=allocator, **output)
+    finally:
+        refusing.remove()
+    total = sum(mask.numel() for mask in found.masks.values())
+    assert sum(int((~mask).sum()) for mask in found.masks.values()) == pruned_count(total, 0.6)
+    assert found.report["calibration"] is None
 
 
 class Dropping(Refiner):
