@@ -24,7 +24,7 @@ class AlphaPruning(Allocator):
     `D_i = max_t |1 - (e_t / e_i)^(1 - a_i) - t / n|`, t = 0, ..., n - 1, from them. The weight's alpha is the exponent
     of the least distance among the starts from `0.95 q` to `1.5 q`, where q is the left edge of the fullest of 100 bins
     of `log10 e`. The authors' code compares with `log10(0.95 q)` instead, so that hardly any start is too low: `lower`
-    is `code`. Without any in range, the start is the last that larger values follow. `fit` `mid` takes the middle value.
+    is `code`. Without any in range, it is the last start that larger values follow; with `fit` `mid`, the middle value.
 
     Alpha of a block is the mean of its weights'. Ratios r rise with it linearly from `1 - eps` to `1 + eps`, and
     sparsities are in proportion to r. The paper's may exceed 1; here those are 1, and the others make up for them.

@@ -23,9 +23,10 @@ class LSA(Allocator):
     removal of j adds `2 w_i w_j H_ij` to e_i. The importance is `I_l = 1 - E_l / sum E`; sparsity falls linearly with
     it, over a range of `[sparsity - b, sparsity + b]` that is shifted to the mean. The sum thus cancels.
 
-    The paper's code is not at hand: that removal is per row, that a block's E is the sum of its layers', the linear map
-    and the default of `b` are derived here. A high error then counts as redundancy, which is what the paper is said to
-    write; `redundant="low"` turns it round.
+    The paper's code was not at hand: that rows are pruned apart, that a block's E is the sum of its layers', the linear
+    map and the default of `b` are derived here. So is the sign, by which a high error means redundancy: with Wanda at
+    70 %, the demo's language model has a perplexity of 100 with it, 115 if all layers are alike, and 184 with the other
+    sign, `redundant="low"`.
     """
 
     requires = (Gram,)

@@ -99,7 +99,15 @@ def test_wandas_masks_are_each_slices_own_and_nothing_else_changes():
         assert torch.equal(ours.mlp.gate.weight, theirs.mlp.gate.weight)
 
 
-@pytest.mark.parametrize("settings", [{}, {"pattern": "2:4"}, {"allocator": "owl"}, {"refine": ["sparseswaps"]}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"pattern": "2:4"},
+        *({"allocator": name} for name in ("owl", "erk", "lsa", "dlp")),
+        {"refine": ["sparseswaps"]},
+    ],
+)
 def test_an_expert_that_no_token_reached_stays_dense_and_the_report_names_it(settings):
     settings = {"sparsity": None if "pattern" in settings else 0.5, **settings}
     report = pruneforge.prune(tiny(), "wanda", calibration=tokens().split(2), **settings).report

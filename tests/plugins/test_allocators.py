@@ -139,8 +139,8 @@ def test_alphapruning_is_what_the_paper_writes(fit, lower, per):
 
 
 def test_the_two_lower_bounds_and_the_middle_differ_on_a_large_weight():
-    weight = sample((60, 80), seed=4).weight * torch.linspace(0.05, 3, 80, dtype=torch.float64).square()
-    block = Block("0", nn.Identity(), (sample((60, 80), weight=weight).layer(),))
+    weight = sample((40, 60), seed=3).weight * torch.linspace(0.3, 3, 60, dtype=torch.float64)
+    block = Block("0", nn.Identity(), (sample((40, 60), weight=weight).layer(),))
     found = []
     for fit, lower in (("search", "paper"), ("search", "code"), ("mid", "paper")):
         (alpha,) = create("allocator", "alphapruning", fit=fit, lower=lower).measure(block, {}, None).values()

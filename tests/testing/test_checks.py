@@ -27,6 +27,8 @@ def first_party():
         registry.create("metric", "admm", {"schedule": "constant"}),
         registry.create("metric", "admm", {"scope": "row"}),
     ]
+    made += [registry.create("allocator", "alphapruning", {"fit": "mid", "per": "layer", "eps": 0.9})]
+    made += [registry.create("allocator", "lsa", {"per": "layer", "redundant": "low", "b": 0.5})]
     made += [registry.create("metric", "ria", {"permutation": how}) for how in ("snake", "assignment")]
     return [*made, registry.create("metric", "ria", {"a": 1.0}), registry.create("allocator", "owl", {"m": 1.5})]
 
