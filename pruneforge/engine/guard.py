@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from typing import TypeVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.layer import Layer
-from pruneforge.interfaces.metric import Pruned
+from pruneforge.interfaces.metric import Pruned, measures_scores
 from pruneforge.interfaces.patterns import Pattern, Unstructured
 from pruneforge.interfaces.run import Run
 from pruneforge.interfaces.statistics import LayerStatistics
@@ -50,6 +51,21 @@ def metric_score(run: Run, layer: Layer, stats: LayerStatistics) -> Tensor:
     who = f"metric {run.metric.name!r}"
     own = stats.owned_by(run.metric)
     return guarded(run, layer, own, who, lambda: run.metric.checked_score(layer, own))
+
+
+def score_measures(run: Run, layer: Layer, stats: LayerStatistics) -> dict[str, float]:
+    """Return what a run's metric measures of a layer's scores; nothing if it measures none.
+
+    Raises:
+        PruneForgeError: It fails, or returns something else than finite numbers.
+    """
+    if not measures_scores(run.metric):
+        return {}
+    who, own, score = f"metric {run.metric.name!r}", stats.owned_by(run.metric), metric_score(run, layer, stats)
+    made = guarded(run, layer, own, who, lambda: run.metric.measure(layer, score, own))
+    if not isinstance(made, Mapping) or not all(isinstance(v, int | float) and isfinite(v) for v in made.values()):
+        raise PruneForgeError(f"{who} measured of layer {layer.name!r} what is not finite numbers by name: {made!r}")
+    return {str(name): value for name, value in made.items()}
 
 
 @contextmanager

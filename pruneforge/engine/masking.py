@@ -15,7 +15,16 @@ from torch import Tensor
 
 from pruneforge.engine.chain import Chain
 from pruneforge.engine.details import LayerDetails
-from pruneforge.engine.guard import check_pruned, check_share, guarded, metric_score, named, seed_for, unchanged
+from pruneforge.engine.guard import (
+    check_pruned,
+    check_share,
+    guarded,
+    metric_score,
+    named,
+    score_measures,
+    seed_for,
+    unchanged,
+)
 from pruneforge.engine.processes import Group
 from pruneforge.engine.recovery import PrunedBlock
 from pruneforge.engine.stream import BlockStatistics, Stream
@@ -36,6 +45,7 @@ class _Outcome(NamedTuple):
     notes: Sequence[str]
     updated: bool
     permutation: Tensor | None  # on the CPU
+    measured: dict[str, float]  # of its scores
 
 
 class Applier:
@@ -92,6 +102,9 @@ class Applier:
         if run.scope == "block":
             check_count(run, pruning, sum(pruned.values()), f"block {block.name!r}")
         measured = details.measured() if details is not None else {}
+        for name, outcome in outcomes.items():
+            if outcome.measured:
+                measured.setdefault(name, {})["measured"] = outcome.measured
         run.details.update(measured)
         permutations = _permutations(block.layers, outcomes) if run.metric.permutes else {}
         result = BlockResult(index, block, masks, pruned, notes, updated, measured, permutations)
@@ -131,13 +144,14 @@ class Applier:
             for layer in pruning:
                 if owners[layer.name] == self.group.rank:
                     given = together.get(layer.name)
+                    of_scores = score_measures(run, layer, stats[layer.name])
                     pruned = self._prune_layer(run, layer, stats[layer.name], threshold, given)
                     masks[layer.name] = pruned.mask.cpu()
                     if layer.name not in together:
                         check_share(run, [layer], masks, f"layer {layer.name!r}")
                     layer.write(pruned.mask, pruned.weight)
                     order = None if pruned.permutation is None else pruned.permutation.cpu()
-                    outcomes[layer.name] = _Outcome(pruned.notes, pruned.weight is not None, order)
+                    outcomes[layer.name] = _Outcome(pruned.notes, pruned.weight is not None, order, of_scores)
             if together:
                 check_share(run, pruning, masks, f"block {block.name!r}")
         except Exception as raised:  # of any kind, since metrics are plugins; `agree` raises it in all processes

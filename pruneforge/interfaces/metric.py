@@ -104,6 +104,29 @@ class Metric(options.Configurable):
         """
         return {la.name: self.prune_layer(la, stats[la.name], patterns[la.name]) for la in layers}
 
+    def measure(self, layer: Layer, score: Tensor, stats: LayerStatistics) -> Mapping[str, float]:
+        """Return finite numbers about a layer's score, by name, for the report; by default none.
+
+        They stand beside the layer in the report, as `measured`, whatever the comparison group. Only metrics that score
+        are asked, before the layer is pruned.
+
+        Args:
+            layer: The layer, dense.
+            score: What `score` returned for it [out, in].
+            stats: The statistics that `requires` names; read only.
+        """
+        return {}
+
+    def remarks(self, measured: Mapping[str, Mapping[str, float]]) -> Sequence[str]:
+        """Return lines for the user and the report's warnings about what `measure` returned; by default none.
+
+        Called once at the end of a run that has measured anything.
+
+        Args:
+            measured: By layer name, of all pruned layers that have any.
+        """
+        return ()
+
     def checked_score(self, layer: Layer, stats: LayerStatistics) -> Tensor:
         """Return `score` checked and contiguous, in float32 or float64, on the layer's device.
 
@@ -143,6 +166,11 @@ class Metric(options.Configurable):
 def scores_layers(metric: Metric) -> bool:
     """Return whether a metric gives each weight a score."""
     return type(metric).score is not Metric.score
+
+
+def measures_scores(metric: Metric) -> bool:
+    """Return whether a metric has numbers to report about its scores."""
+    return scores_layers(metric) and type(metric).measure is not Metric.measure
 
 
 def prunes_blocks(metric: Metric) -> bool:

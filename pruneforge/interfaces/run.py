@@ -39,7 +39,8 @@ class BlockResult:
         masks: Mask [out, in] of each of its layers on the CPU, by full name; `True` keeps.
         pruned: Number of pruned weights of each layer, by full name.
         notes: Notes of the metric about its layers, one line each.
-        details: What is measured of each layer if the run asks for details, by full name.
+        details: What is measured of each layer, by full name: of its scores by the metric, and more if the run asks for
+            details.
         updated: Names of the layers whose remaining weights were updated, and of other parameters of the block that
             recovery changed.
         permutations: Order of each layer's columns, int64 [in] on the CPU, in which its mask fits N:M, by full name, if

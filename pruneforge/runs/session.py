@@ -12,6 +12,7 @@ import torch
 
 from pruneforge.checkpoint.durable import writing
 from pruneforge.data.calibration import Calibration
+from pruneforge.engine.guard import named
 from pruneforge.engine.processes import Group
 from pruneforge.interfaces.adapter import LoadedModel
 from pruneforge.interfaces.batch import Batch
@@ -98,6 +99,10 @@ class Session:
             identity: Everything that determines its bytes; empty if the run cannot be resumed.
             together: Number of runs that shared the pass.
         """
+        measured = {name: known["measured"] for name, known in run.details.items() if "measured" in known}
+        if measured:
+            who = f"metric {run.metric.name!r}"
+            run.warnings += named(who, "on what it measured", lambda: list(run.metric.remarks(measured)))
         run.report = make_report(
             run, self.loaded, self.fingerprint, self.description_of(run) or None, self.peak.read(), identity
         )

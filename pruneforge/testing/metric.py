@@ -5,12 +5,13 @@ from __future__ import annotations
 import builtins
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pruneforge.interfaces.metric import Metric, Pruned, scores_layers
+from pruneforge.interfaces.metric import Metric, Pruned, measures_scores, scores_layers
 from pruneforge.interfaces.options import Configurable
 from pruneforge.interfaces.patterns import NM, Pattern, Unstructured, pruned_count
 from pruneforge.interfaces.selection import smallest
@@ -104,6 +105,20 @@ def results_are_finite(metric: Metric) -> None:
         assert all_finite(metric.score(made.layer(), made.statistics(metric.requires))), "a score is not finite"
     weight = prune(metric, made, asked_for(metric)).weight
     assert weight is None or all_finite(weight), "a weight is not finite"
+
+
+def what_it_measures_is_finite_numbers(metric: Metric) -> None:
+    """Check what the metric reports of its scores, where all are equal too, and that lines are made of it."""
+    equal = sample(weight=torch.ones(12, 32), inputs=torch.ones(6, 16, 32), gradients=torch.ones(6, 12, 32))
+    for made in (sample(), equal) if measures_scores(metric) else ():
+        layer, stats = made.layer(), made.statistics(metric.requires)
+        seed_random_numbers(0, torch.device("cpu"))
+        measured = metric.measure(layer, metric.checked_score(layer, stats), stats)
+        numbers = all(isinstance(each, int | float) and isfinite(each) for each in measured.values())
+        assert numbers, f"{measured} is not finite numbers by name"
+        if measured:
+            lines = metric.remarks({layer.name: measured})
+            assert all(isinstance(line, str) for line in lines), "remarks are not lines of text"
 
 
 def dead_inputs_are_no_error(metric: Metric) -> None:
@@ -257,6 +272,7 @@ KIT = Kit(
         ties_change_no_count,
         nothing_pruned_leaves_the_weights,
         results_are_finite,
+        what_it_measures_is_finite_numbers,
         dead_inputs_are_no_error,
         the_same_twice,
         the_order_in_memory_has_no_say,
