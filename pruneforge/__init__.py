@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from pruneforge.interfaces.run import Run as Run
     from pruneforge.interfaces.shares import proportional as proportional
     from pruneforge.interfaces.shares import spread as spread
+    from pruneforge.interfaces.source import Request as Request
     from pruneforge.interfaces.source import Source as Source
     from pruneforge.interfaces.statistics import BlockGradientStatistic as BlockGradientStatistic
     from pruneforge.interfaces.statistics import GradientStatistic as GradientStatistic
@@ -107,6 +108,7 @@ _MODULES = {
     "interfaces.run": ("BlockResult", "Run"),
     "interfaces.shares": ("proportional", "spread"),
     "interfaces.source": ("Source",),
+    "interfaces.source": ("Request", "Source"),
     "interfaces.statistics": (
         "BlockGradientStatistic",
         "GradientStatistic",

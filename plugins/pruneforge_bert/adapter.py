@@ -1,8 +1,8 @@
 """BERT (Devlin et al., 2019), RoBERTa, DistilBERT and other transformers encoders of text of their kin.
 
 Such a block has attention that sees all tokens, and an MLP of two layers. The head predicts masked tokens, or the class
-of a text. Batches are best padded, each text with its own first and last token, as these models are trained; then give
-`attention_mask`, so that statistics ignore padding.
+of a text; encoders that embed texts have none. Batches are best padded, each text with its own first and last token, as
+these models are trained; then give `attention_mask`, so that statistics ignore padding.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_MAPPING
 
 from pruneforge import Batch, Example, PruneForgeError
 from pruneforge_transformers.checkpoints import config_of
@@ -26,15 +26,19 @@ IGNORED = -100
 HEADS = {
     "AutoModelForMaskedLM": MODEL_FOR_MASKED_LM_MAPPING,
     "AutoModelForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "AutoModel": MODEL_MAPPING,  # without a head
 }
 """The transformers class that builds a model with each head, and which classes these are by configuration."""
 
+NO_LOSS = "an encoder without a head has neither logits nor a loss of its own; take gradients of one with `objective`"
+
 
 class BERT(TextModel):
-    """Encoders of text with a masked language model or classification head.
+    """Encoders of text with a masked language model or classification head, or without a head.
 
     The loss of a sample is the mean cross-entropy of its labelled tokens, or of its class. Without labels, it is that
-    of the tokens themselves at all positions but padding, which the model sees, or of the class that it predicts.
+    of the tokens themselves at all positions but padding, which the model sees, or of the class that it predicts. An
+    encoder without a head has no loss: methods that use gradients of the model need an objective.
     """
 
     family = "BERT"
@@ -52,13 +56,13 @@ class BERT(TextModel):
             if any(kind.__name__ in (config.architectures or ()) for kind in _classes_of(auto, config)):
                 return auto
         named = ", ".join(config.architectures or ()) or "no architecture"
-        raise PruneForgeError(f"its configuration names {named}, which has neither head of an encoder of text")
+        raise PruneForgeError(f"its configuration names {named}, which is no encoder of text with a head known here")
 
     def lacks_head(self, module: Any) -> str | None:
-        """Check for one of the heads, and that its loss is a cross-entropy."""
+        """Check for one of the heads, with a cross-entropy as its loss, or for none."""
         name = type(module).__name__
         if not any(isinstance(module, _classes_of(auto, module.config)) for auto in HEADS):
-            return f"{name} has neither a masked language model head nor one that classifies texts"
+            return f"{name} has a head that neither predicts masked tokens nor classifies texts"
         if getattr(module.config, "is_decoder", False):
             return f"{name} is a decoder by its configuration"
         one_of_several = getattr(module.config, "problem_type", None) in (None, "single_label_classification")
@@ -80,6 +84,10 @@ class BERT(TextModel):
         inputs, valid = self.token_inputs(data, module)
         targets = inputs.pop("labels", None)
         samples, tokens = inputs["input_ids"].shape
+        if _has_no_head(module):
+            if targets is not None:
+                raise PruneForgeError("an encoder without a head has no use for the labels of a batch; leave them out")
+            return Batch(inputs, samples, valid, None, "none, without a head", tokens)
         classifies = _classifies(module)
         if targets is not None:
             shape = (samples,) if classifies else (samples, tokens)
@@ -96,8 +104,12 @@ class BERT(TextModel):
         return module(**batch.inputs)
 
     def losses(self, output: Any, batch: Batch) -> Tensor:
-        """Return each sample's loss [samples], in float32 or better."""
-        logits, targets = output.logits, batch.targets
+        """Return each sample's loss [samples], in float32 or better.
+
+        Raises:
+            PruneForgeError: The model has no head.
+        """
+        logits, targets = self.logits(output), batch.targets
         if logits.dim() == 2:
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             return F.cross_entropy(logits, logits.detach().argmax(1) if targets is None else targets, reduction="none")
@@ -105,8 +117,18 @@ class BERT(TextModel):
             return mean_losses(logits, batch.inputs["input_ids"], batch.valid)
         return mean_losses(logits, targets.clamp(min=0), targets != IGNORED)
 
+    def logits(self, output: Any) -> Tensor:
+        """Return the logits of each token, or of each text.
+
+        Raises:
+            PruneForgeError: The model has no head.
+        """
+        if not hasattr(output, "logits"):
+            raise PruneForgeError(NO_LOSS)
+        return super().logits(output)
+
     def logits_a_token(self, module: Any) -> int:
-        """Return the size of the vocabulary, or 0 for a classifier."""
+        """Return the size of the vocabulary, or 0 for a classifier or without a head."""
         head = module.get_output_embeddings()
         return 0 if head is None else int(head.weight.shape[0])
 
@@ -132,6 +154,10 @@ def _classes_of(auto: str, config: Any) -> tuple[type, ...]:
 
 def _classifies(module: Any) -> bool:
     return isinstance(module, _classes_of("AutoModelForSequenceClassification", module.config))
+
+
+def _has_no_head(module: Any) -> bool:
+    return isinstance(module, _classes_of("AutoModel", module.config))
 
 
 def _check_labels(labels: Tensor, shape: tuple[int, ...], classes: int) -> None:

@@ -87,7 +87,8 @@ class Budgets:
             if run.allocator is not None:
                 measured = [kind_of(required) for required in needed_to_allocate(run)]
                 working = max(working, fixed_bytes(blocks, measured, model.module)[1])
-        head, attention = gradient_bytes(model, batches, device)
+        whole = any(run.objective is not None and run.objective.whole_batches for run in runs)
+        head, attention = gradient_bytes(model, batches, device, whole)
         if any(issubclass(kind, GradientStatistic) for kind in kinds):
             working += attention
         if any(map(of_model_gradients, kinds)):
@@ -121,25 +122,22 @@ def written_bytes(block: Block, model: LoadedModel) -> list[int]:
     return [la.size * max(la.parameter.element_size(), widest) for la in block.layers]
 
 
-def gradient_bytes(model: LoadedModel, batches: Sequence[Batch], device: torch.device) -> tuple[int, int]:
+def gradient_bytes(
+    model: LoadedModel, batches: Sequence[Batch], device: torch.device, whole_batches: bool = False
+) -> tuple[int, int]:
     """Return the working memory of gradients in bytes: for the head's logits, and for attention that is not fused."""
     logits, heads = model.adapter.logits_a_token(model.module), model.adapter.attention_heads(model.module)
     # Only CUDA runs attention as plain products, which hold a score for each pair of tokens; see
     # `numerics.repeatable_gradients`.
-    head = max((_head_logits(batch, logits) for batch in batches), default=0)
+    through = (min(batch.size, samples_through_head(batch, logits, whole_batches)) * batch.tokens for batch in batches)
+    head = max(through, default=0) * logits
     pairs = max((batch.size * batch.tokens**2 for batch in batches), default=0) if device.type != "cpu" else 0
     return head * BYTES_A_VALUE, heads * pairs * BYTES_A_VALUE
 
 
-def _head_logits(batch: Batch, logits_a_token: int) -> int:
-    """Return the most logits that the head computes for a batch at a time."""
-    sample = batch.tokens * logits_a_token
-    return sample * min(batch.size, samples_through_head(sample))
-
-
-def samples_through_head(logits: int) -> int:
-    """Return how many samples of `logits` logits each pass the head together."""
-    return max(1, HEAD_LOGITS // max(1, logits))
+def samples_through_head(batch: Batch, logits_a_token: int, whole_batches: bool) -> int:
+    """Return how many samples of a batch pass the head together: as many as the logits allow, or all."""
+    return batch.size if whole_batches else max(1, HEAD_LOGITS // max(1, batch.tokens * logits_a_token))
 
 
 def fixed_bytes(blocks: Sequence[Block], kinds: Sequence[type[Statistic]], module: nn.Module) -> tuple[int, int]:

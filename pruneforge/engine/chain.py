@@ -199,6 +199,11 @@ class Chain:
             self.adapter.forward(self.module, in_flight.batch)
         return following[0]
 
+    @property
+    def whole_batches(self) -> bool:
+        """Whether `losses` has to see all samples of a batch at once, since the objective compares them."""
+        return self._objective is not None and self._objective.whole_batches
+
     def losses(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Return each sample's loss [samples] for the last block's output `hidden`, differentiable.
 

@@ -129,13 +129,14 @@ def _head_gradients(
     """Return the gradient of each batch's summed losses with respect to the last hidden states.
 
     With a large vocabulary the logits take far more memory than anything else, so a batch may pass the head a few
-    samples at a time.
+    samples at a time, unless the objective compares them.
     """
     gradients: list[Handle] = []
     finite: list[Tensor] = []
     with chain.residency.stem_and_head(), torch.enable_grad(), repeatable_gradients(chain.residency.device):
         for in_flight, output in zip(batches, chain.hidden_states.each(outputs), strict=True):
-            together = samples_through_head(in_flight.batch.tokens * chain.adapter.logits_a_token(chain.module))
+            logits = chain.adapter.logits_a_token(chain.module)
+            together = samples_through_head(in_flight.batch, logits, chain.whole_batches)
             parts: list[Tensor] = []
             losses: list[Tensor] = []
             for start in range(0, in_flight.batch.size, together):

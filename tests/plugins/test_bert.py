@@ -187,14 +187,13 @@ BERT = {**SMALL, **SIZES}
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        (lambda: transformers.BertModel(transformers.BertConfig(**BERT)), "neither a masked language model head"),
         (
             lambda: transformers.BertForTokenClassification(transformers.BertConfig(**BERT)),
-            "neither a masked language model head nor one that classifies texts",
+            "has a head that neither predicts masked tokens nor classifies texts",
         ),
         (
             lambda: transformers.BertLMHeadModel(transformers.BertConfig(**BERT, is_decoder=True)),
-            "neither a masked language model head",
+            "has a head that neither predicts masked tokens nor classifies texts",
         ),
         (
             lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**{**BERT, "num_labels": 1})),
@@ -211,8 +210,10 @@ def test_other_heads_are_declined_with_a_reason(model, said):
 
 
 def test_a_folder_of_another_head_is_declined_by_its_architecture(tmp_path):
-    transformers.BertModel(transformers.BertConfig(**BERT)).save_pretrained(tmp_path / "model")
-    with pytest.raises(PruneForgeError, match="bert: its configuration names BertModel, which has neither head"):
+    transformers.BertForTokenClassification(transformers.BertConfig(**BERT)).save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        PruneForgeError, match="its configuration names BertForTokenClassification, which is no encoder"
+    ):
         pruneforge.prune(tmp_path / "model", "magnitude", 0.5)
 
 
