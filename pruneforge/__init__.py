@@ -107,7 +107,6 @@ _MODULES = {
     "interfaces.registry": ("Registry",),
     "interfaces.run": ("BlockResult", "Run"),
     "interfaces.shares": ("proportional", "spread"),
-    "interfaces.source": ("Source",),
     "interfaces.source": ("Request", "Source"),
     "interfaces.statistics": (
         "BlockGradientStatistic",

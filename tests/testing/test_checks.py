@@ -29,6 +29,7 @@ def first_party():
     ]
     made += [registry.create("allocator", "alphapruning", {"fit": "mid", "per": "layer", "eps": 0.9})]
     made += [registry.create("allocator", "lsa", {"per": "layer", "redundant": "low", "b": 0.5})]
+    made.append(registry.create("metric", "gaprune", {"score": "fisher"}))
     made += [registry.create("metric", "ria", {"permutation": how}) for how in ("snake", "assignment")]
     return [*made, registry.create("metric", "ria", {"a": 1.0}), registry.create("allocator", "owl", {"m": 1.5})]
 
@@ -149,6 +150,9 @@ BROKEN = {
         lambda layer, stats, pattern: Pruned(half(layer, pattern), layer.weight * 1.1)
     ),
     "results are finite": scoring(lambda layer, stats: torch.where(layer.weight > 2, torch.inf, layer.weight.abs())),
+    "what it measures is finite numbers": scoring(
+        lambda layer, stats: layer.weight.abs(), measure=lambda self, layer, score, stats: {"mean": torch.nan}
+    ),
     "dead inputs are no error": scoring(strict, requires=(ColumnSquares,)),
     "the same twice": scoring(by_calls),
     "the order in memory has no say": scoring(by_memory),
@@ -172,6 +176,7 @@ BESIDES = {
     # The engine refuses these.
     "masks are boolean and of the weight's shape": MODELS,
     "weights and statistics are not changed": MODELS,
+    "what it measures is finite numbers": MODELS,
     # Nothing compares with what differs each time.
     "the same twice": COMPARING | MODELS | {"scores compare over several layers", "hashes have no say"},
     "the split into batches has no say": {"batches of a model have no say"},
