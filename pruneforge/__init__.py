@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from pruneforge.interfaces.patterns import Unstructured as Unstructured
     from pruneforge.interfaces.products import Product as Product
     from pruneforge.interfaces.recipe import PruneRecipe as PruneRecipe
+    from pruneforge.interfaces.recovery import ModelSite as ModelSite
     from pruneforge.interfaces.recovery import Passing as Passing
     from pruneforge.interfaces.recovery import Recovery as Recovery
     from pruneforge.interfaces.recovery import Site as Site
@@ -102,7 +103,7 @@ _MODULES = {
     "interfaces.patterns": ("NM", "Pattern", "Unstructured"),
     "interfaces.products": ("Product",),
     "interfaces.recipe": ("PruneRecipe",),
-    "interfaces.recovery": ("Passing", "Recovery", "Site"),
+    "interfaces.recovery": ("ModelSite", "Passing", "Recovery", "Site"),
     "interfaces.refiner": ("Refiner",),
     "interfaces.registry": ("Registry",),
     "interfaces.run": ("BlockResult", "Run"),

@@ -11,12 +11,14 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pruneforge.checkpoint.durable import sync, writing
-from pruneforge.errors import PruneForgeError
+from pruneforge.checkpoint.folder import check_output
+from pruneforge.errors import PruneForgeError, UnfinishedError
 
 JOURNAL_FILE = "journal.jsonl"
 FORMAT = 1
@@ -101,6 +103,49 @@ class Journal:
     def close(self) -> None:
         """Close the journal, which unlocks it."""
         os.close(self._file)
+
+
+@contextmanager
+def held(
+    folder: Path,
+    run: Mapping[str, Any],
+    resume: bool,
+    started: Callable[[Journal], bool],
+    remove: Callable[[], object],
+) -> Iterator[Journal]:
+    """Hold an output folder for one run within the context, which removes the journal at the end.
+
+    The folder is emptied again after an error if nothing was started, or if resuming would fail the same way.
+
+    Args:
+        folder: The folder; nothing but the journal is written to it here.
+        run: The identity of the run.
+        resume: Whether to continue an unfinished run.
+        started: Whether there is anything to go on from.
+        remove: Removes what the run has written.
+
+    Raises:
+        PruneForgeError: As `Journal` says, or the folder is not empty and holds no journal.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    if not (folder / JOURNAL_FILE).is_file():
+        check_output(folder)
+    journal = Journal(folder, run, resume)
+    try:
+        yield journal
+    except BaseException as error:
+        hopeless = isinstance(error, PruneForgeError) and not isinstance(error, UnfinishedError)
+        emptied = not started(journal) or (hopeless and not journal.resumed)
+        if emptied:
+            remove()
+            (folder / JOURNAL_FILE).unlink(missing_ok=True)
+        journal.close()
+        with suppress(OSError):  # somebody has put something else into it meanwhile
+            for path in made if emptied else ():
+                path.rmdir()
+        raise
+    (folder / JOURNAL_FILE).unlink()  # while it is still locked
+    journal.close()
 
 
 def _locked(path: Path) -> int:

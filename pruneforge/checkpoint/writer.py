@@ -129,6 +129,11 @@ class Rewrite:
         location = self.source.tensors[name]
         return read_tensor(self._partial(location.file), location)
 
+    def names(self, own: Collection[str]) -> list[str]:
+        """Return the names of the finished folder's files; `own` are those not to copy."""
+        companions = [path.name for path in self.source.companions() if path.name not in own]
+        return [*self.source.files, masks.MASKS_FILE, *companions]
+
     def finish(self, own: Collection[str]) -> None:
         """Rename every file to its final name, and copy the checkpoint's other files.
 

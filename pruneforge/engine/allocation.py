@@ -80,7 +80,7 @@ def _allocation(
     allocator = run.allocator
     assert allocator is not None
     who = f"allocator {allocator.name!r}"
-    seed_for(run, "allocate", torch.device("cpu"))
+    seed_for(run.seed, "allocate", torch.device("cpu"))
     asked = named(who, "to allocate", lambda: allocator.allocate(measures, sizes, run.pattern.sparsity))
     if not isinstance(asked, Mapping):
         raise PruneForgeError(
@@ -146,7 +146,7 @@ def _measured(run: Run, block: Block, stats: BlockStatistics, device: torch.devi
     allocator = run.allocator
     assert allocator is not None
     who = f"allocator {allocator.name!r}"
-    seed_for(run, block.name, device)
+    seed_for(run.seed, block.name, device)
     known = tuple(reached(block.layers, stats, needed_to_allocate(run)))
     block = replace(block, layers=known)
     own = {layer.name: stats[layer.name].owned_by(allocator) for layer in known}

@@ -15,6 +15,7 @@ from pruneforge.engine.transfers import bytes_in_host_memory
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Block, LoadedModel
 from pruneforge.interfaces.batch import Batch
+from pruneforge.interfaces.recovery import recovers_blocks
 from pruneforge.interfaces.run import Run, needed_to_allocate, required_statistics
 from pruneforge.interfaces.statistics import GradientStatistic, Statistic, empty_statistics, kind_of, of_model_gradients
 from pruneforge.memory import resident_bytes, usual_tokens_a_batch
@@ -95,7 +96,7 @@ class Budgets:
             working = max(working, head)
         if len(runs) > 1:
             working += max(sum(la.size * la.parameter.element_size() for la in block.layers) for block in blocks)
-        if any(run.recovery is not None for run in runs):
+        if any(recovers_blocks(run.recovery) for run in runs):
             trains = any(run.recovery is not None and run.recovery.targets for run in runs)
             working += recovery_bytes(blocks) + (attention if trains else 0)
         resident = resident_bytes()

@@ -218,15 +218,24 @@ class Chain:
             return self._as_output(hidden if index == last else passed)
 
         with self._stand_ins(stand_in):
-            output = self.adapter.forward(self.module, batch)
-            if self._objective is None:
-                return self.adapter.losses(output, batch)
-            objective, who = self._objective, f"objective {self._objective.name!r}"
-            losses = named(who, "on the model's output", lambda: objective.losses(output, batch))
-            if not isinstance(losses, Tensor) or losses.shape != (batch.size,):
-                made = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-                raise PruneForgeError(f"{who} made {made} for {batch.size} samples; it must be one loss for each")
-            return losses
+            return model_losses(self.module, self.adapter, self._objective, batch)
+
+
+def model_losses(module: nn.Module, adapter: Adapter, objective: Objective | None, batch: Batch) -> Tensor:
+    """Run a model, and return each sample's loss [samples]: an objective's, or else the adapter's.
+
+    Raises:
+        PruneForgeError: The objective fails, or gives something else than one loss a sample.
+    """
+    output = adapter.forward(module, batch)
+    if objective is None:
+        return adapter.losses(output, batch)
+    who = f"objective {objective.name!r}"
+    losses = named(who, "on the model's output", lambda: objective.losses(output, batch))
+    if not isinstance(losses, Tensor) or losses.shape != (batch.size,):
+        made = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise PruneForgeError(f"{who} made {made} for {batch.size} samples; it must be one loss for each")
+    return losses
 
 
 def _reuse(calls: list[Call], earlier: list[Call]) -> list[Call]:

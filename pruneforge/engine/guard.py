@@ -41,7 +41,7 @@ def guarded(run: Run, layer: Layer, stats: LayerStatistics, who: str, work: Call
     Raises:
         PruneForgeError: The plugin fails, or changes the layer's weight or a statistic.
     """
-    seed_for(run, layer.name, layer.parameter.device, part)
+    seed_for(run.seed, layer.name, layer.parameter.device, part)
     with unchanged(who, [(layer, stats)]):
         return named(who, f"on layer {layer.name!r}", work)
 
@@ -88,9 +88,9 @@ def unchanged(who: str, layers: Sequence[tuple[Layer, LayerStatistics]], weights
                 raise PruneForgeError(f"{who} changed {name} of layer {layer.name!r} in place; it must work on a copy")
 
 
-def seed_for(run: Run, name: str, device: torch.device, part: int = 0) -> None:
+def seed_for(seed: int, name: str, device: torch.device, part: int = 0) -> None:
     """Seed random numbers for what a part of a run does with a layer or block."""
-    seed_random_numbers(run.seed * 0x9E3779B1 + zlib.crc32(name.encode()) + 0x85EBCA6B * part, device)
+    seed_random_numbers(seed * 0x9E3779B1 + zlib.crc32(name.encode()) + 0x85EBCA6B * part, device)
 
 
 def named(who: str, where: str, work: Callable[[], T]) -> T:

@@ -25,6 +25,7 @@ from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Block
 from pruneforge.interfaces.batch import Batch
 from pruneforge.interfaces.layer import Layer
+from pruneforge.interfaces.recovery import recovers_blocks
 from pruneforge.interfaces.run import BlockResult, Run, required_statistics
 from pruneforge.progress import Progress
 
@@ -187,7 +188,7 @@ class _Loop:
     def prune(self, runs: Sequence[Run], index: int, stats: BlockStatistics) -> None:
         """Prune a visited block for each run, each time from the dense weights."""
         block = self.chain.blocks[index]
-        recovers = any(run.recovery is not None for run in runs)
+        recovers = any(recovers_blocks(run.recovery) for run in runs)
         changing = (
             [p.detach() for p in block.module.parameters()] if recovers else [layer.matrix() for layer in block.layers]
         )

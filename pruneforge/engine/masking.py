@@ -33,6 +33,7 @@ from pruneforge.interfaces.adapter import Block
 from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.metric import Pruned, prunes_blocks
 from pruneforge.interfaces.patterns import Unstructured, pruned_count
+from pruneforge.interfaces.recovery import recovers_blocks
 from pruneforge.interfaces.run import BlockResult, Run
 from pruneforge.interfaces.selection import Threshold, smallest
 from pruneforge.interfaces.statistics import LayerStatistics, Requirement
@@ -80,12 +81,12 @@ class Applier:
                         threshold.select(metric_score(run, layer, stats[layer.name]))
                 return
             details = LayerDetails(run, block, stats) if run.wants_details and self.group.first else None
-            dense = _copies(block.layers) if run.recovery is not None else {}
+            dense = _copies(block.layers) if recovers_blocks(run.recovery) else {}
             masks, outcomes = self._masks(run, block, stats, threshold)
         pruning = reached(block.layers, stats, run.requires)
         notes = [f"{layer.name}: {note}" for layer in pruning for note in outcomes[layer.name].notes]
         updated = frozenset(name for name, outcome in outcomes.items() if outcome.updated)
-        if run.recovery is not None and block.layers:
+        if recovers_blocks(run.recovery) and block.layers:
             with run.profile.stage("recover", index):
                 owners = {name: owner for name, owner in self._owners(block, stats).items() if name in outcomes}
                 site = PrunedBlock(run, self.chain, index, stats, masks, dense, owners, stream, self.group)
@@ -242,7 +243,7 @@ def _prune_together(run: Run, layers: Sequence[Layer], block: Block, stats: Bloc
     who = f"metric {run.metric.name!r}"
     own = {layer.name: stats[layer.name].owned_by(run.metric) for layer in layers}
     patterns = {layer.name: run.pattern_for(layer) for layer in layers}
-    seed_for(run, block.name, layers[0].parameter.device)
+    seed_for(run.seed, block.name, layers[0].parameter.device)
     with unchanged(who, [(layer, own[layer.name]) for layer in layers]):
         made = named(who, f"on block {block.name!r}", lambda: run.metric.prune_block(layers, own, patterns))
     for layer in layers:

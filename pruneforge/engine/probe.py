@@ -20,6 +20,7 @@ from pruneforge.engine.residency import InMemory, Residency, Streamed
 from pruneforge.engine.stream import BlockStatistics, Flow, Streams
 from pruneforge.interfaces.adapter import Block, LoadedModel
 from pruneforge.interfaces.batch import Batch
+from pruneforge.interfaces.recovery import recovers_blocks
 from pruneforge.interfaces.run import Run
 from pruneforge.interfaces.statistics import LayerStatistics, empty_statistics
 from pruneforge.numerics import seed_random_numbers
@@ -72,7 +73,7 @@ def probe(
                 seconds["gradients"] = (plain + taken) * count * blocks + 2 * reading * blocks
                 stats = streams.with_model_gradients(block, stats, dict.fromkeys(kinds, store))
         seconds["prune"] = timed(lambda: _prune(run, block, stats, device))[1] * blocks
-        if run.recovery is not None:
+        if recovers_blocks(run.recovery):
             dense = {layer.name: layer.weight.clone() for layer in block.layers}
             masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in dense.items()}
             owners = {layer.name: 0 for layer in reached(block.layers, stats, run.requires)}

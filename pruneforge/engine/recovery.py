@@ -82,7 +82,7 @@ class PrunedBlock(Site):
         before = [parameter.detach().clone() for parameter in self._parameters]
         error: Exception | None = None
         with self._wide():
-            seed_for(self._run, self.block.name, self._chain.residency.device, PART)
+            seed_for(self._run.seed, self.block.name, self._chain.residency.device, PART)
             self._generator.manual_seed(torch.initial_seed())
             try:
                 seen = [(layer, self.stats[layer.name]) for layer in self.block.layers]

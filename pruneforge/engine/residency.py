@@ -50,29 +50,30 @@ class InMemory:
     @contextmanager
     def stem_and_head(self) -> Iterator[None]:
         """Keep everything outside the blocks on the device within the context."""
-        with self._moved(self._outside):
+        with moved(self._outside, self.device):
             yield
 
     @contextmanager
     def visit(self, block: Block, pruned: bool = False) -> Iterator[None]:
         """Keep one block on the device within the context; changes to it are moved back with it."""
-        with self._moved(list(block.module.modules())):
+        with moved(list(block.module.modules()), self.device):
             yield
 
-    @contextmanager
-    def _moved(self, modules: list[nn.Module]) -> Iterator[None]:
-        """Move modules' own tensors to the device within the context."""
-        homes: list[tuple[nn.Module, str, torch.device]] = []
-        for module in modules:
-            for name, tensor in _own_tensors(module):
-                if tensor.device != self.device:
-                    homes.append((module, name, tensor.device))
-                    _move(module, name, self.device)
-        try:
-            yield
-        finally:
-            for module, name, home in homes:
-                _move(module, name, home)
+
+@contextmanager
+def moved(modules: list[nn.Module], device: torch.device) -> Iterator[None]:
+    """Move modules' own tensors to a device within the context."""
+    homes: list[tuple[nn.Module, str, torch.device]] = []
+    for module in modules:
+        for name, tensor in _own_tensors(module):
+            if tensor.device != device:
+                homes.append((module, name, tensor.device))
+                _move(module, name, device)
+    try:
+        yield
+    finally:
+        for module, name, home in homes:
+            _move(module, name, home)
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

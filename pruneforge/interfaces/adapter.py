@@ -149,6 +149,15 @@ class Adapter(Configurable, ABC):
         """
         raise PruneForgeError(f"adapter {self.name!r} does not say what a model's logits are")
 
+    def head(self, module: nn.Module) -> Layer | None:
+        """Return the layer that makes the logits, or `None`; by default the last linear layer outside of the blocks."""
+        inside = {id(part) for block in self.blocks(module) for part in block.module.modules()}
+        head: Layer | None = None
+        for name, part in module.named_modules():
+            if isinstance(part, nn.Linear) and id(part) not in inside:
+                head = Layer(name, part.get_parameter("weight"))
+        return head
+
     def logits_a_token(self, module: nn.Module) -> int:
         """Return the number of logits of each token; 0 where they are few, such as those of a whole image.
 

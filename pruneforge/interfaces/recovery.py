@@ -1,10 +1,10 @@
-"""The interface of recoveries, which change the remaining weights of a pruned block."""
+"""The interface of recoveries, which change the remaining weights of a pruned block or of the whole pruned model."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn, optim
 
@@ -78,16 +78,115 @@ class Site(ABC):
         """Take one step of an optimizer of `parameters()` down a loss, without moving pruned weights."""
 
 
-class Recovery(options.Configurable, ABC):
-    """Changes the remaining weights of each block once it is pruned, within its masks.
+class ModelSite(ABC):
+    """A pruned model and what a recovery may know of it.
 
-    A closed form solves for each of `site.layers`. Training makes an optimizer of `site.parameters()` and calls
-    `site.step` for each of `site.batches()`.
+    Nothing in the model is changed in place. A recovery holds what it trains itself, in float32 or better, and makes
+    parameters of it: `losses` runs the model with them in place of its own, and `write` writes them in the end. In both
+    the engine rounds them to the model's dtype and applies the masks, so that what is trained is what is written,
+    pruned weights stay zero, and layers that the user excluded stay dense.
 
     Attributes:
-        requires: The statistics it needs, which join those of the metric.
-        targets: With what a block's output is compared, which keeps inputs and targets for `site.batches()`; `None` if
-            statistics are all it needs. A property if it depends on the options.
+        module: The pruned model on the device, in evaluation mode; none of its parameters requires gradients.
+        layers: Its pruned layers.
+        masks: Boolean [out, in] by layer name, on the device; `True` keeps.
+        head: The layer outside of the blocks that makes the logits, or `None` if the adapter does not say which it is.
+        batch_count: Number of batches of calibration data.
+    """
+
+    module: nn.Module
+    layers: Sequence[Layer]
+    masks: Mapping[str, Tensor]
+    head: Layer | None
+    batch_count: int
+
+    @abstractmethod
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return what may be replaced, by full name: all parameters but the weights of layers that stay dense.
+
+        One that the model uses in several places has its first name; it is replaced in all of them.
+        """
+
+    @abstractmethod
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """Yield batches on the device without end, each pass over the data in another order.
+
+        The order is the same for the run's seed.
+
+        Args:
+            start: How many to leave out, which an earlier process has used.
+        """
+
+    @abstractmethod
+    def losses(self, batch: Batch, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Return each sample's loss [samples], differentiable: that of the run's objective, or the adapter's.
+
+        Args:
+            batch: The batch.
+            parameters: Tensors in place of parameters, by full name, of the same shapes.
+
+        Raises:
+            PruneForgeError: A name is not one of `parameters()`, or a shape differs.
+        """
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss to those of what it depends on, until the next `step`.
+
+        Raises:
+            PruneForgeError: The loss is not finite.
+        """
+
+    @abstractmethod
+    def step(self, optimizer: optim.Optimizer) -> None:
+        """Take one step of an optimizer down the gradients of all `backward` since the last one.
+
+        Raises:
+            PruneForgeError: A gradient is not finite.
+        """
+
+    @abstractmethod
+    def write(self, parameters: Mapping[str, Tensor]) -> None:
+        """Write new values of parameters into the model, by full name, once training is done.
+
+        Raises:
+            PruneForgeError: As `losses` does, or a value is too large for the model's dtype.
+        """
+
+    @abstractmethod
+    def checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Save what the recovery needs to go on from here, where the run can be resumed; small, as it is written often.
+
+        Torch's random numbers are saved with it.
+
+        Args:
+            state: Tensors, numbers and texts in dictionaries and lists.
+        """
+
+    @abstractmethod
+    def restored(self) -> dict[str, Any] | None:
+        """Return what `checkpoint` saved last, in an earlier process, and go on with its random numbers; or `None`."""
+
+    @abstractmethod
+    def report(self, **facts: Any) -> None:
+        """Add facts to the report, of types that JSON holds; each name is one entry."""
+
+    @abstractmethod
+    def warn(self, text: str) -> None:
+        """Add a warning for the user, one line; what is left out has to be said."""
+
+
+class Recovery(options.Configurable, ABC):
+    """Changes the remaining weights of a pruned model within its masks: of each block, of the whole, or of both.
+
+    A recovery overrides `recover_block`, `recover_model` or both. In `recover_block` a closed form solves for each of
+    `site.layers`; training makes an optimizer of `site.parameters()` and calls `site.step` for each of
+    `site.batches()`. In `recover_model` training steps down the losses of the whole model.
+
+    Attributes:
+        requires: The statistics that `recover_block` needs, which join those of the metric.
+        targets: With what a block's output is compared, which keeps inputs and targets for `site.batches()` of
+            `recover_block`; `None` if statistics are all it needs. A property if it depends on the options.
     """
 
     requires: Sequence[Requirement] = ()
@@ -96,7 +195,6 @@ class Recovery(options.Configurable, ABC):
     class Options(options.Options):
         """Options of every recovery."""
 
-    @abstractmethod
     def recover_block(self, site: Site) -> None:
         """Change the weights and biases of a pruned block in place.
 
@@ -105,3 +203,22 @@ class Recovery(options.Configurable, ABC):
         Args:
             site: The block.
         """
+
+    def recover_model(self, site: ModelSite) -> None:
+        """Change parameters of the pruned model, once all blocks are pruned.
+
+        The model is held in memory whole, in one process. Torch's random numbers are seeded before.
+
+        Args:
+            site: The model.
+        """
+
+
+def recovers_blocks(recovery: Recovery | None) -> bool:
+    """Return whether there is a recovery that changes blocks."""
+    return recovery is not None and type(recovery).recover_block is not Recovery.recover_block
+
+
+def recovers_models(recovery: Recovery | None) -> bool:
+    """Return whether there is a recovery that changes the whole model."""
+    return recovery is not None and type(recovery).recover_model is not Recovery.recover_model

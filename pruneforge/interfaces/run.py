@@ -18,7 +18,7 @@ from pruneforge.interfaces.observer import Observer
 from pruneforge.interfaces.options import Configurable
 from pruneforge.interfaces.patterns import Pattern, Scope, Unstructured
 from pruneforge.interfaces.recipe import Propagate, PruneRecipe
-from pruneforge.interfaces.recovery import Recovery
+from pruneforge.interfaces.recovery import Recovery, recovers_models
 from pruneforge.interfaces.refiner import Refiner
 from pruneforge.interfaces.selection import Threshold
 from pruneforge.interfaces.statistics import On, Requirement
@@ -83,7 +83,7 @@ class Run:
         folder: The output folder, or `None` for a result in memory.
         allocator: Gives each layer its sparsity; by default all have the pattern's.
         refiners: Change each mask after the metric, in this order.
-        recovery: Changes the remaining weights of each block once it is pruned.
+        recovery: Changes the remaining weights of each block once it is pruned, or of the whole model in the end.
         objective: The loss of gradient statistics; by default the adapter's.
         wants_details: Whether the error and the scores of each layer are measured for the report.
         blocks: The model's blocks in the order they run.
@@ -101,6 +101,7 @@ class Run:
         allocation: With an allocator, how many of its pattern's steps each layer is pruned by, once that is known.
         threshold: Threshold over the scores of the whole model, for scope "model", once it is known.
         gradient_cache: Number of gradient statistics read from the cache, and bytes added to it.
+        recovered: What the report says of the recovery of the whole model, once that is done.
         report: The report, once the run is finished.
     """
 
@@ -127,6 +128,7 @@ class Run:
     gradient_cache: dict[str, int] = field(default_factory=dict)
     allocation: dict[str, int] | None = None
     threshold: Threshold | None = None
+    recovered: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] | None = None
 
     @property
@@ -164,7 +166,11 @@ class Run:
         """Whether calibration data have a say in the result or in what is measured of it."""
         targets = self.recovery.targets if self.recovery is not None else None
         return bool(
-            self.requires or self.wants_details or targets or (self.allocator is not None and self.allocator.requires)
+            self.requires
+            or self.wants_details
+            or targets
+            or recovers_models(self.recovery)
+            or (self.allocator is not None and self.allocator.requires)
         )
 
     def pattern_for(self, layer: Layer) -> Pattern:

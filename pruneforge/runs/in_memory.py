@@ -12,8 +12,10 @@ from pruneforge.engine.chain import Chain
 from pruneforge.engine.hidden_states import HiddenStates
 from pruneforge.engine.loop import prune_blocks
 from pruneforge.engine.residency import InMemory
+from pruneforge.interfaces.recovery import recovers_models
 from pruneforge.interfaces.run import BlockResult, Output, Run
 from pruneforge.runs import provenance
+from pruneforge.runs.recovering import Training, keep_facts
 from pruneforge.runs.result import PruneResult
 from pruneforge.runs.session import Session
 
@@ -54,6 +56,10 @@ def prune_in_memory(session: Session, run: Run) -> PruneResult:
             chain = Chain(loaded.module, loaded.adapter, run.blocks, residency, hidden_states, session.objective)
             prune_blocks([run], chain, session.batches, session.progress, session.block_pruned, group=session.group)
         run.activations = {name: tier.peak for name, tier in hidden_states.tiers.items()}
+        if recovers_models(run.recovery):
+            with run.profile.stage("recover"):
+                training = Training.of_run(session, run)
+                keep_facts(run, training.recover(loaded.module, kept.masks))
     report = session.finish(run, identity={}, together=1)
     if run.folder is not None and session.group.first:
         with new_folder(run.folder) as folder:

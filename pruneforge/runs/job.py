@@ -17,6 +17,7 @@ from pruneforge.engine.budget import Budgets
 from pruneforge.engine.processes import Group, joined
 from pruneforge.errors import PruneForgeError, unknown_name
 from pruneforge.interfaces.recipe import PruneRecipe
+from pruneforge.interfaces.recovery import recovers_models
 from pruneforge.interfaces.run import Run
 from pruneforge.interfaces.source import Source, create_source
 from pruneforge.memory import PeakMemory, one_line_for_full_devices
@@ -31,6 +32,7 @@ from pruneforge.runs.parts import Metrics, make_methods
 from pruneforge.runs.plan import make_runs, split_excluded
 from pruneforge.runs.provenance import plugin_sources
 from pruneforge.runs.recipe_file import validated
+from pruneforge.runs.recovering import check_processes
 from pruneforge.runs.resources import Resources
 from pruneforge.runs.result import PruneResult
 from pruneforge.runs.session import Session
@@ -72,6 +74,8 @@ class Job:
             if run.folder is not None and not (streamed and unfinished):
                 check_output(run.folder)
         with joined(self.device) as group:
+            for run in self.runs:
+                check_processes(run.recovery, group)
             session = self.open(group, streamed)
             for run in self.runs:
                 session.hook.pruneforge_run_started(run=run)
@@ -172,7 +176,8 @@ def make_job(
     asked_objective = next(iter(methods.values())).objective
     if asked_objective is not None and all(run.objective is None for run in runs):
         raise PruneForgeError(
-            f"objective {asked_objective.name!r} has no say: nothing here requires gradients of the model's loss"
+            f"objective {asked_objective.name!r} has no say: nothing here requires gradients of the model's loss, or "
+            "trains the model"
         )
     recipe = runs[0].recipe
     _check_streams(runs, given_streams)
@@ -211,7 +216,7 @@ def _what_needs_data(run: Run) -> str:
     refiner = next((refiner for refiner in run.refiners if refiner.requires), None)
     if refiner is not None:
         return f"refiner {refiner.name!r}"
-    if run.recovery is not None and (run.recovery.requires or run.recovery.targets):
+    if run.recovery is not None and (run.recovery.requires or run.recovery.targets or recovers_models(run.recovery)):
         return f"recovery {run.recovery.name!r}"
     if run.allocator is None:
         return "`details`, the error of each layer,"

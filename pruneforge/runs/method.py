@@ -13,7 +13,7 @@ from pruneforge.interfaces.metric import Metric, prunes_blocks, scores_layers
 from pruneforge.interfaces.objective import Objective
 from pruneforge.interfaces.patterns import NM, Pattern, parse_pattern
 from pruneforge.interfaces.recipe import PruneRecipe
-from pruneforge.interfaces.recovery import Recovery
+from pruneforge.interfaces.recovery import Recovery, recovers_models
 from pruneforge.interfaces.refiner import Refiner
 from pruneforge.interfaces.run import Run
 from pruneforge.interfaces.statistics import (
@@ -43,7 +43,7 @@ class Method:
         """
         pattern = make_pattern(self.metric, recipe.sparsity, recipe.pattern)
         run = Run(recipe, self.metric, pattern, folder, self.allocator, self.refiners, self.recovery)
-        if uses_model_gradients(run):
+        if uses_model_gradients(run) or recovers_models(run.recovery):
             run.objective = self.objective
         # A run in company has the recipe of one of its own, which knows nothing of what concerns the others.
         own: dict[str, Any] = {} if run.objective is not None else {"objective": None, "objective_options": {}}

@@ -16,7 +16,7 @@ from pruneforge.interfaces.metric import Metric
 from pruneforge.interfaces.objective import Objective
 from pruneforge.interfaces.options import Configurable
 from pruneforge.interfaces.recipe import PruneRecipe
-from pruneforge.interfaces.recovery import Recovery, Targets
+from pruneforge.interfaces.recovery import Recovery, Targets, recovers_blocks, recovers_models
 from pruneforge.interfaces.refiner import Refiner
 from pruneforge.interfaces.registry import Registry
 from pruneforge.interfaces.statistics import (
@@ -108,6 +108,8 @@ def make_recovery(asked: str | Recovery | None, options: Mapping[str, Any], regi
     """
     made: Recovery | None = _optional("recovery", asked, options, registry)
     if made is not None:
+        if not recovers_blocks(made) and not recovers_models(made):
+            raise PruneForgeError(f"recovery {made.name!r} defines neither `recover_block` nor `recover_model`")
         _check_requires("recovery", made.name, made.requires)
         if made.targets not in (None, *get_args(Targets)):
             raise PruneForgeError(

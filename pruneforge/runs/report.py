@@ -113,6 +113,8 @@ def _composition(run: Run) -> dict[str, Any]:
     for kind, part in {"recovery": run.recovery, "objective": run.objective}.items():
         if part is not None:
             parts[kind] = {"name": part.name, "options": part.options.model_dump(mode="json")}
+    if run.recovered:
+        parts["recovery"] |= run.recovered
     return parts
 
 

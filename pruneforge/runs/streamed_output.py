@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,21 +14,23 @@ from torch import Tensor, nn
 from pruneforge.checkpoint import masks
 from pruneforge.checkpoint.behind import Behind
 from pruneforge.checkpoint.durable import PARTIAL
-from pruneforge.checkpoint.folder import check_output
-from pruneforge.checkpoint.journal import JOURNAL_FILE, Journal, difference
+from pruneforge.checkpoint.journal import JOURNAL_FILE, Journal, difference, held
 from pruneforge.checkpoint.reader import TensorLocation
 from pruneforge.checkpoint.skeleton import layer_locations, parameter_locations
 from pruneforge.checkpoint.writer import Rewrite
 from pruneforge.engine.recovery import recoverable
 from pruneforge.engine.transfers import Transfer, Transfers
-from pruneforge.errors import PruneForgeError, UnfinishedError
+from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.layer import Layer
+from pruneforge.interfaces.recovery import recovers_blocks, recovers_models
 from pruneforge.interfaces.run import BlockResult, Output, Run
 from pruneforge.numerics import all_finite, zeroed
 from pruneforge.profile import PROFILE_FILE
 from pruneforge.runs import recipe_file as recipes
 from pruneforge.runs import report as reports
 from pruneforge.runs.card import CARD_FILE
+from pruneforge.runs.loading import parse_dtype
+from pruneforge.runs.recovering import Training, forget_recovery, keep_facts
 from pruneforge.runs.session import Session
 
 OWN_FILES = frozenset(
@@ -62,10 +64,11 @@ class StreamedOutput(Output):
         self._session = session
         self._checkpoint = checkpoint
         self._locations = layer_locations(session.loaded.module, run.blocks, checkpoint)
-        self._others = self._recovered(session.loaded.module) if run.recovery is not None else {}
+        self._others = self._recovered(session.loaded.module) if recovers_blocks(run.recovery) else {}
         others = [location for of_block in self._others.values() for location, _ in of_block.values()]
         self.rewrite = Rewrite(checkpoint, self.folder, self._locations, others, run.metric.permutes)
         self._journal: Journal | None = None
+        self._complete = False  # whether this process has given all files their final names
         self._writer: Behind | None = None
         self._transfers: Transfers | None = None
 
@@ -98,24 +101,12 @@ class StreamedOutput(Output):
         if not self._session.group.first:
             yield
             return
-        made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
-        if not (self.folder / JOURNAL_FILE).is_file():
-            check_output(self.folder)
-        journal = self._journal = Journal(self.folder, self.identity, self._session.resources.resume)
-        try:
+        resume = self._session.resources.resume
+        with held(
+            self.folder, self.identity, resume, lambda journal: len(journal.entries) > 1, self._remove
+        ) as journal:
+            self._journal = journal
             yield
-        except BaseException as error:
-            hopeless = isinstance(error, PruneForgeError) and not isinstance(error, UnfinishedError)
-            remove = len(journal.entries) <= 1 or (hopeless and not journal.resumed)
-            if remove:
-                self._remove()
-            journal.close()
-            with suppress(OSError):  # somebody has put something else into it meanwhile
-                for path in made if remove else ():
-                    path.rmdir()
-            raise
-        (self.folder / JOURNAL_FILE).unlink()  # while it is still locked
-        journal.close()
 
     def prepare(self) -> None:
         """Create the files of an opened folder, and restore in every process what an earlier one finished."""
@@ -128,16 +119,18 @@ class StreamedOutput(Output):
         for entry in entries:
             if "allocation" in entry:
                 self.run.allocation = entry["allocation"]
-            else:
+            elif "block" in entry:
                 self.run.pruned.update(entry["pruned"])
                 self.run.details.update(entry.get("details", {}))
                 self.run.warnings += entry["notes"]
                 self.run.finished += 1
 
     def _remove(self) -> None:
-        for path in [*self.folder.glob(f"*{PARTIAL}"), self.folder / JOURNAL_FILE]:
+        names = self.rewrite.names(OWN_FILES) if self._complete else []
+        for path in [*self.folder.glob(f"*{PARTIAL}"), *(self.folder / name for name in names)]:
             path.unlink(missing_ok=True)
         self._forget_waiting()
+        forget_recovery(self.folder)
 
     def _forget_waiting(self) -> None:
         """Remove hidden states that an earlier process did not remove."""
@@ -171,8 +164,16 @@ class StreamedOutput(Output):
         self._writer.wait()
 
     def finish(self) -> None:
-        """Complete the checkpoint's files once all blocks are written."""
-        self.rewrite.finish(OWN_FILES)
+        """Complete the checkpoint's files once all blocks are written, and recover the whole model if asked to."""
+        assert self._journal is not None
+        if not any("recovered" in entry for entry in self._journal.entries):
+            self.rewrite.finish(OWN_FILES)
+            self._complete = True
+        if recovers_models(self.run.recovery):
+            training, dtype = Training.of_run(self._session, self.run), parse_dtype(self.run.recipe.dtype)
+            with self.run.profile.stage("recover"):
+                recovered = training.recover_folder(self.folder, self.folder, self._journal, dtype, OWN_FILES)
+            keep_facts(self.run, recovered)
 
     def _recovered(self, module: nn.Module) -> dict[str, dict[str, tuple[TensorLocation, nn.Parameter]]]:
         """Return the parameters, besides layers' weights, that recovery may change: by block and full name."""
