@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     from pruneforge.runs.prune import load as load
     from pruneforge.runs.prune import prune as prune
     from pruneforge.runs.prune import prune_each as prune_each
+    from pruneforge.runs.recover import recover as recover
     from pruneforge.runs.result import PruneResult as PruneResult
     from pruneforge.studies.compare import compare as compare
     from pruneforge.studies.push import push as push
@@ -134,6 +135,7 @@ _MODULES = {
     "runs.evaluate": ("evaluate",),
     "runs.inspect": ("diff", "inspect"),
     "runs.prune": ("load", "prune", "prune_each"),
+    "runs.recover": ("recover",),
     "runs.result": ("PruneResult",),
     "studies.compare": ("compare",),
     "studies.push": ("push",),

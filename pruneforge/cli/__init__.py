@@ -21,6 +21,7 @@ from pruneforge.cli import (
     plugins,
     prune,
     push,
+    recover,
     settings,
     sweep,
 )
@@ -59,6 +60,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command(cls=prune.Command, epilog=prune.EXAMPLES)(prune.prune)
+app.command(cls=recover.Command, epilog=recover.EXAMPLES)(recover.recover)
 app.command(cls=evaluate.Command, name="eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(cls=compare.Command, epilog=compare.EXAMPLES)(compare.compare)
 app.command(cls=sweep.Command, epilog=sweep.EXAMPLES)(sweep.sweep)

@@ -19,6 +19,21 @@ def print_result(report: dict[str, Any], output: Path) -> None:
         f"({report['sparsity']['reached']:.2%}) in {measured['seconds']['total']:.1f} s, "
         f"peak memory {common.mebibytes(measured['peak_memory']['host_bytes'])}; wrote {output}"
     )
+    if "trained" in report.get("recovery", {}):
+        print(trained(report["recovery"]))
+
+
+def print_recovered(report: dict[str, Any], output: Path) -> None:
+    """Print what the last recovery of a pruned model did."""
+    entry, measured = report["recovered"][-1], report["measured"]["recovered"][-1]
+    print(f"{trained(entry)} in {measured['seconds']['recover']:.1f} s; wrote {output}")
+
+
+def trained(recovery: dict[str, Any]) -> str:
+    """Return what a recovery of a whole model trained, in words."""
+    count = recovery["trained"]
+    share = f"{count['share']:.2%} as many as the model has"
+    return f"{recovery['name']} trained {count['parameters']:,} parameters, {share}, in {recovery['steps']:,} steps"
 
 
 def print_shared(measured: dict[str, Any], gradient_cache: str | None) -> None:

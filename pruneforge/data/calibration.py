@@ -16,7 +16,7 @@ from pruneforge.data.overlap import sketch
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import LoadedModel
 from pruneforge.interfaces.batch import Batch
-from pruneforge.interfaces.recipe import LONGEST_DEFAULT, PruneRecipe
+from pruneforge.interfaces.recipe import LONGEST_DEFAULT, DataRecipe
 from pruneforge.interfaces.source import Request, Source
 from pruneforge.progress import Progress
 
@@ -47,7 +47,8 @@ class Calibration:
 
 def collect(
     data: Source | RawBatches,
-    recipe: PruneRecipe,
+    spec: str | None,
+    recipe: DataRecipe,
     model: LoadedModel,
     tokens_a_batch: int,
     progress: Progress,
@@ -58,6 +59,7 @@ def collect(
 
     Args:
         data: The source, or batches in a form that the model's adapter takes, which are used whole.
+        spec: What the recipe calls the source.
         recipe: How many samples to draw from the source, of what length, in what batches.
         model: The model they are for.
         tokens_a_batch: Tokens that go through a block together when the recipe names no batch size.
@@ -78,7 +80,6 @@ def collect(
         seed = (recipe.seed + zlib.crc32(name.encode())) % 2**32 if name else recipe.seed
         request = Request(model.processor, recipe.samples, length, size, seed, progress)
         raw: RawBatches = data.calibration(request)
-        spec = recipe.streams[name] if name else recipe.calibration
         origin: dict[str, Any] = {"source": spec, **data.describe("calibration")}
     else:
         raw, origin = data, {"source": "batches from Python"}

@@ -38,7 +38,30 @@ class Recipe(BaseModel):
     )
 
 
-class PruneRecipe(Recipe):
+class DataRecipe(Recipe):
+    """Settings of a command that takes calibration data, and may train on them."""
+
+    calibration: str | None = Field(
+        None,
+        description="Source or file of the calibration data. A metric that looks at weights alone needs none.",
+        json_schema_extra={"metavar": "SOURCE|PATH"},
+    )
+    samples: int = Field(128, ge=1, description="Sequences or images to draw from the source.")
+    seqlen: int | None = Field(
+        None, ge=1, description=f"Tokens per sequence; by default the model's context, at most {LONGEST_DEFAULT}."
+    )
+    source_options: dict[str, Any] = Field(default_factory=dict, description="Options of the calibration source.")
+    adapter_options: dict[str, Any] = Field(default_factory=dict, description="Options of the model's adapter.")
+    recover_options: dict[str, Any] = Field(default_factory=dict, description="Options of the recovery.")
+    objective: str | None = Field(
+        None,
+        description="Name of an objective, the loss whose gradients metrics use and that recoveries of the whole model "
+        "train for; by default the one that the model was trained for.",
+    )
+    objective_options: dict[str, Any] = Field(default_factory=dict, description="Options of the objective.")
+
+
+class PruneRecipe(DataRecipe):
     """What `pruneforge.prune` was asked for."""
 
     metric: str = Field(description="Name of the metric; `pruneforge plugins` lists them.")
@@ -48,23 +71,12 @@ class PruneRecipe(Recipe):
     pattern: str | None = Field(
         None, description="N:M keeps N of every M consecutive inputs; unstructured if left out."
     )
-    calibration: str | None = Field(
-        None,
-        description="Source or file of the calibration data. A metric that looks at weights alone needs none.",
-        json_schema_extra={"metavar": "SOURCE|PATH"},
-    )
     streams: dict[str, str] = Field(
         default_factory=dict,
         description="Further calibration data by name, each a source or file, for methods that compare several.",
         json_schema_extra={"metavar": "NAME=SOURCE|PATH"},
     )
-    samples: int = Field(128, ge=1, description="Sequences or images to draw from the source.")
-    seqlen: int | None = Field(
-        None, ge=1, description=f"Tokens per sequence; by default the model's context, at most {LONGEST_DEFAULT}."
-    )
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the metric.")
-    source_options: dict[str, Any] = Field(default_factory=dict, description="Options of the calibration source.")
-    adapter_options: dict[str, Any] = Field(default_factory=dict, description="Options of the model's adapter.")
     exclude: list[str] = Field(
         default_factory=list,
         description="Layers to leave dense, as names with wildcards such as '*.down_proj'; the report lists them.",
@@ -87,15 +99,16 @@ class PruneRecipe(Recipe):
         default_factory=dict, description="Options of the refiner; of several refiners, by name."
     )
     recover: str | None = Field(
-        None, description="Name of a recovery, which changes the remaining weights of each block once it is pruned."
-    )
-    recover_options: dict[str, Any] = Field(default_factory=dict, description="Options of the recovery.")
-    objective: str | None = Field(
         None,
-        description="Name of an objective, the loss whose gradients metrics use; by default the one that the model was "
-        "trained for.",
+        description="Name of a recovery, which changes the remaining weights of each block once it is pruned, or of "
+        "the whole model in the end.",
     )
-    objective_options: dict[str, Any] = Field(default_factory=dict, description="Options of the objective.")
+
+
+class RecoverRecipe(DataRecipe):
+    """What `pruneforge.recover` was asked for."""
+
+    recover: str = Field(description="Name of a recovery of the whole model; `pruneforge plugins` lists them.")
 
 
 class EvalRecipe(Recipe):

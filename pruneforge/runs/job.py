@@ -18,7 +18,7 @@ from pruneforge.engine.processes import Group, joined
 from pruneforge.errors import PruneForgeError, unknown_name
 from pruneforge.interfaces.recipe import PruneRecipe
 from pruneforge.interfaces.recovery import recovers_models
-from pruneforge.interfaces.run import Run
+from pruneforge.interfaces.run import Run, needed_to_allocate
 from pruneforge.interfaces.source import Source, create_source
 from pruneforge.memory import PeakMemory, one_line_for_full_devices
 from pruneforge.numerics import exact_arithmetic
@@ -107,12 +107,13 @@ class Job:
         if self.calibration is not None and any(run.uses_data for run in self.runs):
             tokens_a_batch = self.resources.budgets.tokens_a_batch(blocks, self.device)
             asked = (recipe, loaded, tokens_a_batch, progress, group.size)
-            data = collect(self.calibration, *asked)
-            streams = {name: collect(stream, *asked, name) for name, stream in self.streams.items()}
+            data = collect(self.calibration, recipe.calibration, *asked)
+            named = self.streams.items()
+            streams = {name: collect(stream, recipe.streams.get(name), *asked, name) for name, stream in named}
         profile = Profile(self.device, self.resources.profile)
         for run in self.runs:
             run.blocks, run.excluded, run.profile = blocks, excluded, profile
-            run.plugins = plugin_sources(run, loaded.adapter)
+            run.plugins = plugin_sources([*run.parts, loaded.adapter], [*run.requires, *needed_to_allocate(run)])
             run.observers = run.observers if group.first else []
             run.warnings += [loaded.note] if loaded.note else []
             for used in (data, *streams.values()) if run.uses_data else ():
@@ -185,13 +186,13 @@ def make_job(
     if calibration is not None:
         if recipe.source_options and not isinstance(calibration, str | Path):
             raise PruneForgeError("source options need a source; these are batches from Python")
-        data = _opened(calibration, recipe.source_options, installed)
-    streams = {name: _opened(stream, {}, installed) for name, stream in given_streams.items()}
+        data = opened(calibration, recipe.source_options, installed)
+    streams = {name: opened(stream, {}, installed) for name, stream in given_streams.items()}
     device, _, _ = parse_device(recipe.device), parse_dtype(recipe.dtype), resources.budgets
     return Job(model, runs, data, streams, processor, device, resources, installed)
 
 
-def _opened(data: Data, options: Mapping[str, Any], installed: Plugins) -> Source | RawBatches:
+def opened(data: Data, options: Mapping[str, Any], installed: Plugins) -> Source | RawBatches:
     """Return a source, which is made before a large model is loaded, or batches as they are."""
     return create_source(data, options, installed.registry) if isinstance(data, str | Path) else data
 

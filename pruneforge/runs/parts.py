@@ -204,7 +204,8 @@ def make_methods(
     recovery = make_recovery(asked_parts["recover"], part_options["recover"], registry)
     objective = make_objective(asked_parts["objective"], part_options["objective"], registry)
     made = {"allocator": allocator, "recover": recovery, "objective": objective}
-    described = _described(asked_parts, made, refiners, part_options)
+    entries = described(asked_parts, made, part_options)
+    entries |= _described_refiners(asked_parts["refine"] or (), refiners, part_options["refine"])
     named = by_label(metric)
     recipes: dict[str, PruneRecipe] = {}
     methods: dict[str, Method] = {}
@@ -221,7 +222,7 @@ def make_methods(
             streams={name: str(data) for name, data in streams.items() if isinstance(data, str | Path)},
             options=_options_of(method.metric, asked, own_options),
             plugins=[plugin.origin for plugin in installed.loaded if plugin.from_file],
-            **described,
+            **entries,
             **settings,
         )
     return recipes, methods
@@ -233,24 +234,27 @@ def _options_of(part: Configurable, asked: str | Configurable, given: Mapping[st
     return {name: values[name] for name in given} if isinstance(asked, str) else values
 
 
-def _described(
-    asked: Mapping[str, Any],
-    made: Mapping[str, Configurable | None],
-    refiners: Sequence[Refiner],
-    options: Mapping[str, dict[str, Any]],
+def described(
+    asked: Mapping[str, Any], made: Mapping[str, Configurable | None], options: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return the recipe's entries of what goes with the metric."""
-    described: dict[str, Any] = {}
+    """Return the entries of parts in a recipe: the name and the options of each, by the setting that asks for it."""
+    entries: dict[str, Any] = {}
     for name, part in made.items():
         spec = asked[name]
-        described[name] = spec if part is None or isinstance(spec, str) else part.name
-        described[f"{name}_options"] = {} if part is None else _options_of(part, spec, options[name])
-    specs = asked["refine"] or ()
+        entries[name] = spec if part is None or isinstance(spec, str) else part.name
+        entries[f"{name}_options"] = {} if part is None else _options_of(part, spec, options[name])
+    return entries
+
+
+def _described_refiners(
+    specs: Sequence[str | Refiner], refiners: Sequence[Refiner], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the recipe's entries of refiners."""
     names = [spec if isinstance(spec, str) else spec.name for spec in specs]
-    given = options_by_label(names, options["refine"], "refiner") if names else {}
+    given = options_by_label(names, options, "refiner") if names else {}
     of_each = {
         name: _options_of(refiner, spec, given[name])
         for name, refiner, spec in zip(names, refiners, specs, strict=True)
     }
     chosen = next(iter(of_each.values())) if len(names) == 1 else {name: each for name, each in of_each.items() if each}
-    return described | {"refine": names, "refine_options": chosen}
+    return {"refine": names, "refine_options": chosen}

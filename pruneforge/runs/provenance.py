@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pruneforge.interfaces.adapter import Adapter
 from pruneforge.interfaces.options import Configurable
+from pruneforge.interfaces.recipe import RecoverRecipe
 from pruneforge.interfaces.registry import KINDS
-from pruneforge.interfaces.run import Run, needed_to_allocate
-from pruneforge.interfaces.statistics import kind_of
+from pruneforge.interfaces.run import Run
+from pruneforge.interfaces.statistics import Requirement, kind_of
 from pruneforge.plugins import DISTRIBUTION, loaded_plugins
 
 if TYPE_CHECKING:
@@ -101,6 +101,36 @@ def run_identity(session: Session, run: Run) -> dict[str, Any]:
     }
 
 
+def recovery_identity(
+    recipe: RecoverRecipe,
+    plugins: Mapping[str, Mapping[str, str]],
+    pruned: str,
+    masks: Path,
+    data: Mapping[str, Any],
+    device: torch.device,
+) -> dict[str, Any]:
+    """Return everything that determines the bytes of a model that is recovered after pruning.
+
+    Args:
+        recipe: What is asked for.
+        plugins: The sources of what does it.
+        pruned: Fingerprint of the pruned weights.
+        masks: The file of their masks.
+        data: Description of the calibration data.
+        device: Where it is computed.
+    """
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "plugin file": {path: _hash(Path(path)) for path in recipe.plugins},
+        "plugin": {name: plugin["sha256"] for name, plugin in plugins.items()},
+        "model": {"fingerprint": pruned, "masks": _hash(masks)},
+        "batch size": data.get("batch_size"),
+        "calibration data": {"fingerprint": data.get("fingerprint")},
+        "device": device_name(device),
+        "version of": _versions(VERSIONED),
+    }
+
+
 def gradient_identity(session: Session, data: Calibration) -> dict[str, Any]:
     """Return everything that determines the gradients of the dense model: model, data, loss, versions."""
     adapter = session.loaded.adapter
@@ -127,18 +157,22 @@ def _objective_identity(session: Session) -> dict[str, Any]:
     return {"objective": {**described, "sources": sources}}
 
 
-def plugin_sources(run: Run, adapter: Adapter) -> dict[str, dict[str, str]]:
+def plugin_sources(made: Sequence[Configurable], requires: Sequence[Requirement] = ()) -> dict[str, dict[str, str]]:
     """Return distribution, version and a hash of the sources of each package whose classes make a run's method.
 
     A plugin that was edited between a stop and resuming would go on with another method otherwise.
+
+    Args:
+        made: The plugins.
+        requires: The statistics that they require.
     """
-    parts = _with_parts([*run.parts, adapter])
+    parts = _with_parts(made)
     installed = loaded_plugins()
     origins = {plugin.name: (plugin.origin, plugin.version) for plugin in installed.loaded}
     entries = [entry for kind in KINDS for entry in installed.registry.entries(kind)]
     of_module = {entry.module.partition(".")[0]: origins.get(entry.plugin, ("", "")) for entry in entries}
     classes = [cls for part in parts for cls in type(part).__mro__]
-    classes += [cls for required in (*run.requires, *needed_to_allocate(run)) for cls in kind_of(required).__mro__]
+    classes += [cls for required in requires for cls in kind_of(required).__mro__]
     sources: dict[str, dict[str, str]] = {}
     for name in sorted({cls.__module__.partition(".")[0] for cls in classes} - _NOT_PLUGINS):
         origin, version = of_module.get(name, ("", ""))

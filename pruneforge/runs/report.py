@@ -7,7 +7,7 @@ recipe comes last, under `measured`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from math import prod
 from pathlib import Path
@@ -20,6 +20,7 @@ from pruneforge.checkpoint.durable import write_text
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import LoadedModel
 from pruneforge.interfaces.run import Run
+from pruneforge.profile import Profile
 from pruneforge.runs.loading import hub_id
 from pruneforge.runs.provenance import machine, versions
 
@@ -85,14 +86,42 @@ def make_report(
         "versions": versions(),
         "plugins": run.plugins,
         "measured": {
-            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "seconds": {stage: round(seconds, 3) for stage, seconds in run.profile.seconds().items()},
-            "peak_memory": dict(peak_memory),
+            **measurements(run.profile, peak_memory),
             "activations_peak": run.activations,
             "gradient_cache": run.gradient_cache,
             **({"profile": run.profile.table()} if run.profile.memory else {}),
             "machine": machine(),
         },
+    }
+
+
+def measurements(profile: Profile, peak_memory: Mapping[str, Any]) -> dict[str, Any]:
+    """Return when a run finished, and what it took."""
+    return {
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": {stage: round(seconds, 3) for stage, seconds in profile.seconds().items()},
+        "peak_memory": dict(peak_memory),
+    }
+
+
+def added(
+    report: Mapping[str, Any], entry: Mapping[str, Any], warnings: Sequence[str], measured: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the report of a pruned model with a recovery that came afterwards.
+
+    Args:
+        report: The report of the pruned model. Its evaluations are left out, since they are of other weights.
+        entry: The recovery: its name, options, facts, settings and data.
+        warnings: Its warnings.
+        measured: What it took.
+    """
+    earlier = report["measured"].get("recovered", [])
+    return {
+        **{name: value for name, value in report.items() if name not in ("recovered", "measured")},
+        "warnings": list(dict.fromkeys([*report["warnings"], *warnings])),
+        "evaluation": [],
+        "recovered": [*report.get("recovered", []), dict(entry)],
+        "measured": {**report["measured"], "recovered": [*earlier, {**measured, "machine": machine()}]},
     }
 
 

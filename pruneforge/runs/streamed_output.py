@@ -82,6 +82,8 @@ class StreamedOutput(Output):
         if report is None:
             return False
         other = difference(report.get("identity", {}), json.loads(json.dumps(self.identity)))
+        if report.get("recovered"):
+            other = "it was recovered afterwards"
         if other:
             raise PruneForgeError(
                 f"the finished run in {str(self.folder)!r} is another one: {other}; name another folder"

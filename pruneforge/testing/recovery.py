@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from functools import wraps
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
+from pruneforge.engine.model_recovery import PrunedModel
 from pruneforge.interfaces.adapter import Adapter, Example
 from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.metric import Metric
-from pruneforge.interfaces.recovery import Recovery
+from pruneforge.interfaces.recovery import Recovery, recovers_models
 from pruneforge.interfaces.statistics import LayerStatistics
+from pruneforge.numerics import exact_arithmetic
 from pruneforge.runs.prune import prune
-from pruneforge.testing.kit import Kit, by_name
+from pruneforge.testing.kit import CheckFunction, Kit, by_name
 from pruneforge.testing.models import examples, fresh, layers_of, readable
 
 
@@ -39,6 +45,28 @@ class _Magnitudes(Metric):
         return layer.weight.abs()
 
 
+def of_blocks(check: CheckFunction) -> CheckFunction:
+    """Return a check that passes for recoveries that change more than blocks."""
+
+    @wraps(check)
+    def run(recovery: Recovery) -> None:
+        if not recovers_models(recovery):
+            check(recovery)
+
+    return run
+
+
+def of_models(check: CheckFunction) -> CheckFunction:
+    """Return a check that passes for recoveries that change blocks alone."""
+
+    @wraps(check)
+    def run(recovery: Recovery) -> None:
+        if recovers_models(recovery):
+            check(recovery)
+
+    return run
+
+
 def pruned_weights_stay_zero(recovery: Recovery) -> None:
     """Check weights and masks at 50 % and 2:4."""
     for adapter, example in examples(each=1):
@@ -52,6 +80,7 @@ def pruned_weights_stay_zero(recovery: Recovery) -> None:
                 assert not moved, f"{moved} pruned weights of {said} are not zero"
 
 
+@of_blocks
 def models_come_nearer_to_the_dense_one(recovery: Recovery) -> None:
     """Check that outputs on the calibration data are nearer to the dense model's than without recovery."""
     for adapter, example in examples(each=1):
@@ -61,6 +90,63 @@ def models_come_nearer_to_the_dense_one(recovery: Recovery) -> None:
         assert (after - goal).norm() < (before - goal).norm(), f"{example.name} is not nearer to the dense model"
 
 
+@of_models
+def the_loss_on_the_calibration_data_falls(recovery: Recovery) -> None:
+    """Check that the mean loss is smaller than without recovery."""
+    for adapter, example in examples(each=1):
+        before, after = (_loss(adapter, example, recovered(each, example, 0.6)[0]) for each in (None, recovery))
+        assert after < before, f"the loss of {example.name} is {after:.4f}, and {before:.4f} without recovery"
+
+
+@of_models
+def one_that_was_stopped_goes_on_to_the_same_weights(recovery: Recovery) -> None:
+    """Check that a recovery which stops in the middle, and goes on in another process, ends as one that does not."""
+    for adapter, example in examples(each=1):
+        module, masks = recovered(None, example)
+        _, data = fresh(example)
+        batches = [adapter.batch(given, module) for given in data]
+
+        def train(stop: int | None, state: Path, pruned: nn.Module) -> tuple[nn.Module, int]:
+            again = copy.deepcopy(pruned)
+            site = _Stopping(again, adapter, masks, batches, torch.device("cpu"), state=state)  # noqa: B023 -- used here
+            site.left = stop
+            with exact_arithmetic(0, torch.device("cpu")):
+                try:
+                    return again, int(site.recover(recovery).facts["steps"])
+                except _Stop:
+                    return again, 0
+
+        with TemporaryDirectory() as folder:
+            whole, steps = train(None, Path(folder) / "whole", module)
+            train(max(1, 2 * steps // 3), Path(folder) / "stopped", module)
+            resumed, _ = train(None, Path(folder) / "stopped", module)
+        for name, one, two in _pairs(whole, resumed):
+            assert torch.equal(one, two), f"{name} of {example.name} differs once it was stopped"
+
+
+class _Stop(BaseException):
+    """Ends a recovery as a signal would, which no plugin may catch."""
+
+
+class _Stopping(PrunedModel):
+    """A site that ends the recovery in place of a step.
+
+    Attributes:
+        left: Steps until then; `None` for never.
+    """
+
+    left: int | None = None
+
+    def step(self, optimizer: optim.Optimizer) -> None:
+        """Take a step, or end."""
+        if self.left is not None:
+            if not self.left:
+                raise _Stop
+            self.left -= 1
+        super().step(optimizer)
+
+
+@of_blocks
 def a_dense_model_stays_as_it_is(recovery: Recovery) -> None:
     """Check that a model of which nothing is pruned changes by a thousandth at most."""
     for _, example in examples(each=1):
@@ -70,14 +156,15 @@ def a_dense_model_stays_as_it_is(recovery: Recovery) -> None:
 
 
 def stem_and_head_and_excluded_layers_stay(recovery: Recovery) -> None:
-    """Check everything outside of the blocks, and a layer that the user leaves dense."""
+    """Check a layer that the user leaves dense, and without recovery of the whole model all outside of the blocks."""
     for adapter, example in examples(each=1):
         left = layers_of(adapter, example.module)[0]
         module, _ = recovered(recovery, example, exclude=[left.name])
         inside = {id(p) for block in adapter.blocks(module) for p in block.module.parameters()}
         fixed = {id(layer.parameter) for layer in layers_of(adapter, module) if layer.name == left.name}
         for (name, one, two), parameter in zip(_pairs(module, fresh(example)[0]), module.parameters(), strict=True):
-            if id(parameter) not in inside or id(parameter) in fixed:
+            outside = id(parameter) not in inside and not recovers_models(recovery)
+            if outside or id(parameter) in fixed:
                 assert torch.equal(one, two), f"{name} of {example.name} changes, and is not the recovery's to change"
 
 
@@ -108,6 +195,15 @@ def _outputs(adapter: Adapter, module: nn.Module, data: list[Any]) -> Tensor:
     return torch.cat(outputs)
 
 
+@torch.no_grad()
+def _loss(adapter: Adapter, example: Example, module: nn.Module) -> float:
+    """Return the mean loss of a model's samples."""
+    _, data = fresh(example)
+    batches = [adapter.batch(given, module) for given in data]
+    losses = [adapter.losses(adapter.forward(module, batch), batch) for batch in batches]
+    return float(torch.cat(losses).mean())
+
+
 def _pairs(one: nn.Module, two: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
     for (name, first), second in zip(one.named_parameters(), two.parameters(), strict=True):
         yield name, first.detach(), second.detach()
@@ -117,6 +213,8 @@ KIT = Kit(
     by_name(
         pruned_weights_stay_zero,
         models_come_nearer_to_the_dense_one,
+        the_loss_on_the_calibration_data_falls,
+        one_that_was_stopped_goes_on_to_the_same_weights,
         a_dense_model_stays_as_it_is,
         stem_and_head_and_excluded_layers_stay,
         the_same_seed_gives_the_same_weights,

@@ -138,7 +138,7 @@ def test_the_sources_of_what_a_method_is_built_on_are_found_however_deep():
     inner.back = (outer, "a text")  # a circle ends
     run = replace(run_of(outer, []), refiners=(Reselected(base="magnitude"),), allocator=ByAnother())
     packages = {"pruneforge_llama", "pruneforge_magnitude", "pruneforge_ria", "pruneforge_wanda"}
-    found = plugin_sources(run, adapter)
+    found = plugin_sources([*run.parts, adapter], run.requires)
     assert packages <= found.keys()
     assert all(found[package]["distribution"] == "pruneforge-lab" for package in packages)
 

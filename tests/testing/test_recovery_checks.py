@@ -11,7 +11,11 @@ from pruneforge import Recovery, create
 from pruneforge.plugins import loaded_plugins
 from pruneforge.testing import check_recovery, parametrize_with_checks, run_checks
 
-FIRST_PARTY = [create("recovery", entry.name) for entry in loaded_plugins().registry.entries("recovery")]
+QUICK = {"perp": {"steps": 6, "lr": 3e-3, "vector_lr": 1e-2, "rank": 4, "save_every": 2}}
+FIRST_PARTY = [
+    create("recovery", entry.name, **QUICK.get(entry.name, {}))
+    for entry in loaded_plugins().registry.entries("recovery")
+]
 
 
 @parametrize_with_checks([*FIRST_PARTY, create("recovery", "reconstruct", targets="pruned", epochs=2)])
