@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pruneforge.checkpoint.durable import write_bytes, writing
+from pruneforge.checkpoint.durable import PARTIAL, write_bytes, writing
 from pruneforge.errors import PruneForgeError
 
 STATE_FILE = "recovery.state"
@@ -46,3 +46,9 @@ def load_state(path: Path) -> dict[str, Any] | None:
         reason = str(error).strip().partition("\n")[0]
         raise PruneForgeError(f"{str(path)!r} is damaged: {reason}; empty the folder and start again") from error
     return state
+
+
+def forget_state(path: Path) -> None:
+    """Remove a state, and what a process that was killed had written of one."""
+    for file in [path, *path.parent.glob(f".{path.name}.*{PARTIAL}")]:
+        file.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from pruneforge.checkpoint.journal import Journal
 from pruneforge.checkpoint.masks import load_masks, save_masks
 from pruneforge.checkpoint.reader import Checkpoint
 from pruneforge.checkpoint.skeleton import layer_locations, missing_parameters
-from pruneforge.checkpoint.state import STATE_FILE
+from pruneforge.checkpoint.state import STATE_FILE, forget_state
 from pruneforge.checkpoint.writer import Rewrite
 from pruneforge.engine.model_recovery import PrunedModel, Recovered
 from pruneforge.engine.processes import Group
@@ -55,7 +55,7 @@ def keep_facts(run: Run, recovered: Recovered) -> None:
 def forget_recovery(folder: Path) -> None:
     """Remove what an unfinished recovery left in an output folder."""
     shutil.rmtree(folder / COMPLETE, ignore_errors=True)
-    (folder / STATE_FILE).unlink(missing_ok=True)
+    forget_state(folder / STATE_FILE)
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Training:
                 for path in sorted(complete.iterdir(), key=lambda path: path.name == "config.json"):
                     path.replace(folder / path.name)
                 complete.rmdir()
-            state.unlink(missing_ok=True)
+            forget_state(state)
             sync(folder)
         return Recovered(frozenset(), noted["facts"], noted["warnings"])
 

@@ -71,7 +71,30 @@ class Wide(Solving):
         assert next(site.block.module.parameters()).dtype == torch.float64, "it wants float64"
 
 
+class Ascending(Recovery):
+    def recover_model(self, site):
+        norms = [name for name, parameter in site.parameters().items() if parameter.dim() == 1]
+        site.write({name: 5 * site.parameters()[name] for name in norms})
+
+
+class Forgetful(Recovery):
+    """Saves how far it came, and not what it trained."""
+
+    def recover_model(self, site):
+        vectors = {name: p.clone() for name, p in site.parameters().items() if p.dim() == 1}
+        vectors = {name: vector.float().requires_grad_() for name, vector in vectors.items()}
+        optimizer = torch.optim.Adam(vectors.values(), lr=1e-3)
+        done = (site.restored() or {"steps": 0})["steps"]
+        for step, batch in zip(range(done, 6), site.batches(done), strict=False):
+            site.backward(site.losses(batch, vectors).mean())
+            site.step(optimizer)
+            site.checkpoint({"steps": step + 1})
+        site.write(vectors)
+
+
 BROKEN = {
+    Ascending: {"the loss on the calibration data falls"},
+    Forgetful: {"one that was stopped goes on to the same weights"},
     Scaling: {"models come nearer to the dense one"},
     Restless: {"a dense model stays as it is"},
     Reaching: {"stem and head and excluded layers stay"},
