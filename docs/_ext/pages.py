@@ -24,7 +24,7 @@ import pruneforge
 
 # The only internal names that the documentation needs.
 from pruneforge.cli import app
-from pruneforge.interfaces.recipe import EvalRecipe, PruneRecipe
+from pruneforge.interfaces.recipe import EvalRecipe, PruneRecipe, RecoverRecipe
 from pruneforge.interfaces.registry import plural
 from pruneforge.runs.resources import Resources
 from pruneforge.studies.grids import pattern_name
@@ -109,7 +109,7 @@ def _records(command: Any, context: Any) -> list[tuple[str, str]]:
 def recipes(body: str) -> str:
     """Return the settings of the recipes, and of the resources beside them."""
     parts = []
-    for title, model in (("prune", PruneRecipe), ("eval", EvalRecipe)):
+    for title, model in (("prune", PruneRecipe), ("recover", RecoverRecipe), ("eval", EvalRecipe)):
         parts += [f"## Settings of `pruneforge {title}`", _settings(model)]
     parts += [
         "## Resources of `pruneforge prune`",

@@ -18,15 +18,18 @@ SUBSETS = get_args(Subset)
 
 
 class Perp(Recovery):
-    """Parameter-efficient retraining (Zimmer et al., "PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs").
+    """Parameter-efficient retraining.
+
+    Zimmer, Andoni, Spiegel and Pokutta, "PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs", 2023,
+    section 3.
 
     Trained are subsets of the parameters, by AdamW without weight decay, down the model's loss, with a learning rate
     that rises over the first tenth of the steps and then falls linearly to zero:
 
     - `biases`: the vectors called biases; `norms`: those of normalisations;
     - `masklora`: `W + s (B A) * M` for each pruned layer, with its mask M, A [rank, in], B [out, rank], s = alpha/rank;
-    - `scalelora`: `W * (1 + s B A)`, which is HiRA's form (Huang et al., 2025, "HiRA"). The paper's `W * (B A)` with
-      all factors `1/sqrt(rank)` is the same function, but its equal columns stay equal;
+    - `scalelora`: `W * (1 + s B A)`, which is HiRA's form (Huang et al., 2025, "HiRA") of the paper's `W * (B A)`. Both
+      start at W, but the factors of the paper's form start equal, and so their ranks are never told apart;
     - `head`: ordinary LoRA on the layer that makes the logits. A head that shares its weight is left out, and said so.
 
     A starts as in LoRA (Hu et al., 2022), B at zero. Everything is merged into the weights: the model keeps its shape

@@ -64,6 +64,7 @@ def _settings(report: Mapping[str, Any]) -> dict[str, str]:
     return {
         "base model": code(recipe["model"]),
         **{name: _part(part) for name, part in parts.items() if part is not None},
+        **({"recovered by": ", ".join(map(_part, report["recovered"]))} if report.get("recovered") else {}),
         **({"refined by": ", ".join(map(_part, refiners))} if refiners else {}),
         "pattern": markdown(report["pattern"]["pattern"] + (f", compared within each {scope}" if scope else "")),
         "sparsity": f"{sparsity['reached']:.2%} of {sparsity['weights']:,} weights in {len(report['layers'])} layers",

@@ -60,7 +60,7 @@ def estimate(
     """Estimate what `prune` with the same arguments would take; nothing is written or changed.
 
     One block is read, calibrated with one batch and scored; the rest is extrapolated. For a folder or hub id, a run
-    with an output is assumed.
+    with an output is assumed. Recovery of the whole model is left out.
 
     Args:
         model: As for `prune`.

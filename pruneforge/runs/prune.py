@@ -85,7 +85,7 @@ def prune(  # noqa: D417 -- the settings are described where they are declared
             the same.
         refine: Names of refiners, or `Refiner` objects, which change each mask after the metric, in this order.
         recover: Name of a recovery, or a `Recovery`, which changes the remaining weights of each block once it is
-            pruned.
+            pruned, or of the whole model in the end; that is then held in memory whole, in one process.
         objective: Name of an objective, or an `Objective`, the loss whose gradients metrics use; by default the one
             that the model was trained for.
         streams: Further calibration data by name, each as `calibration`, for methods that require `On(NAME, ...)`.

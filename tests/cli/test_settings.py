@@ -16,7 +16,7 @@ import pruneforge
 from pruneforge.cli import app
 from pruneforge.cli.fields import fields_of
 from pruneforge.cli.settings import SettingsCommand, settings
-from pruneforge.interfaces.recipe import EvalRecipe, PruneRecipe
+from pruneforge.interfaces.recipe import EvalRecipe, PruneRecipe, RecoverRecipe
 from pruneforge.runs.resources import Resources
 
 CALIBRATED = ("--sparsity", "0.5", "--calibration", "python-docs", "--samples", "4", "--seqlen", "64")
@@ -27,7 +27,12 @@ def run(*arguments: object, application: typer.Typer = app):
 
 
 @pytest.mark.parametrize(
-    ("function", "models"), [(pruneforge.prune, (PruneRecipe, Resources)), (pruneforge.evaluate, (EvalRecipe,))]
+    ("function", "models"),
+    [
+        (pruneforge.prune, (PruneRecipe, Resources)),
+        (pruneforge.recover, (RecoverRecipe,)),
+        (pruneforge.evaluate, (EvalRecipe,)),
+    ],
 )
 def test_python_takes_every_setting_with_its_default_and_documents_it(function, models):
     parameters = inspect.signature(function).parameters
@@ -37,7 +42,7 @@ def test_python_takes_every_setting_with_its_default_and_documents_it(function, 
             if name == "plugins":  # a property of the process in Python
                 continue
             assert name in parameters, f"{function.__name__} lacks {name}"
-            if name not in ("model", "metric", "task"):
+            if not field.is_required():
                 default = parameters[name].default
                 assert (default or None) == (field.get_default(call_default_factory=True) or None), name
             takes_objects = ("allocator", "refine", "recover", "objective", "streams")

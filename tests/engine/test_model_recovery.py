@@ -18,6 +18,7 @@ import pruneforge
 from pruneforge import Objective, PruneForgeError, Recovery
 from pruneforge.checkpoint.journal import Journal
 from pruneforge.engine.model_recovery import PrunedModel
+from pruneforge.runs.card import model_card
 
 QUICK = {"steps": 6, "save_every": 2, "rank": 4, "lr": 3e-3, "vector_lr": 1e-2}
 PERP = {"recover": "perp", "recover_options": QUICK}
@@ -55,7 +56,7 @@ def stopped_at(monkeypatch, step):
 
 
 @pytest.mark.parametrize(("sparsity", "pattern"), [(0.6, None), (None, "2:4")])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_zeros_and_excluded_layers_stay_in_memory_and_streamed(sparsity, pattern, dtype, model, tmp_path):
     asked = ("magnitude", sparsity, pattern, batches())
     settings = {"dtype": dtype, "exclude": ["*.0.*.down_proj"]}
@@ -140,6 +141,7 @@ def test_what_was_pruned_before_is_recovered_as_in_one_run(model, tmp_path):
         name: together.report["recovery"][name] for name in ("name", "steps", "trained", "subsets")
     }
     assert entry["recipe"]["recover_options"] == QUICK
+    assert "| recovered by | `perp` (" in model_card(report, "tiny")
     again = pruneforge.recover(found.folder, "perp", batches(), output=tmp_path / "twice", recover_options=QUICK)
     assert len(again.report["recovered"]) == 2
     assert all(torch.equal(again.masks[name], mask) for name, mask in pruned.masks.items())
@@ -385,7 +387,7 @@ def test_several_processes_are_refused_before_anything_is_loaded(checkpoint, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_a_trained_model_wins_back_much_of_what_pruning_lost(checkpoint, little_text, monkeypatch):
+def test_a_trained_model_wins_back_much_of_what_pruning_lost(checkpoint):
     asked = (checkpoint, "magnitude", 0.6, None, "python-docs")
     data = {"samples": 48, "seqlen": 128}
 
