@@ -50,6 +50,20 @@ def test_in_memory_masks_are_those_of_the_cpu_and_the_model_returns(metric, case
     assert_same(found.masks, expected.masks)
 
 
+def test_a_whole_model_recovers_there(request):
+    options = {"steps": 3, "rank": 4, "train": ["norms", "head", "masklora"]}
+    asked = ("magnitude", 0.5, None, tokens().split(3))
+    expected = pruneforge.prune(small(), *asked, recover="perp", recover_options=options)
+    request.getfixturevalue("device")
+    found = pruneforge.prune(small(), *asked, recover="perp", recover_options=options)
+    assert waits
+    assert found.report["recovery"] == expected.report["recovery"]
+    pairs = zip(found.model.parameters(), expected.model.parameters(), strict=True)
+    assert all(not isinstance(one.data, OnDevice) and one.shape == two.shape for one, two in pairs)
+    for layer, mask in found.masks.items():
+        assert not found.model.get_submodule(layer).weight.masked_fill(mask, 0).any()
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_streamed_files_are_those_of_the_cpu(metric, tmp_path, request):
     small().save_pretrained(tmp_path / "model", max_shard_size="200KB")
