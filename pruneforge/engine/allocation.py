@@ -91,7 +91,9 @@ def _allocation(
 
 
 def within_budget(asked: Mapping[str, float], layers: Sequence[Layer], pattern: Pattern) -> dict[str, int]:
-    """Return how many steps of a pattern each layer is pruned by, so that together they meet its sparsity exactly.
+    """Return how many steps of a pattern each layer is pruned by, so that together they meet its sparsity.
+
+    They fall short of it by less than the smallest step of a layer that has one left: by none if a step is a weight.
 
     A step is the fewest weights that the pattern prunes of a layer at a time: one, one of each row, or one of each
     group. The sparsities asked for are shifted by the same amount until their sum is right, and rounded down; what is
@@ -119,11 +121,13 @@ def within_budget(asked: Mapping[str, float], layers: Sequence[Layer], pattern: 
     exact = {name: share * sizes[name] / steps[name][1] for name, share in wanted(high).items()}
     whole = {name: int(value + 1e-9) for name, value in exact.items()}
     left = budget - sum(whole[name] * each for name, (_, each) in steps.items())
-    for name in sorted(exact, key=lambda name: (whole[name] - exact[name], name)):
-        most, each = steps[name]
-        if each <= left and whole[name] < most:
-            whole[name] += 1
-            left -= each
+    order = sorted(exact, key=lambda name: (whole[name] - exact[name], name))
+    # Again while a step fits: where steps differ in size, only layers that had one already may be small enough.
+    while fitting := [name for name in order if steps[name][1] <= left and whole[name] < steps[name][0]]:
+        for name in fitting:
+            if steps[name][1] <= left:
+                whole[name] += 1
+                left -= steps[name][1]
     return whole
 
 

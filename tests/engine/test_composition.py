@@ -86,7 +86,7 @@ def test_the_budget_is_met_to_the_last_step(shapes, sparsity, shares, pattern):
     assert all(0 <= allocation[name] <= most for name, (most, _) in steps.items())
     assert pruned <= budget
     room = [each for name, (most, each) in steps.items() if allocation[name] < most]
-    assert not room or budget - pruned < max(room)
+    assert not room or budget - pruned < min(room)
     for layer in layers:
         own = asked_pattern.at(allocation[layer.name], layer.shape)
         mask = own.select(torch.rand(layer.shape))
@@ -143,7 +143,7 @@ def test_streaming_gives_what_a_run_in_memory_gives(metric, propagate, model, tm
     assert [refiner["name"] for refiner in found.report["refiners"]] == ["sparseswaps"]
 
 
-@pytest.mark.parametrize("pattern", [0.6, "8:16"])
+@pytest.mark.parametrize("pattern", [0.6, "2:4", "8:16"])
 @pytest.mark.parametrize(("metric", "allocator"), itertools.product(["wanda", "sparsegpt"], ALLOCATORS))
 def test_every_allocator_keeps_the_budget_and_is_the_same_streamed(metric, allocator, pattern, model, tmp_path):
     sparsity, text = (None, pattern) if isinstance(pattern, str) else (pattern, None)
@@ -153,11 +153,12 @@ def test_every_allocator_keeps_the_budget_and_is_the_same_streamed(metric, alloc
     assert all(torch.equal(found.masks[name], mask) for name, mask in expected.masks.items())
     sizes = [mask.numel() for mask in found.masks.values()]
     left = pruned_count(sum(sizes), 0.5 if text else 0.6) - sum(int((~mask).sum()) for mask in found.masks.values())
-    if text:  # the steps are one weight of each group
-        assert 0 <= left < max(sizes) // 16
-    else:  # one weight of each row; SparseGPT rounds down in each of the two column blocks of the three wide layers
-        assert 0 <= left <= {"wanda": 63, "sparsegpt": 3}[metric]
-    assert len({layer["sparsity"] for layer in found.report["layers"].values()}) > 1
+    if text:
+        assert left == 0
+    else:  # a step is a weight of each row, of 32 at least; SparseGPT rounds down in the column blocks of three layers
+        assert 0 <= left <= {"wanda": 31, "sparsegpt": 3}[metric]
+    if text != "2:4":  # steps of a quarter are too coarse for most allocations
+        assert len({layer["sparsity"] for layer in found.report["layers"].values()}) > 1
 
 
 @pytest.mark.parametrize(("at", "allocator"), [(0, "owl"), *((1, name) for name in ALLOCATORS)])
