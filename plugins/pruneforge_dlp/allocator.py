@@ -19,8 +19,8 @@ class DLP(Allocator):
     importance `1 - u_b / sum u`. Densities rise linearly with importance, `2 lam` from the least to the most, and are
     shifted so that their mean over blocks is `1 - sparsity`; all layers of a block have the same. The sum thus cancels.
 
-    Of an even number of scores the median is the lower one of the middle. The mapping is OWL's, and the default of
-    `lam` too.
+    The paper's code was not at hand: the norm of the scores, the mapping and the default of `lam` are OWL's. Of an even
+    number of scores the median is the lower one of the middle.
     """
 
     requires = (ColumnSquares,)

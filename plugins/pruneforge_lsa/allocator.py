@@ -24,9 +24,10 @@ class LSA(Allocator):
     it, over a range of `[sparsity - b, sparsity + b]` that is shifted to the mean. The sum thus cancels.
 
     The paper's code was not at hand: that rows are pruned apart, that a block's E is the sum of its layers', the linear
-    map and the default of `b` are derived here. So is the sign, by which a high error means redundancy: with Wanda at
-    70 %, the demo's language model has a perplexity of 100 with it, 115 if all layers are alike, and 184 with the other
-    sign, `redundant="low"`.
+    map and the default of `b` are derived here. That a high error means redundancy is taken from the formula of I as
+    others quote it; `redundant="low"` turns it round. With Wanda at 70 %, over three draws of calibration data, the
+    demo's language model has a perplexity of 99 to 100 with blocks, 111 to 117 with layers, 115 to 118 if all layers
+    are alike, and with the sign turned 184 to 191 and 125 to 128: of single layers, no clear gain.
     """
 
     requires = (Gram,)
