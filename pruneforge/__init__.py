@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from pruneforge.interfaces.summaries import Gram as Gram
     from pruneforge.interfaces.summaries import OutputSquares as OutputSquares
     from pruneforge.plugins import create as create
+    from pruneforge.runs.apply import apply as apply
     from pruneforge.runs.estimate import Estimate as Estimate
     from pruneforge.runs.estimate import estimate as estimate
     from pruneforge.runs.evaluate import evaluate as evaluate
@@ -131,6 +132,7 @@ _MODULES = {
         "OutputSquares",
     ),
     "plugins": ("create",),
+    "runs.apply": ("apply",),
     "runs.estimate": ("Estimate", "estimate"),
     "runs.evaluate": ("evaluate",),
     "runs.inspect": ("diff", "inspect"),

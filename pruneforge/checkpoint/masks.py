@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from torch import Tensor
 
 from pruneforge.checkpoint import reader
@@ -65,42 +64,68 @@ def save_masks(masks: Mapping[str, Tensor], folder: Path, permutations: Mapping[
 
 def masks_file(masks: Mapping[str, Tensor], permutations: Mapping[str, Tensor]) -> bytes:
     """Return the content of a file of masks, boolean [out, in], and permutations of columns [in], by layer name."""
-    shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    return save(packed(masks, permutations), metadata=_metadata(shapes))
+    shapes = {name: (mask.shape[0], mask.shape[1]) for name, mask in masks.items()}
+    header, _ = masks_header(shapes, bool(permutations))  # the library's own orders the metadata at random
+    return b"".join([header, *(array.tobytes() for array in packed(masks, permutations).values())])
 
 
-def load_masks(folder: Path) -> dict[str, Tensor]:
-    """Read masks from `folder`, boolean [out, in] by layer name.
+def load_masks(path: Path) -> dict[str, Tensor]:
+    """Read masks, boolean [out, in] by layer name.
+
+    Args:
+        path: The output of a pruning run, or the file of its masks.
 
     Raises:
-        PruneForgeError: The folder has no masks, or their file is damaged.
+        PruneForgeError: There are no masks, or their file is damaged.
     """
-    with _opened(folder) as (file, shapes):
-        return {
-            name: torch.from_numpy(np.unpackbits(file.get_tensor(name), count=int(np.prod(shape)))).bool().view(shape)
-            for name, shape in shapes.items()
-        }
+    with _opened(path) as (file, shapes):
+        return {name: _unpacked(file, name, shape) for name, shape in shapes.items()}
 
 
-def load_permutations(folder: Path) -> dict[str, Tensor]:
+def load_mask(path: Path, layer: str) -> Tensor:
+    """Read the mask of one layer, boolean [out, in]; path and errors as for `load_masks`."""
+    with _opened(path) as (file, shapes):
+        return _unpacked(file, layer, shapes[layer])
+
+
+def load_permutations(path: Path, layer: str | None = None) -> dict[str, Tensor]:
     """Read the order of columns, int64 [in], in which masks fit N:M, by layer name; empty if it is their own.
 
+    Args:
+        path: The output of a pruning run, or the file of its masks.
+        layer: The only layer to read, if not all.
+
     Raises:
-        PruneForgeError: The folder has no masks, or their file is damaged.
+        PruneForgeError: There are no masks, or their file is damaged.
     """
-    with _opened(folder) as (file, shapes):
+    with _opened(path) as (file, shapes):
         there = set(file.keys())
-        return {
-            name: torch.from_numpy(file.get_tensor(name + ORDER)).long() for name in shapes if name + ORDER in there
-        }
+        asked = shapes if layer is None else [layer]
+        return {name: torch.from_numpy(file.get_tensor(name + ORDER)).long() for name in asked if name + ORDER in there}
+
+
+def mask_shapes(path: Path) -> dict[str, tuple[int, int]]:
+    """Read the shape (out, in) of each mask, by layer name; path and errors as for `load_masks`."""
+    with _opened(path) as (_, shapes):
+        return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
+
+
+def _unpacked(file: Any, name: str, shape: Sequence[int]) -> Tensor:
+    bits = np.unpackbits(file.get_tensor(name), count=int(np.prod(shape)))
+    return torch.from_numpy(bits).bool().view(*shape)
+
+
+def file_of(path: Path) -> Path:
+    """Return the file of masks that `path` is or, as a folder, holds; there need not be one."""
+    return path / MASKS_FILE if path.is_dir() else path
 
 
 @contextmanager
-def _opened(folder: Path) -> Iterator[tuple[Any, dict[str, list[int]]]]:
-    """Open the file of masks in `folder`, with the shape of each, by layer name."""
-    path = folder / MASKS_FILE
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, list[int]]]]:
+    """Open a file of masks, with the shape of each, by layer name."""
+    path, asked = file_of(path), path
     if not path.is_file():
-        raise PruneForgeError(f"{str(folder)!r} holds no {MASKS_FILE}; it is not the output of a pruning run")
+        raise PruneForgeError(f"{str(asked)!r} holds no {MASKS_FILE}; it is not the output of a pruning run")
     try:
         with safe_open(path, "numpy") as file:
             yield file, json.loads(file.metadata()["shapes"])

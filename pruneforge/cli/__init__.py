@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from pruneforge.cli import (
+    apply,
     check,
     common,
     compare,
@@ -64,6 +65,7 @@ app.command(cls=recover.Command, epilog=recover.EXAMPLES)(recover.recover)
 app.command(cls=evaluate.Command, name="eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(cls=compare.Command, epilog=compare.EXAMPLES)(compare.compare)
 app.command(cls=sweep.Command, epilog=sweep.EXAMPLES)(sweep.sweep)
+app.command(cls=settings.SettingsCommand, epilog=apply.EXAMPLES)(apply.apply)
 app.command(cls=settings.SettingsCommand, epilog=inspect.INSPECT_EXAMPLES)(inspect.inspect)
 app.command(cls=settings.SettingsCommand, epilog=inspect.DIFF_EXAMPLES)(inspect.diff)
 app.command(cls=settings.SettingsCommand, epilog=push.EXAMPLES)(push.push)

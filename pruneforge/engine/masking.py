@@ -100,6 +100,7 @@ class Applier:
             notes.append(f"no calibration token reached {len(left)} layers, which stay dense: {', '.join(left)}")
         run.warnings += notes
         run.pruned.update(pruned)
+        run.updated |= updated
         if run.scope == "block":
             check_count(run, pruning, sum(pruned.values()), f"block {block.name!r}")
         measured = details.measured() if details is not None else {}

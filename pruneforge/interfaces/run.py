@@ -96,6 +96,8 @@ class Run:
         finished: Number of blocks, from the first, that an earlier process of the same run has finished.
         pruned: Number of pruned weights of each finished layer, by full name. The masks are in each block's
             `BlockResult`; a mask is never inferred from zeros.
+        updated: Names of the finished blocks' layers and other parameters of which more than zeros changed.
+        origin: Where masks that were given come from, for the report.
         details: What was measured of each finished layer, by full name.
         activations: Peak bytes of stored hidden states, by place (device, host, disk).
         allocation: With an allocator, how many of its pattern's steps each layer is pruned by, once that is known.
@@ -123,6 +125,8 @@ class Run:
     output: Output = field(default_factory=Output)
     finished: int = 0
     pruned: dict[str, int] = field(default_factory=dict)
+    updated: set[str] = field(default_factory=set)
+    origin: dict[str, Any] | None = None
     details: dict[str, dict[str, Any]] = field(default_factory=dict)
     activations: dict[str, int] = field(default_factory=dict)
     gradient_cache: dict[str, int] = field(default_factory=dict)

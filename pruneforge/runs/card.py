@@ -41,6 +41,7 @@ def model_card(report: Mapping[str, Any], title: str) -> str:
         warnings="".join(["\n## Warnings\n\n", *(f"- {markdown(text)}\n" for text in report["warnings"])])
         if report["warnings"]
         else "",
+        repeat=_filled("repeat_masks.md" if "masks" in report else "repeat_run.md").rstrip(),
     )
 
 

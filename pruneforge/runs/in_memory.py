@@ -14,7 +14,6 @@ from pruneforge.engine.loop import prune_blocks
 from pruneforge.engine.residency import InMemory
 from pruneforge.interfaces.recovery import recovers_models
 from pruneforge.interfaces.run import BlockResult, Output, Run
-from pruneforge.runs import provenance
 from pruneforge.runs.recovering import Training, keep_facts
 from pruneforge.runs.result import PruneResult
 from pruneforge.runs.session import Session
@@ -47,7 +46,6 @@ def prune_in_memory(session: Session, run: Run) -> PruneResult:
     if run.folder is not None:
         check_output(run.folder)
     loaded = session.loaded
-    session.fingerprint = provenance.fingerprint(loaded.module)
     run.output = kept = Masks()
     with run.profile.stage("total"):
         residency = InMemory(loaded.module, run.blocks, session.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,12 @@ class Job:
     resources: Resources
     plugins: Plugins
 
-    def run(self) -> list[PruneResult]:
-        """Prune, and return a result for each run."""
+    def run(self, begin: Callable[[Session], object] | None = None) -> list[PruneResult]:
+        """Prune, and return a result for each run.
+
+        Args:
+            begin: Called once the model is known, in every process, before anything is changed or written.
+        """
         streamed = self.runs[0].folder is not None and not isinstance(self.model, nn.Module)
         if not streamed:
             self._refuse_what_streams("that takes a folder or hub id and an output")
@@ -85,9 +89,14 @@ class Job:
                 session.profile.watching(),
                 one_line_for_full_devices(),
             ):
-                if session.loaded.checkpoint is not None:
+                streams = session.loaded.checkpoint is not None
+                if not streams:
+                    self._refuse_what_streams(session.loaded.note or "this one is not")
+                session.identify()
+                if begin is not None:
+                    begin(session)
+                if streams:
                     return prune_streamed(session)
-                self._refuse_what_streams(session.loaded.note or "this one is not")
                 with session.observed(self.runs):
                     return [prune_in_memory(session, self.runs[0])]
 

@@ -67,6 +67,7 @@ def make_report(
             "scope": getattr(run.pattern, "scope", None) if run.metric.scope else None,
         },
         **_composition(run),
+        **({"masks": run.origin} if run.origin is not None else {}),
         "model": {
             "reference": model.reference,
             "on_hub": hub_id(run.recipe.model) is not None,
@@ -80,6 +81,7 @@ def make_report(
         "sparsity": {"weights": weights, "pruned": pruned, "reached": round(pruned / weights, 6)},
         "layers": layers,
         "excluded": [layer.name for layer in run.excluded],
+        "updated": sorted(run.updated),
         "warnings": run.warnings,
         "evaluation": [],
         "identity": dict(identity),

@@ -21,7 +21,7 @@ from pruneforge.interfaces.run import BlockResult, Run
 from pruneforge.memory import PeakMemory
 from pruneforge.profile import PROFILE_FILE, Profile
 from pruneforge.progress import Progress
-from pruneforge.runs import observers
+from pruneforge.runs import observers, provenance
 from pruneforge.runs.recipe_file import save_recipe
 from pruneforge.runs.report import make_report, save_report
 from pruneforge.runs.resources import Resources
@@ -76,6 +76,15 @@ class Session:
         """Return the description of the calibration data, as far as a run uses any."""
         streams = {name: self.streams[name].description for name in run.streams}
         return {**self.data.description, **({"streams": streams} if streams else {})} if run.uses_data else {}
+
+    def identify(self) -> None:
+        """Hash the dense model, before anything of it is changed."""
+        checkpoint = self.loaded.checkpoint
+        if checkpoint is None:
+            self.fingerprint = provenance.fingerprint(self.loaded.module)
+            return
+        with self.profile.stage("total"), self.profile.stage("fingerprint"):
+            self.fingerprint = self.group.gather(checkpoint.fingerprint() if self.group.first else "")[0]
 
     def rooms(self, runs: list[Run]) -> tuple[int, int]:
         """Return how many bytes of hidden states fit in host memory and on the device; see `Budgets`."""

@@ -123,6 +123,7 @@ class StreamedOutput(Output):
                 self.run.allocation = entry["allocation"]
             elif "block" in entry:
                 self.run.pruned.update(entry["pruned"])
+                self.run.updated.update(entry.get("updated", ()))
                 self.run.details.update(entry.get("details", {}))
                 self.run.warnings += entry["notes"]
                 self.run.finished += 1
@@ -243,4 +244,5 @@ class StreamedOutput(Output):
             tensors = {name: copy.on_host() for name, copy in copies.items()}
             self.rewrite.write(tensors, result.masks, result.permutations)
             entry = {"block": result.index, "pruned": result.pruned, "notes": result.notes}
-            self._journal.append({**entry, "details": result.details} if result.details else entry)
+            further = {"updated": sorted(result.updated), "details": result.details}
+            self._journal.append({**entry, **{name: value for name, value in further.items() if value}})

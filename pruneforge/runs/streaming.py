@@ -28,10 +28,6 @@ def prune_streamed(session: Session) -> list[PruneResult]:
     Raises:
         PruneForgeError: As `pruneforge.prune` says.
     """
-    checkpoint, group = session.loaded.checkpoint, session.group
-    assert checkpoint is not None
-    with session.profile.stage("total"), session.profile.stage("fingerprint"):
-        session.fingerprint = group.gather(checkpoint.fingerprint() if group.first else "")[0]
     outputs = [StreamedOutput(session, run, run_identity(session, run)) for run in session.runs]
     unfinished = [output for output in outputs if not (session.resources.resume and output.is_finished())]
     if unfinished:
@@ -39,7 +35,7 @@ def prune_streamed(session: Session) -> list[PruneResult]:
     dtype = session.runs[0].recipe.dtype
     return [
         PruneResult(
-            (output.run.report or output.finished_report() or {}) if group.first else {},
+            (output.run.report or output.finished_report() or {}) if session.group.first else {},
             output.folder,
             dtype=dtype,
             profile=session.profile if output in unfinished else None,
