@@ -82,6 +82,10 @@ if TYPE_CHECKING:
     from pruneforge.runs.prune import prune_each as prune_each
     from pruneforge.runs.recover import recover as recover
     from pruneforge.runs.result import PruneResult as PruneResult
+    from pruneforge.runs.zeros import KeptZeros as KeptZeros
+    from pruneforge.runs.zeros import check_zeros as check_zeros
+    from pruneforge.runs.zeros import keep_zeros as keep_zeros
+    from pruneforge.runs.zeros import merge_under_masks as merge_under_masks
     from pruneforge.studies.compare import compare as compare
     from pruneforge.studies.push import push as push
 
@@ -139,6 +143,7 @@ _MODULES = {
     "runs.prune": ("load", "prune", "prune_each"),
     "runs.recover": ("recover",),
     "runs.result": ("PruneResult",),
+    "runs.zeros": ("KeptZeros", "check_zeros", "keep_zeros", "merge_under_masks"),
     "studies.compare": ("compare",),
     "studies.push": ("push",),
 }
