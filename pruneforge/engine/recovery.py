@@ -136,6 +136,29 @@ class PrunedBlock(Site):
         batch, hidden, target, args, kwargs = self._group.from_owner(parts, owner, device)
         return batch, self._widened(hidden), self._widened(target), Call(self._widened(args), self._widened(kwargs))
 
+    @contextmanager
+    def substituted(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Run the block with other weights within the context."""
+        layers = {layer.name: layer for layer in self.block.layers}
+        whole: dict[int, Tensor] = {}  # by parameter, which may hold the weights of several layers
+        for name, weight in weights.items():
+            parameter = layers[name].parameter
+            values = whole.setdefault(id(parameter), parameter.clone())
+            layers[name].view(values).copy_(weight)
+        homes = [
+            (module, name, parameter)
+            for module in self.block.module.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None and id(parameter) in whole
+        ]
+        for module, name, parameter in homes:
+            module._parameters[name] = whole[id(parameter)]  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for module, name, parameter in homes:
+                module._parameters[name] = parameter
+
     def step(self, optimizer: optim.Optimizer, loss: Tensor) -> None:
         """Take one step without moving pruned weights."""
         optimizer.zero_grad(set_to_none=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 from torch import Tensor, nn, optim
@@ -74,8 +75,22 @@ class Site(ABC):
         """
 
     @abstractmethod
+    def substituted(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Run the block with other weights within the context, such as functions of parameters of one's own.
+
+        `Passing.output` is then differentiable in what they were made of. The block's own are untouched: at the end,
+        write what was learned with `layer.write`.
+
+        Args:
+            weights: Weights [out, in] by layer name, for any of the block's layers; pruned ones are to be zero.
+        """
+
+    @abstractmethod
     def step(self, optimizer: optim.Optimizer, loss: Tensor) -> None:
-        """Take one step of an optimizer of `parameters()` down a loss, without moving pruned weights."""
+        """Take one step of an optimizer down a loss, without moving pruned weights.
+
+        It may be of `parameters()`, or of others that the loss depends on, as with `substituted`.
+        """
 
 
 class ModelSite(ABC):

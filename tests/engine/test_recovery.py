@@ -370,8 +370,9 @@ def test_the_command_line_takes_a_recovery_with_its_options(checkpoint, tmp_path
         *asked, "--recover", "reconstruct", "--lr", "0.02", "--epochs", 2, "--output", tmp_path / "a"
     )
     assert first.exit_code == 0, first.output
-    options = {"lr": 0.02, "epochs": 2, "targets": "dense"}
-    assert pruneforge.load(tmp_path / "a").report["recovery"] == {"name": "reconstruct", "options": options}
+    used = pruneforge.load(tmp_path / "a").report["recovery"]
+    assert used["name"] == "reconstruct"
+    assert {"lr": 0.02, "epochs": 2, "targets": "dense"}.items() <= used["options"].items()
     again = commands.invoke("prune", checkpoint, "--config", tmp_path / "a" / "recipe.yaml", "--output", tmp_path / "b")
     assert again.exit_code == 0, again.output
     assert (tmp_path / "b" / "model.safetensors").read_bytes() == (tmp_path / "a" / "model.safetensors").read_bytes()
