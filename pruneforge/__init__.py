@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pruneforge.interfaces.adapter import LoadedModel as LoadedModel
     from pruneforge.interfaces.adapter import Skeleton as Skeleton
     from pruneforge.interfaces.allocator import Allocator as Allocator
+    from pruneforge.interfaces.allocator import Trials as Trials
     from pruneforge.interfaces.batch import Batch as Batch
     from pruneforge.interfaces.demo import Demo as Demo
     from pruneforge.interfaces.evaluator import Evaluator as Evaluator
@@ -96,7 +97,7 @@ _MODULES = {
     "data.text": ("TextSource",),
     "errors": ("PruneForgeError",),
     "interfaces.adapter": ("Adapter", "Block", "Example", "LoadedModel", "Skeleton"),
-    "interfaces.allocator": ("Allocator",),
+    "interfaces.allocator": ("Allocator", "Trials"),
     "interfaces.batch": ("Batch",),
     "interfaces.demo": ("Demo",),
     "interfaces.evaluator": ("Evaluator", "Subject"),

@@ -18,7 +18,7 @@ from pruneforge.engine.masking import reached
 from pruneforge.engine.stream import BlockStatistics, Flow, Streams
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Block
-from pruneforge.interfaces.allocator import measures_blocks
+from pruneforge.interfaces.allocator import Allocator, measures_blocks
 from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.patterns import Pattern, pruned_count
 from pruneforge.interfaces.run import Run, needed_to_allocate
@@ -59,7 +59,7 @@ def allocate(
                     for run, measures in measured:
                         measures[block.name] = _measured(run, block, stats, chain.residency.device)
                 streams.advance(index)
-    sizes = {block.name: {layer.name: layer.size for layer in block.layers} for block in chain.blocks}
+    sizes = sizes_of(chain.blocks)
     layers = [layer for block in chain.blocks for layer in block.layers]
     for run, measures in waiting:
         allocation: dict[str, int] = {}
@@ -82,12 +82,27 @@ def _allocation(
     who = f"allocator {allocator.name!r}"
     seed_for(run.seed, "allocate", torch.device("cpu"))
     asked = named(who, "to allocate", lambda: allocator.allocate(measures, sizes, run.pattern.sparsity))
+    return steps_of(asked, allocator, layers, run.pattern)
+
+
+def sizes_of(blocks: Sequence[Block]) -> dict[str, dict[str, int]]:
+    """Return the number of weights of each block's layers, by name."""
+    return {block.name: {layer.name: layer.size for layer in block.layers} for block in blocks}
+
+
+def steps_of(asked: object, allocator: Allocator, layers: Sequence[Layer], pattern: Pattern) -> dict[str, int]:
+    """Return what an allocator asked for as steps of a pattern; see `within_budget`.
+
+    Raises:
+        PruneForgeError: It leaves out a layer, or returns something that is not a sparsity.
+    """
+    who = f"allocator {allocator.name!r}"
     if not isinstance(asked, Mapping):
         raise PruneForgeError(
             f"{who} returned {type(asked).__name__}; it must return a mapping of layers to sparsities"
         )
     _check(allocator.name, asked, layers)
-    return within_budget(asked, layers, run.pattern)
+    return within_budget(asked, layers, pattern)
 
 
 def within_budget(asked: Mapping[str, float], layers: Sequence[Layer], pattern: Pattern) -> dict[str, int]:

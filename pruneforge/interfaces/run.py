@@ -101,6 +101,7 @@ class Run:
         details: What was measured of each finished layer, by full name.
         activations: Peak bytes of stored hidden states, by place (device, host, disk).
         allocation: With an allocator, how many of its pattern's steps each layer is pruned by, once that is known.
+        search: What an allocator that searches says of its search.
         threshold: Threshold over the scores of the whole model, for scope "model", once it is known.
         gradient_cache: Number of gradient statistics read from the cache, and bytes added to it.
         recovered: What the report says of the recovery of the whole model, once that is done.
@@ -131,6 +132,7 @@ class Run:
     activations: dict[str, int] = field(default_factory=dict)
     gradient_cache: dict[str, int] = field(default_factory=dict)
     allocation: dict[str, int] | None = None
+    search: dict[str, Any] = field(default_factory=dict)
     threshold: Threshold | None = None
     recovered: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] | None = None

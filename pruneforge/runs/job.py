@@ -16,6 +16,7 @@ from pruneforge.data.calibration import Calibration, Data, RawBatches, collect
 from pruneforge.engine.budget import Budgets
 from pruneforge.engine.processes import Group, joined
 from pruneforge.errors import PruneForgeError, unknown_name
+from pruneforge.interfaces.allocator import searches
 from pruneforge.interfaces.recipe import PruneRecipe
 from pruneforge.interfaces.recovery import recovers_models
 from pruneforge.interfaces.run import Run, needed_to_allocate
@@ -35,6 +36,7 @@ from pruneforge.runs.recipe_file import validated
 from pruneforge.runs.recovering import check_processes
 from pruneforge.runs.resources import Resources
 from pruneforge.runs.result import PruneResult
+from pruneforge.runs.search import search_allocations
 from pruneforge.runs.session import Session
 from pruneforge.runs.streaming import prune_streamed
 
@@ -78,8 +80,7 @@ class Job:
             if run.folder is not None and not (streamed and unfinished):
                 check_output(run.folder)
         with joined(self.device) as group:
-            for run in self.runs:
-                check_processes(run.recovery, group)
+            self._refuse_in_company(group)
             session = self.open(group, streamed)
             for run in self.runs:
                 session.hook.pruneforge_run_started(run=run)
@@ -98,6 +99,7 @@ class Job:
                 if streams:
                     return prune_streamed(session)
                 with session.observed(self.runs):
+                    search_allocations(session, self.runs)
                     return [prune_in_memory(session, self.runs[0])]
 
     def open(self, group: Group, streamed: bool) -> Session:
@@ -129,6 +131,16 @@ class Job:
                 run.warnings += used.warnings
         shared = (self.device, self.resources, group, progress, peak, self.plugins.hook)
         return Session(self.runs, loaded, data, *shared, streams)
+
+    def _refuse_in_company(self, group: Group) -> None:
+        """Reject what only one process can do."""
+        for run in self.runs:
+            check_processes(run.recovery, group)
+            if run.allocator is not None and searches(run.allocator) and group.size > 1:
+                raise PruneForgeError(
+                    f"allocator {run.allocator.name!r} searches, which takes one process, and there are {group.size}; "
+                    "search in one, and give the others the allocation that its report holds, as a file"
+                )
 
     def _refuse_what_streams(self, why: str) -> None:
         """Reject what only a streamed run can do."""

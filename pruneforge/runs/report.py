@@ -136,6 +136,7 @@ def _composition(run: Run) -> dict[str, Any]:
             "name": run.allocator.name,
             "options": run.allocator.options.model_dump(mode="json"),
             "sparsity": {layer.name: round(run.pattern_for(layer).sparsity, 6) for layer in layers},
+            **({"search": run.search} if run.search else {}),
         }
     if run.refiners:
         parts["refiners"] = [

@@ -120,7 +120,7 @@ class StreamedOutput(Output):
         entries = self._session.group.gather(self._journal.entries[1:] if self._journal is not None else [])[0]
         for entry in entries:
             if "allocation" in entry:
-                self.run.allocation = entry["allocation"]
+                self.run.allocation, self.run.search = entry["allocation"], entry.get("search", {})
             elif "block" in entry:
                 self.run.pruned.update(entry["pruned"])
                 self.run.updated.update(entry.get("updated", ()))
@@ -159,7 +159,8 @@ class StreamedOutput(Output):
     def allocated(self, allocation: dict[str, int]) -> None:
         """Note the allocation, which a resumed run does not make again."""
         if self._journal is not None:
-            self._journal.append({"allocation": allocation})
+            search = {"search": self.run.search} if self.run.search else {}
+            self._journal.append({"allocation": allocation, **search})
 
     def settle(self) -> None:
         """Wait until the last block is written."""

@@ -16,6 +16,7 @@ from pruneforge.engine.transfers import Transfers, thread_initializer
 from pruneforge.interfaces.run import Run
 from pruneforge.runs.provenance import gradient_identity, run_identity
 from pruneforge.runs.result import PruneResult
+from pruneforge.runs.search import search_allocations
 from pruneforge.runs.session import Session
 from pruneforge.runs.streamed_output import WAITING, StreamedOutput
 
@@ -54,6 +55,7 @@ def _prune(session: Session, outputs: Sequence[StreamedOutput]) -> None:
         logs.enter_context(session.observed(runs))
         for output in outputs:  # once every folder is known to take its run
             output.prepare()
+        search_allocations(session, runs)
         with session.profile.stage("total"):
             _prune_blocks(session, outputs, *rooms)
             if group.first:

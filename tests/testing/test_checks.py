@@ -19,9 +19,11 @@ def first_party():
     plugins.load_installed()
     registry = plugins.registry
     made = [registry.create(kind, entry.name) for kind in ("metric", "refiner") for entry in registry.entries(kind)]
-    made += [
-        registry.create("allocator", entry.name) for entry in registry.entries("allocator") if entry.name != "file"
-    ]
+    optionless = [entry for entry in registry.entries("allocator") if entry.name not in ("file", "search")]
+    made += [registry.create("allocator", entry.name) for entry in optionless]
+    if registry.get("allocator", "search").lacking() is None:  # of an optional library
+        task = {"task": "perplexity", "task_options": {"data": "python-docs"}}
+        made.append(registry.create("allocator", "search", task))
     made += [registry.create("metric", "gblm", {"norm": "l2"}), registry.create("metric", "gblm", {"alpha": 0})]
     made += [
         registry.create("metric", "admm", {"schedule": "constant"}),
