@@ -21,7 +21,7 @@ from pruneforge.runs.evaluate import evaluate
 from pruneforge.runs.in_memory import prune_in_memory
 from pruneforge.runs.loading import in_evaluation_mode, load_model
 from pruneforge.runs.plan import split_excluded
-from pruneforge.runs.provenance import run_identity
+from pruneforge.runs.provenance import fingerprint, run_identity
 from pruneforge.runs.session import Session
 
 BESIDE = ".search"
@@ -78,7 +78,7 @@ class PruningTrials(Trials):
         layers = [layer for block in blocks for layer in block.layers]
         trial.allocation = steps_of(allocation, self._allocator, layers, run.pattern)
         # Plugins that observe runs are told of the run that is asked for alone.
-        own = replace(session, runs=[trial], loaded=loaded, hook=Plugins().hook)
+        own = replace(session, runs=[trial], loaded=loaded, hook=Plugins().hook, fingerprint=fingerprint(loaded.module))
         with in_evaluation_mode(loaded.module):
             pruned = prune_in_memory(own, trial)
         device, dtype = str(session.device), recipe.dtype
