@@ -34,11 +34,13 @@ class Recovered:
 
     Attributes:
         changed: Full names of the parameters that it wrote.
+        updated: The same as reports name them: layers by their own names, other parameters by full names.
         facts: What the report says of it: steps, how many parameters were trained, and what the recovery adds.
         warnings: Its warnings, one line each.
     """
 
     changed: frozenset[str]
+    updated: frozenset[str]
     facts: dict[str, Any]
     warnings: list[str]
 
@@ -114,7 +116,13 @@ class PrunedModel(ModelSite):
         total = sum(parameter.numel() for parameter in self.module.parameters())
         trained = {"parameters": self._trained, "share": round(self._trained / total, 6)}
         facts = {"steps": self._steps, "trained": trained, **self._facts}
-        return Recovered(frozenset(self._written), facts, list(self._warnings))
+        return Recovered(frozenset(self._written), self._updated(), facts, list(self._warnings))
+
+    def _updated(self) -> frozenset[str]:
+        layers: dict[int, list[str]] = {}  # by parameter, which may hold the weights of several
+        for layer in self.layers:
+            layers.setdefault(id(layer.parameter), []).append(layer.name)
+        return frozenset(part for name in self._written for part in layers.get(id(self._named[name]), [name]))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return what may be replaced, by full name."""

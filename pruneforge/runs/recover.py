@@ -131,7 +131,7 @@ class _Asked:
                     recovered = training.recover_folder(source, target, journal, parse_dtype(dtype), OWN_FILES)
                 warnings += recovered.warnings
                 measured = measurements(profile, peak.read())
-                report = added(self.report, entry | recovered.facts, warnings, measured)
+                report = added(self.report, entry | recovered.facts, recovered.updated, warnings, measured)
                 with writing(self.folder):
                     if (self.source / RECIPE_FILE).is_file():
                         shutil.copyfile(self.source / RECIPE_FILE, self.folder / RECIPE_FILE)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pruneforge.checkpoint.durable import sync, writing
 from pruneforge.checkpoint.journal import Journal
-from pruneforge.checkpoint.masks import load_masks, save_masks
+from pruneforge.checkpoint.masks import load_masks, load_permutations, save_masks
 from pruneforge.checkpoint.reader import Checkpoint
 from pruneforge.checkpoint.skeleton import layer_locations, missing_parameters
 from pruneforge.checkpoint.state import STATE_FILE, forget_state
@@ -49,6 +49,7 @@ def check_processes(recovery: Recovery | None, group: Group) -> None:
 def keep_facts(run: Run, recovered: Recovered) -> None:
     """Put what became of a recovery where the report finds it."""
     run.recovered = recovered.facts
+    run.updated |= recovered.updated
     run.warnings += [text for text in recovered.warnings if text not in run.warnings]
 
 
@@ -120,7 +121,7 @@ class Training:
         noted = next((entry["recovered"] for entry in journal.entries if "recovered" in entry), None)
         if noted is None:
             shutil.rmtree(complete, ignore_errors=True)
-            masks = load_masks(source)
+            masks, permutations = load_masks(source), load_permutations(source)
             module, processor = self.adapter.load(str(source), dtype)
             recovered = self.recover(module, masks, state)
             with writing(folder):
@@ -129,13 +130,13 @@ class Training:
             checkpoint = Checkpoint(source, skeleton.prefix) if skeleton is not None else None
             if checkpoint is not None and not missing_parameters(module, checkpoint):
                 loaded = LoadedModel(module, self.adapter, processor, str(source), checkpoint)
-                rewrite(loaded, masks, recovered.changed, complete, own)
+                rewrite(loaded, masks, permutations, recovered.changed, complete, own)
             else:
                 self.adapter.save(module, processor, complete)
-                save_masks(masks, complete)
+                save_masks(masks, complete, permutations)
             with writing(folder):
                 sync(complete)
-            noted = {"facts": recovered.facts, "warnings": recovered.warnings}
+            noted = {"updated": sorted(recovered.updated), "facts": recovered.facts, "warnings": recovered.warnings}
             journal.append({"recovered": noted})
         with writing(folder):
             if complete.is_dir():
@@ -145,17 +146,23 @@ class Training:
                 complete.rmdir()
             forget_state(state)
             sync(folder)
-        return Recovered(frozenset(), noted["facts"], noted["warnings"])
+        return Recovered(frozenset(), frozenset(noted["updated"]), noted["facts"], noted["warnings"])
 
 
 def rewrite(
-    loaded: LoadedModel, masks: Mapping[str, Tensor], changed: frozenset[str], folder: Path, own: frozenset[str]
+    loaded: LoadedModel,
+    masks: Mapping[str, Tensor],
+    permutations: Mapping[str, Tensor],
+    changed: frozenset[str],
+    folder: Path,
+    own: frozenset[str],
 ) -> None:
     """Write a recovered model as its checkpoint is laid out; what did not change keeps its bytes.
 
     Args:
         loaded: The model, with the checkpoint of the pruned weights.
         masks: Boolean [out, in] by layer name.
+        permutations: Order of the columns [in], by layer name, if the masks fit N:M in that order.
         changed: Full names of the parameters that changed.
         folder: An empty folder.
         own: Names of files not to copy.
@@ -171,17 +178,16 @@ def rewrite(
     locations = layer_locations(module, blocks, checkpoint)
     names = dict(module.named_parameters(remove_duplicate=False))
     ids = {id(names[name]) for name in changed}
-    parameters: dict[
-        str, nn.Parameter
-    ] = {}  # by tensor: one that is used in several places may be stored several times
+    parameters: dict[str, nn.Parameter] = {}  # by tensor: what is used in several places may be stored several times
     for name, parameter in names.items():
         location = checkpoint.find(name)
         if location is not None and id(parameter) in ids:
             parameters[location.name] = parameter
     pruned = {name: locations[name] for name in masks}
-    copy = Rewrite(checkpoint, folder, pruned, [checkpoint.tensors[name] for name in parameters])
+    others = [checkpoint.tensors[name] for name in parameters]
+    copy = Rewrite(checkpoint, folder, pruned, others, bool(permutations))
     copy.prepare()
-    copy.write({}, masks)
+    copy.write({}, masks, permutations)
     for name in dict.fromkeys([*parameters, *(location.name for location, _ in pruned.values())]):
         location = checkpoint.tensors[name]
         stored = checkpoint.read(location)
@@ -192,5 +198,5 @@ def rewrite(
                 raise PruneForgeError(f"the recovered {name!r} is too large for {location.dtype}")
             for layer, weight in dense:  # which the dtype of the run may have rounded
                 layer.view(stored).copy_(weight)
-        copy.write({name: stored}, {})
+        copy.write({name: stored}, {}, {})
     copy.finish(own)

@@ -7,7 +7,7 @@ recipe comes last, under `measured`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from math import prod
 from pathlib import Path
@@ -107,13 +107,18 @@ def measurements(profile: Profile, peak_memory: Mapping[str, Any]) -> dict[str, 
 
 
 def added(
-    report: Mapping[str, Any], entry: Mapping[str, Any], warnings: Sequence[str], measured: Mapping[str, Any]
+    report: Mapping[str, Any],
+    entry: Mapping[str, Any],
+    updated: Iterable[str],
+    warnings: Sequence[str],
+    measured: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the report of a pruned model with a recovery that came afterwards.
 
     Args:
         report: The report of the pruned model. Its evaluations are left out, since they are of other weights.
         entry: The recovery: its name, options, facts, settings and data.
+        updated: Names of the layers and other parameters that it changed.
         warnings: Its warnings.
         measured: What it took.
     """
@@ -122,6 +127,7 @@ def added(
         **{name: value for name, value in report.items() if name not in ("recovered", "measured")},
         "warnings": list(dict.fromkeys([*report["warnings"], *warnings])),
         "evaluation": [],
+        "updated": sorted({*report.get("updated", ()), *updated}),
         "recovered": [*report.get("recovered", []), dict(entry)],
         "measured": {**report["measured"], "recovered": [*earlier, {**measured, "machine": machine()}]},
     }

@@ -45,7 +45,7 @@ def search_allocations(session: Session, runs: Sequence[Run]) -> None:
 def _search(session: Session, run: Run, allocator: Allocator) -> None:
     trials = PruningTrials(session, run, allocator)
     sizes, sparsity = sizes_of(run.blocks), run.pattern.sparsity
-    seed_for(run, "allocate", torch.device("cpu"))
+    seed_for(run.seed, "allocate", torch.device("cpu"))
     who = f"allocator {allocator.name!r}"
     asked = named(who, "to search", lambda: allocator.search(trials, sizes, sparsity))
     layers = [layer for block in run.blocks for layer in block.layers]

@@ -37,8 +37,11 @@ def test_what_was_pruned_before_is_recovered_as_in_one_run(model, tmp_path):
         if name not in ("pruneforge.json", "recipe.yaml"):
             assert two[name] == one[name], name
     before, report = pruned.report, found.report
-    carried = set(before) - {"measured", "warnings", "evaluation"}
+    carried = set(before) - {"measured", "warnings", "evaluation", "updated"}
     assert all(report[name] == before[name] for name in carried)
+    assert report["updated"] == together.report["updated"] != []
+    with pytest.raises(PruneForgeError, match="also changed weights that remain"):
+        pruneforge.apply(found.folder, model, tmp_path / "applied")
     assert (found.folder / "recipe.yaml").read_bytes() == (pruned.folder / "recipe.yaml").read_bytes()
     (entry,) = report["recovered"]
     assert {name: entry[name] for name in ("name", "steps", "trained", "subsets")} == {
