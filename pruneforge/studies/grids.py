@@ -89,11 +89,7 @@ def main_grid(table: Table, baseline: str, controls: Collection[str] = ()) -> Gr
     rows = [
         [
             method_entry(method, baseline, controls),
-            *(
-                entry
-                for each in table.patterns
-                for entry in _entries(table, line.get(each), _has_published(table, each))
-            ),
+            *(entry for each in table.patterns for entry in _entries(table, method, each)),
         ]
         for method, line in table.lines.items()
     ]
@@ -108,10 +104,11 @@ def _has_published(table: Table, pattern: str) -> bool:
     return any(pattern in line and line[pattern].published is not None for line in table.lines.values())
 
 
-def _entries(table: Table, summary: Summary | None, compared: bool) -> list[Entry]:
+def _entries(table: Table, method: str, pattern: str) -> list[Entry]:
     """Return what a method has at a pattern and, where that is compared, what was published and the difference."""
+    summary, compared = table.lines[method].get(pattern), _has_published(table, pattern)
     if summary is None:
-        return [Entry("failed"), *([MISSING] * 2 if compared else [])]
+        return [Entry(table.without(method, pattern)), *([MISSING] * 2 if compared else [])]
     text = cell_text(summary, table.share)
     if len(summary.values) < table.draws:
         text += f" ({len(summary.values)} of {table.draws} draws)"
@@ -161,7 +158,10 @@ def _over_models(
         entries = [method_entry(method, baseline, controls)]
         for table in tables:
             line = table.lines.get(method, {})
-            entries += [entry(table, line[each]) if each in line else Entry("failed") for each in table.patterns]
+            entries += [
+                entry(table, line[each]) if each in line else Entry(table.without(method, each))
+                for each in table.patterns
+            ]
         rows.append(entries)
     heads = ["method", *(pattern_name(each) for table in tables for each in table.patterns)]
     several = len({table.model for table in tables}) < len(tables)

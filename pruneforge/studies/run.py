@@ -126,7 +126,8 @@ def check(study: Study, cells: Sequence[Cell]) -> None:
         try:
             loaded = load_model(model.model, model.dtype, None, registry, model.adapter_options, on_disk=True)
             blocks, _ = split_excluded(loaded.adapter.blocks(loaded.module), model.exclude)
-            for text in (each for each in study.patterns if isinstance(each, str)):
+            patterns = dict.fromkeys(cell.pattern for cell in cells if cell.model == name)
+            for text in (each for each in patterns if isinstance(each, str)):
                 for layer in (layer for block in blocks for layer in block.layers):
                     parse_pattern(None, text, "row").check(layer.name, layer.shape[1])
             for task in model.tasks:

@@ -8,10 +8,19 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    field_validator,
+)
 
 from pruneforge.checkpoint.durable import write_text
 from pruneforge.errors import PruneForgeError
@@ -62,10 +71,29 @@ class Task(BaseModel):
     batch_size: int | None = Field(None, ge=1, description="Samples per batch.")
 
 
+def _once(values: list[Any]) -> list[Any]:
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{value!r} is named twice")
+    return values
+
+
+def _quoted(values: Any) -> Any:
+    for value in values if isinstance(values, list) else ():
+        if isinstance(value, int) and value > 1:  # YAML reads 2:4 as a number of base 60
+            raise ValueError(f'{value} is no sparsity; write N:M patterns in quotes, such as "2:4"')
+    return values
+
+
+Seeds = Annotated[list[int], Field(min_length=1), AfterValidator(_once)]
+Patterns = Annotated[list[float | str], Field(min_length=1), BeforeValidator(_quoted), AfterValidator(_once)]
+
+
 class StudyModel(_settings("_OfModel", OF_MODEL)):  # type: ignore[misc]
     """One model with its data and its tasks."""
 
     tasks: list[Task] = Field(min_length=1, description="What each pruned model is evaluated on.")
+    seeds: Seeds | None = Field(None, description="In place of the study's.")
 
 
 def _overrides(fields: tuple[str, ...]) -> Any:
@@ -81,6 +109,8 @@ class Method(_settings("_OfMethod", OF_METHOD), _overrides(OF_DATA)):  # type: i
     """One method, as the settings of a recipe compose it, and the data that it sees if they are not the model's."""
 
     propagate: Propagate | None = Field(None, description="In place of the study's.")
+    models: list[str] | None = Field(None, description="The only models that it is for.")
+    patterns: Patterns | None = Field(None, description="In place of the study's.")
 
     def overrides(self) -> dict[str, Any]:
         """Return what it has in place of the model's and the study's settings."""
@@ -95,8 +125,8 @@ class Study(BaseModel):
 
     models: dict[str, StudyModel] = Field(min_length=1, description="The models, by what the report calls them.")
     methods: dict[str, Method] = Field(min_length=1, description="The methods, by what the report calls them.")
-    patterns: list[float | str] = Field(default=[0.5], min_length=1, description="Sparsities, and N:M in quotes.")
-    seeds: list[int] = Field(default=[0, 1, 2], min_length=1, description="Seeds; each is a calibration draw.")
+    patterns: Patterns = Field(default=[0.5], description="Sparsities, and N:M in quotes.")
+    seeds: Seeds = Field(default=[0, 1, 2], description="Seeds; each is a calibration draw.")
     propagate: Propagate = Field(
         "dense", description="As for prune; with dense, all methods and patterns of a draw share one pass."
     )
@@ -130,27 +160,22 @@ class Study(BaseModel):
                 raise ValueError(f"{name!r} cannot be part of a folder's name")
         return values
 
-    @field_validator("patterns", "seeds")
-    @classmethod
-    def _once(cls, values: list[Any]) -> list[Any]:
-        for value in values:
-            if values.count(value) > 1:
-                raise ValueError(f"{value!r} is named twice")
-        return values
-
-    @field_validator("patterns", mode="before")
-    @classmethod
-    def _quoted(cls, values: Any) -> Any:
-        for value in values if isinstance(values, list) else ():
-            if isinstance(value, int) and value > 1:  # YAML reads 2:4 as a number of base 60
-                raise ValueError(f'{value} is no sparsity; write N:M patterns in quotes, such as "2:4"')
-        return values
-
     def all_methods(self) -> dict[str, Any]:
         """Return the methods, with the controls that are not among them."""
         known = [method.model_dump(exclude_defaults=True) for method in self.methods.values()]
         controls = [name for name in (control_metrics() if self.controls else ()) if {"metric": name} not in known]
         return {**self.methods, **{name: Method(metric=name) for name in controls if name not in self.methods}}
+
+    def seeds_of(self, model: str) -> list[int]:
+        """Return the calibration draws of one of the models."""
+        return self.models[model].seeds or self.seeds
+
+    @property
+    def draws(self) -> str:
+        """How many calibration draws there are, in words; of each model, if they differ."""
+        counts = {len(self.seeds_of(model)) for model in self.models}
+        low, high = min(counts), max(counts)
+        return f"{low if low == high else f'{low} to {high}'} calibration draw{'s' if high > 1 else ''}"
 
     @property
     def compared_with(self) -> str:
@@ -224,9 +249,13 @@ def cells_of(study: Study, plugins: list[str]) -> list[Cell]:
         plugins: Python files that were loaded as plugins.
 
     Raises:
-        PruneForgeError: A pattern is none, or the baseline is not among the methods.
+        PruneForgeError: A pattern is none, or the baseline or a method's model is not among those of the study.
     """
     methods = study.all_methods()
+    for label, method in methods.items():
+        for name in method.models or ():
+            if name not in study.models:
+                raise PruneForgeError(f"method {label!r} is for model {name!r}, which is not among the study's")
     if study.compared_with not in methods:
         raise PruneForgeError(f"baseline {study.baseline!r} is not among the methods: {', '.join(methods)}")
     return [cell for name, model in study.models.items() for cell in _of_model(study, name, model, methods, plugins)]
@@ -235,13 +264,16 @@ def cells_of(study: Study, plugins: list[str]) -> list[Cell]:
 def _of_model(
     study: Study, name: str, model: StudyModel, methods: Mapping[str, Any], plugins: list[str]
 ) -> Iterator[Cell]:
-    of_model = {**model.model_dump(exclude={"tasks"}), "propagate": study.propagate}
+    of_model = {**model.model_dump(include=set(OF_MODEL)), "propagate": study.propagate}
+    seeds = study.seeds_of(name)
     for label, method in methods.items():
+        if method.models is not None and name not in method.models:
+            continue
         own = {**of_model, **method.overrides()}
-        for pattern in study.patterns:
+        for pattern in method.patterns or study.patterns:
             sparsity, text = (None, pattern) if isinstance(pattern, str) else (pattern, None)
             parse_pattern(sparsity, text, "row")
-            for seed in study.seeds:
+            for seed in seeds:
                 recipe = validated(
                     PruneRecipe,
                     **own,
@@ -255,7 +287,7 @@ def _of_model(
                 recipe = recipe.model_copy(update={"plugins": files})
                 sources = {Path(file).name: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in files}
                 kept = {
-                    "details": study.details and seed == min(study.seeds) and recipe.calibration is not None,
+                    "details": study.details and seed == min(seeds) and recipe.calibration is not None,
                     "items": study.items,
                     "masks": study.keep_masks,
                 }

@@ -114,7 +114,11 @@ def _curve(sweep: Sweep, table: Table, bends: Sequence[Knee], rule: Rule) -> Gri
     lines = []
     for pattern in _in_order(map(str, sweep.study.patterns)):
         summaries = [table.lines.get(method, {}).get(pattern) for method in methods]
-        lines.append([_label(pattern), *(cell_text(each, table.share) if each else "failed" for each in summaries)])
+        texts = (
+            cell_text(each, table.share) if each else table.without(method, pattern)
+            for method, each in zip(methods, summaries, strict=True)
+        )
+        lines.append([_label(pattern), *texts])
     dense = f"{number(table.dense, table.share)}{'%' if table.share else ''}"
     notes = [f"Dense: {dense}. {'Higher' if table.higher_is_better else 'Lower'} is better. {table.protocol}."]
     if own:

@@ -71,7 +71,8 @@ class Table:
         published_dense: What was published for it, or `None`.
         patterns: The columns.
         draws: Number of calibration draws that were asked for.
-        lines: For each method its summaries, by pattern; those whose draws all failed are left out.
+        failed: Methods and patterns of which a draw failed.
+        lines: For each method its summaries, by pattern; those without a result are left out.
         facts: What the numbers were measured on, and on what the models were calibrated: names and texts.
         rows: The rows that it is made of.
     """
@@ -85,6 +86,7 @@ class Table:
     published_dense: float | None
     patterns: list[str]
     draws: int
+    failed: frozenset[tuple[str, str]]
     lines: dict[str, dict[str, Summary]]
     facts: list[tuple[str, str]]
     rows: list[Row]
@@ -103,6 +105,10 @@ class Table:
     def protocol(self) -> str:
         """The facts in one line."""
         return "; ".join(f"{name}: {text}" for name, text in self.facts)
+
+    def without(self, method: str, pattern: str) -> str:
+        """Return why there is no summary of a method at a pattern: a word if it failed, a dash if nobody asked."""
+        return "failed" if (method, pattern) in self.failed else "–"
 
     @property
     def best(self) -> dict[str, set[str]]:
@@ -148,6 +154,7 @@ def tables_of(rows: Sequence[Row], baseline: str, items_of: ItemsOf = no_items) 
                 model=model,
                 patterns=patterns,
                 draws=len(seeds),
+                failed=frozenset((row["method"], row["pattern"]) for row in of_model if row["failed"]),
                 lines=lines,
                 facts=facts_of(of_task),
                 rows=of_task,

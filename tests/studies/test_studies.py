@@ -43,6 +43,27 @@ def test_every_cell_is_what_a_run_of_its_own_gives(unbroken):
     assert float(row["loss_increase"]) == pytest.approx(found["loss"] / dense["loss"] - 1)
 
 
+def test_methods_have_patterns_and_models_of_their_own_and_models_draws(tmp_path):
+    digits = values()["models"]["digits"]
+    methods = {
+        "magnitude": {"metric": "magnitude"},
+        "wanda": {"metric": "wanda", "patterns": ["2:4"]},
+        "ria": {"metric": "ria", "models": ["b"]},
+    }
+    models = {"a": {**digits, "seeds": [3, 4]}, "b": digits}
+    asked = values(models=models, methods=methods, patterns=[0.5], seeds=[0], controls=False)
+    study = make_study(asked)
+    assert [cell.key for cell in cells_of(study, [])] == [
+        *(f"a/{method}/{seed}" for method in ("magnitude/0.5", "wanda/2of4") for seed in (3, 4)),
+        *(f"b/{method}/0" for method in ("magnitude/0.5", "wanda/2of4", "ria/0.5")),
+    ]
+    pruneforge.compare(asked, tmp_path / "out")
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "failed" not in report
+    lines = [line for line in report.splitlines() if line.startswith("| ria | ")]
+    assert lines[0].count(" – |") == 1, "2:4 was not asked of it"
+
+
 class Unmeasurable(Evaluator):
     """Fails for models with few weights left, and for the dense model if it is told to."""
 
@@ -252,6 +273,9 @@ def test_a_cell_that_fails_says_why_and_the_rest_goes_on(tmp_path, monkeypatch):
         ({"patterns": [0.5, 0.5]}, "0.5 is named twice"),
         ({"seeds": [0, 1, 0]}, "0 is named twice"),
         ({"patterns": []}, "patterns"),
+        ({"methods": {"one": {"metric": "wanda", "patterns": [0.5, 0.5]}}}, "0.5 is named twice"),
+        ({"methods": {"one": {"metric": "wanda", "patterns": ["3:7"]}}}, "pattern 3:7 needs inputs in groups of 7"),
+        ({"methods": {"one": {"metric": "wanda", "models": ["b"]}}}, "method 'one' is for model 'b', which is not"),
         ({"baseline": "gblm"}, "baseline 'gblm' is not among the methods"),
         ({"models": {}}, "models"),
         ({"wrong": 1}, "wrong: Extra inputs are not permitted"),
