@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_MAPPING
 
-from pruneforge import Batch, Example, PruneForgeError
+from pruneforge import Batch, Example, Layer, PruneForgeError
 from pruneforge_transformers.checkpoints import config_of
 from pruneforge_transformers.text import TextModel
 from pruneforge_transformers.tokens import mean_losses
@@ -126,6 +126,10 @@ class BERT(TextModel):
         if not hasattr(output, "logits"):
             raise PruneForgeError(NO_LOSS)
         return super().logits(output)
+
+    def head(self, module: Any) -> Layer | None:
+        """Return the last linear layer outside of the blocks, or `None` without a head: a pooler makes no logits."""
+        return None if _has_no_head(module) else super().head(module)
 
     def logits_a_token(self, module: Any) -> int:
         """Return the size of the vocabulary, or 0 for a classifier or without a head."""

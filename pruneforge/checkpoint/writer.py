@@ -134,27 +134,30 @@ class Rewrite:
         companions = [path.name for path in self.source.companions() if path.name not in own]
         return [*self.source.files, masks.MASKS_FILE, *companions]
 
-    def finish(self, own: Collection[str]) -> None:
+    def finish(self, own: Collection[str], target: Path | None = None) -> None:
         """Rename every file to its final name, and copy the checkpoint's other files.
 
         Args:
             own: Names of files not to copy.
+            target: Folder for all of them, on the same disk; by default the folder that they were written to.
 
         Raises:
             UnfinishedError: The disk is full or cannot be written.
         """
+        target = target or self.folder
         with writing(self.folder):
+            target.mkdir(exist_ok=True)
             for file in [*self.source.files, masks.MASKS_FILE]:
                 partial = self.folder / (file + PARTIAL)
                 if partial.exists():  # a run that was stopped here has renamed some files already
-                    partial.replace(self.folder / file)
+                    partial.replace(target / file)
             # The configuration comes last: without it no library takes the folder for a model.
             for path in sorted(self.source.companions(), key=lambda path: path.name == "config.json"):
                 if path.name not in own:
-                    copy = self.folder / (path.name + PARTIAL)
+                    copy = target / (path.name + PARTIAL)
                     shutil.copyfile(path, copy)
-                    copy.replace(self.folder / path.name)
-            sync(self.folder)
+                    copy.replace(target / path.name)
+            sync(target)
 
     def _partial(self, file: str) -> Path:
         return self.folder / (file + PARTIAL)

@@ -15,7 +15,7 @@ from pruneforge.engine.transfers import bytes_in_host_memory
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Block, LoadedModel
 from pruneforge.interfaces.batch import Batch
-from pruneforge.interfaces.recovery import recovers_blocks
+from pruneforge.interfaces.recovery import recovers_blocks, recovers_models
 from pruneforge.interfaces.run import Run, needed_to_allocate, required_statistics
 from pruneforge.interfaces.statistics import GradientStatistic, Statistic, empty_statistics, kind_of, of_model_gradients
 from pruneforge.memory import resident_bytes, usual_tokens_a_batch
@@ -88,8 +88,8 @@ class Budgets:
             if run.allocator is not None:
                 measured = [kind_of(required) for required in needed_to_allocate(run)]
                 working = max(working, fixed_bytes(blocks, measured, model.module)[1])
-        whole = any(run.objective is not None and run.objective.whole_batches for run in runs)
-        head, attention = gradient_bytes(model, batches, device, whole)
+        together = any(run.objective is not None and run.objective.whole_batches for run in runs)
+        head, attention = gradient_bytes(model, batches, device, together)
         if any(issubclass(kind, GradientStatistic) for kind in kinds):
             working += attention
         if any(map(of_model_gradients, kinds)):
@@ -99,6 +99,9 @@ class Budgets:
         if any(recovers_blocks(run.recovery) for run in runs):
             trains = any(run.recovery is not None and run.recovery.targets for run in runs)
             working += recovery_bytes(blocks) + (attention if trains else 0)
+        if any(recovers_models(run.recovery) for run in runs):  # afterwards, which holds the model whole
+            whole = sum(each.numel() * each.element_size() for each in model.module.parameters())
+            working = max(working, whole - weights)
         resident = resident_bytes()
         here = _sharing()
         host = resident + SHARE_OF_FREE * free_bytes() / here if self.host is None else self.host / here

@@ -27,13 +27,21 @@ from pruneforge.numerics import all_finite, repeatable_gradients
 PART = 0x5EED
 """Position of recovery among the parts of a run, which gives it random numbers of its own."""
 
+FAILED = "failed"
+"""Name of the fact that a recovery failed, and why."""
+
+RESERVED = frozenset(
+    {"name", "options", "recipe", "calibration", "versions", "plugins", "identity", "steps", "trained", FAILED}
+)
+"""What the report says of every recovery."""
+
 
 @dataclass(frozen=True)
 class Recovered:
     """What became of a recovery.
 
     Attributes:
-        changed: Full names of the parameters that it wrote.
+        changed: Full names of the parameters that it wrote other values of.
         updated: The same as reports name them: layers by their own names, other parameters by full names.
         facts: What the report says of it: steps, how many parameters were trained, and what the recovery adds.
         warnings: Its warnings, one line each.
@@ -90,6 +98,7 @@ class PrunedModel(ModelSite):
         self._facts: dict[str, Any] = {}
         self._warnings: list[str] = []
         self._written: set[str] = set()
+        self._changed: set[str] = set()
 
     def recover(self, recovery: Recovery) -> Recovered:
         """Run a recovery.
@@ -116,13 +125,13 @@ class PrunedModel(ModelSite):
         total = sum(parameter.numel() for parameter in self.module.parameters())
         trained = {"parameters": self._trained, "share": round(self._trained / total, 6)}
         facts = {"steps": self._steps, "trained": trained, **self._facts}
-        return Recovered(frozenset(self._written), self._updated(), facts, list(self._warnings))
+        return Recovered(frozenset(self._changed), self._updated(), facts, list(self._warnings))
 
     def _updated(self) -> frozenset[str]:
         layers: dict[int, list[str]] = {}  # by parameter, which may hold the weights of several
         for layer in self.layers:
             layers.setdefault(id(layer.parameter), []).append(layer.name)
-        return frozenset(part for name in self._written for part in layers.get(id(self._named[name]), [name]))
+        return frozenset(part for name in self._changed for part in layers.get(id(self._named[name]), [name]))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return what may be replaced, by full name."""
@@ -173,14 +182,17 @@ class PrunedModel(ModelSite):
                 rounded = self._masked(name, value)
                 if not all_finite(rounded):
                     raise PruneForgeError(f"{self._who} made {name!r} too large for {rounded.dtype}, or not a number")
-                self._named[name].copy_(rounded)
+                if not torch.equal(self._named[name], rounded):
+                    self._named[name].copy_(rounded)
+                    self._changed.add(name)
         self._written.update(parameters)
 
     def checkpoint(self, state: Mapping[str, Any]) -> None:
         """Save what the recovery goes on from."""
         if self._state is None:
             return
-        counts = {"steps": self._steps, "trained": self._trained}
+        told = {"facts": self._facts, "warnings": self._warnings}
+        counts = {"steps": self._steps, "trained": self._trained, **told}
         random = {"cpu": torch.get_rng_state()}
         if self._device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self._device)
@@ -192,6 +204,8 @@ class PrunedModel(ModelSite):
         if saved is None:
             return None
         self._steps, self._trained = saved["steps"], saved["trained"]
+        self._facts = {**saved["facts"], **self._facts}
+        self._warnings = list(dict.fromkeys([*saved["warnings"], *self._warnings]))
         torch.set_rng_state(saved["random"]["cpu"])
         if self._device.type == "cuda":
             torch.cuda.set_rng_state(saved["random"]["cuda"], self._device)
@@ -200,6 +214,8 @@ class PrunedModel(ModelSite):
 
     def report(self, **facts: Any) -> None:
         """Add facts to the report."""
+        for name in RESERVED & facts.keys():
+            raise PruneForgeError(f"{self._who} reports {name!r}, which every recovery's entry has; name it otherwise")
         self._facts.update(facts)
 
     def warn(self, text: str) -> None:
@@ -216,7 +232,7 @@ class PrunedModel(ModelSite):
             part = layer.view(free)
             if layer.name in self._given:
                 part.copy_(self._given[layer.name])
-                self.masks[layer.name] = part
+                self.masks[layer.name] = part.clone()
             else:
                 part.fill_(False)
 

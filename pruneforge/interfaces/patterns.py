@@ -95,7 +95,7 @@ class NM:
     @property
     def sparsity(self) -> float:
         """The share pruned, 1 - n/m."""
-        return 1 - self.n / self.m
+        return (self.m - self.n) / self.m  # 1 - n / m rounds twice, which may lose a step of an allocation
 
     def check(self, layer: str, in_features: int) -> None:
         """Raise unless `in_features` is a multiple of m.

@@ -184,7 +184,11 @@ class ModelSite(ABC):
 
     @abstractmethod
     def report(self, **facts: Any) -> None:
-        """Add facts to the report, of types that JSON holds; each name is one entry."""
+        """Add facts to the report, of types that JSON holds; each name is one entry, and none of the engine's.
+
+        Raises:
+            PruneForgeError: Reports have an entry of that name for every recovery.
+        """
 
     @abstractmethod
     def warn(self, text: str) -> None:

@@ -107,13 +107,17 @@ def apply(
     counts = {name: _pruned(file, name) for name in shapes}
     permutes = bool(load_permutations(file, next(iter(shapes), None)))
     metric = GivenMasks(path=str(file), sha256=_hash(file), permutes=permutes)
-    origin = {"path": str(masks), "sha256": metric.options.sha256, "recipe": recipe or None}
-    pattern = _common_pattern(file, shapes, report)
+    made_by = (report or {}).get("masks", {}).get("recipe", recipe)  # masks may have been applied before
+    origin = {"path": str(masks), "sha256": metric.options.sha256, "recipe": made_by or None}
+    pattern, steps = _pattern(report), counts
+    if pattern is not None:
+        steps = _steps(file, shapes, counts, pattern)
+        pattern = pattern if steps else None  # masks of rows that a routed layer left dense, say
     if permutes and pattern is None:
-        raise PruneForgeError(
-            f"the masks in {str(masks)!r} fit their pattern with columns permuted, and no {reports.REPORT_FILE} beside "
-            "them says which pattern; put it there"
-        )
+        why = f"no {reports.REPORT_FILE} beside them says which pattern; put it there"
+        if report is not None:
+            why = f"they do not fit that of {reports.REPORT_FILE}, {report['pattern']['pattern']}"
+        raise PruneForgeError(f"the masks in {str(masks)!r} fit their pattern with columns permuted, and {why}")
     total = sum(rows * columns for rows, columns in shapes.values())
     whole = Unstructured(0.0, "layer").at(sum(counts.values()), (1, total))
     job = make_job(
@@ -132,7 +136,7 @@ def apply(
     )
     (run,) = job.runs
     run.origin = origin
-    run.allocation = None if pattern else counts
+    run.allocation = steps or counts
     run.warnings += _warnings(report)
     return job.run(partial(_check, shapes=shapes, report=report, any_model=any_model))[0]
 
@@ -191,17 +195,25 @@ def _warnings(report: Mapping[str, Any] | None) -> list[str]:
     return []
 
 
-def _common_pattern(file: Path, shapes: Mapping[str, Any], report: Mapping[str, Any] | None) -> NM | None:
-    """Return the N:M pattern that the report names, if every mask fits it."""
+def _pattern(report: Mapping[str, Any] | None) -> NM | None:
+    """Return the N:M pattern that a report names."""
     if report is None or ":" not in report["pattern"]["pattern"]:
         return None
     pattern = parse_pattern(None, report["pattern"]["pattern"], "layer")
     assert isinstance(pattern, NM)
-    for name, (_, columns) in shapes.items():
-        order = load_permutations(file, name).get(name)
-        if columns % pattern.m or not Pruned(load_mask(file, name), permutation=order).fits(pattern):
-            return None
     return pattern
+
+
+def _steps(file: Path, shapes: Mapping[str, Any], counts: Mapping[str, int], pattern: NM) -> dict[str, int]:
+    """Return how many of every group each mask prunes, which an allocator may have chosen; empty unless all fit."""
+    steps = {}
+    for name, shape in shapes.items():
+        order = load_permutations(file, name).get(name)
+        steps[name], rest = divmod(counts[name], pattern.steps(shape)[1])
+        at = pattern.at(steps[name], shape)
+        if shape[1] % pattern.m or rest or not Pruned(load_mask(file, name), permutation=order).fits(at):
+            return {}
+    return steps
 
 
 def _pruned(file: Path, layer: str) -> int:

@@ -41,8 +41,15 @@ def model_card(report: Mapping[str, Any], title: str) -> str:
         warnings="".join(["\n## Warnings\n\n", *(f"- {markdown(text)}\n" for text in report["warnings"])])
         if report["warnings"]
         else "",
-        repeat=_filled("repeat_masks.md" if "masks" in report else "repeat_run.md").rstrip(),
+        repeat=_filled(_repeat(report)).rstrip(),
     )
+
+
+def _repeat(report: Mapping[str, Any]) -> str:
+    """Return the template that says how a model is made again."""
+    if "masks" in report:
+        return "repeat_masks.md"
+    return "repeat_recovered.md" if report.get("recovered") else "repeat_run.md"
 
 
 def study_card(report: str, title: str) -> str:

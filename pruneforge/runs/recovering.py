@@ -17,7 +17,7 @@ from pruneforge.checkpoint.reader import Checkpoint
 from pruneforge.checkpoint.skeleton import layer_locations, missing_parameters
 from pruneforge.checkpoint.state import STATE_FILE, forget_state
 from pruneforge.checkpoint.writer import Rewrite
-from pruneforge.engine.model_recovery import PrunedModel, Recovered
+from pruneforge.engine.model_recovery import FAILED, PrunedModel, Recovered
 from pruneforge.engine.processes import Group
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Adapter, LoadedModel
@@ -28,6 +28,9 @@ from pruneforge.interfaces.run import Run
 from pruneforge.numerics import all_finite
 from pruneforge.runs.loading import in_evaluation_mode
 from pruneforge.runs.session import Session
+
+PRUNED = ".pruned"
+"""Folder, in the output, of the pruned model that a run recovers: without it nothing takes the output for a model."""
 
 COMPLETE = ".recovered"
 """Folder, in the output, of the recovered files until all are complete."""
@@ -55,8 +58,47 @@ def keep_facts(run: Run, recovered: Recovered) -> None:
 
 def forget_recovery(folder: Path) -> None:
     """Remove what an unfinished recovery left in an output folder."""
-    shutil.rmtree(folder / COMPLETE, ignore_errors=True)
+    for name in (PRUNED, COMPLETE):
+        shutil.rmtree(folder / name, ignore_errors=True)
     forget_state(folder / STATE_FILE)
+
+
+def give_up(folder: Path, journal: Journal, who: str, error: PruneForgeError) -> Recovered:
+    """Put the pruned model into the output as it is, after its recovery failed.
+
+    Hours of pruning are not lost that way: the folder can be recovered again, otherwise.
+
+    Args:
+        folder: The output.
+        journal: Its journal.
+        who: What failed, for the report.
+        error: Why.
+
+    Raises:
+        UnfinishedError: The folder cannot be written.
+    """
+    complete = folder / COMPLETE
+    with writing(folder):
+        shutil.rmtree(complete, ignore_errors=True)
+        (folder / PRUNED).rename(complete)
+    warning = f"{who} failed, so the model is pruned alone: {error}"
+    journal.append({"recovered": {"updated": [], "facts": {FAILED: str(error)}, "warnings": [warning]}})
+    return _published(folder, journal)
+
+
+def _published(folder: Path, journal: Journal) -> Recovered:
+    """Move complete files to their places, and return what the journal notes of them."""
+    complete = folder / COMPLETE
+    noted = next(entry["recovered"] for entry in journal.entries if "recovered" in entry)
+    with writing(folder):
+        if complete.is_dir():
+            # The configuration comes last: without it no library takes the folder for a model.
+            for path in sorted(complete.iterdir(), key=lambda path: path.name == "config.json"):
+                path.replace(folder / path.name)
+            sync(folder)
+        forget_recovery(folder)
+        sync(folder)
+    return Recovered(frozenset(), frozenset(noted["updated"]), noted["facts"], noted["warnings"])
 
 
 @dataclass(frozen=True)
@@ -101,7 +143,7 @@ class Training:
     def recover_folder(
         self, source: Path, folder: Path, journal: Journal, dtype: torch.dtype | None, own: frozenset[str]
     ) -> Recovered:
-        """Recover the model in a folder, and put its files into another folder, or into the same.
+        """Recover the model in a folder, and put its files into another one.
 
         They are written beside their places and noted in the journal once all are complete. What is interrupted before
         goes on from the last state, and what is interrupted after goes on with moving them.
@@ -118,8 +160,7 @@ class Training:
             UnfinishedError: The folder cannot be written.
         """
         complete, state = folder / COMPLETE, folder / STATE_FILE
-        noted = next((entry["recovered"] for entry in journal.entries if "recovered" in entry), None)
-        if noted is None:
+        if not any("recovered" in entry for entry in journal.entries):
             shutil.rmtree(complete, ignore_errors=True)
             masks, permutations = load_masks(source), load_permutations(source)
             module, processor = self.adapter.load(str(source), dtype)
@@ -132,21 +173,14 @@ class Training:
                 loaded = LoadedModel(module, self.adapter, processor, str(source), checkpoint)
                 rewrite(loaded, masks, permutations, recovered.changed, complete, own)
             else:
-                self.adapter.save(module, processor, complete)
-                save_masks(masks, complete, permutations)
+                with writing(folder):
+                    self.adapter.save(module, processor, complete)
+                    save_masks(masks, complete, permutations)
             with writing(folder):
                 sync(complete)
             noted = {"updated": sorted(recovered.updated), "facts": recovered.facts, "warnings": recovered.warnings}
             journal.append({"recovered": noted})
-        with writing(folder):
-            if complete.is_dir():
-                # The configuration comes last: without it no library takes the folder for a model.
-                for path in sorted(complete.iterdir(), key=lambda path: path.name == "config.json"):
-                    path.replace(folder / path.name)
-                complete.rmdir()
-            forget_state(state)
-            sync(folder)
-        return Recovered(frozenset(), frozenset(noted["updated"]), noted["facts"], noted["warnings"])
+        return _published(folder, journal)
 
 
 def rewrite(

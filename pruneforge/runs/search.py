@@ -58,7 +58,8 @@ class PruningTrials(Trials):
 
     def __init__(self, session: Session, run: Run, allocator: Allocator) -> None:
         self._session, self._run, self._allocator = session, run, allocator
-        self.folder = run.folder.with_name(run.folder.name + BESIDE) if run.folder is not None else None
+        whole = run.folder.resolve() if run.folder is not None else None  # "." has no name
+        self.folder = whole.with_name(whole.name + BESIDE) if whole is not None else None
         self.seed = run.seed
         self.progress = session.progress
         self.found = {}

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,9 +19,10 @@ from pruneforge.checkpoint.journal import JOURNAL_FILE, Journal, difference, hel
 from pruneforge.checkpoint.reader import TensorLocation
 from pruneforge.checkpoint.skeleton import layer_locations, parameter_locations
 from pruneforge.checkpoint.writer import Rewrite
+from pruneforge.engine.model_recovery import FAILED
 from pruneforge.engine.recovery import recoverable
 from pruneforge.engine.transfers import Transfer, Transfers
-from pruneforge.errors import PruneForgeError
+from pruneforge.errors import PruneForgeError, UnfinishedError
 from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.recovery import recovers_blocks, recovers_models
 from pruneforge.interfaces.run import BlockResult, Output, Run
@@ -30,7 +32,7 @@ from pruneforge.runs import recipe_file as recipes
 from pruneforge.runs import report as reports
 from pruneforge.runs.card import CARD_FILE
 from pruneforge.runs.loading import parse_dtype
-from pruneforge.runs.recovering import Training, forget_recovery, keep_facts
+from pruneforge.runs.recovering import PRUNED, Training, forget_recovery, give_up, keep_facts
 from pruneforge.runs.session import Session
 
 OWN_FILES = frozenset(
@@ -71,6 +73,7 @@ class StreamedOutput(Output):
         self._complete = False  # whether this process has given all files their final names
         self._writer: Behind | None = None
         self._transfers: Transfers | None = None
+        self.failed = ""  # why the pruned model could not be recovered
 
     def is_finished(self) -> bool:
         """Return whether the folder holds this very run, finished.
@@ -170,14 +173,29 @@ class StreamedOutput(Output):
     def finish(self) -> None:
         """Complete the checkpoint's files once all blocks are written, and recover the whole model if asked to."""
         assert self._journal is not None
+        pruned = self.folder / PRUNED if recovers_models(self.run.recovery) else self.folder
         if not any("recovered" in entry for entry in self._journal.entries):
-            self.rewrite.finish(OWN_FILES)
+            self.rewrite.finish(OWN_FILES, pruned)
             self._complete = True
-        if recovers_models(self.run.recovery):
-            training, dtype = Training.of_run(self._session, self.run), parse_dtype(self.run.recipe.dtype)
+        if pruned != self.folder:
             with self.run.profile.stage("recover"):
-                recovered = training.recover_folder(self.folder, self.folder, self._journal, dtype, OWN_FILES)
-            keep_facts(self.run, recovered)
+                self._recover(pruned)
+
+    def _recover(self, pruned: Path) -> None:
+        """Recover the model in `pruned` into the output, or put it there as it is if that fails."""
+        assert self._journal is not None
+        assert self.run.recovery is not None
+        training, dtype = Training.of_run(self._session, self.run), parse_dtype(self.run.recipe.dtype)
+        try:
+            recovered = training.recover_folder(pruned, self.folder, self._journal, dtype, OWN_FILES)
+        except UnfinishedError:
+            raise
+        except PruneForgeError as error:
+            recovered = give_up(self.folder, self._journal, f"recovery {self.run.recovery.name!r}", error)
+        keep_facts(self.run, recovered)
+        self.failed = recovered.facts.get(FAILED, "")
+        if self.failed:  # not what was asked for, so that resuming does not take it for that
+            self.identity = {**self.identity, FAILED: self.failed}
 
     def _recovered(self, module: nn.Module) -> dict[str, dict[str, tuple[TensorLocation, nn.Parameter]]]:
         """Return the parameters, besides layers' weights, that recovery may change: by block and full name."""

@@ -13,6 +13,7 @@ from pruneforge.engine.hidden_states import HiddenStates
 from pruneforge.engine.loop import prune_blocks
 from pruneforge.engine.residency import Streamed
 from pruneforge.engine.transfers import Transfers, thread_initializer
+from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.run import Run
 from pruneforge.runs.provenance import gradient_identity, run_identity
 from pruneforge.runs.result import PruneResult
@@ -71,6 +72,12 @@ def _prune(session: Session, outputs: Sequence[StreamedOutput]) -> None:
         opened.close()
         for run in runs if group.first else ():
             session.close_log(run)
+    for output in outputs:  # once the others have their results
+        if output.failed:
+            raise PruneForgeError(
+                f"{output.failed}; {str(output.folder)!r} holds the model as it was pruned, which `pruneforge recover` "
+                "takes with other options"
+            )
 
 
 def _prune_blocks(session: Session, outputs: Sequence[StreamedOutput], on_host: int, on_device: int) -> None:

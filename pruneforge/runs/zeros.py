@@ -64,6 +64,8 @@ class KeptZeros:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+        if kind is None:
+            _check(self._pairs)
 
     def _stepped(self, optimizer: optim.Optimizer, args: Any, kwargs: Any) -> None:
         if any(id(each) in self._parameters for group in optimizer.param_groups for each in group["params"]):

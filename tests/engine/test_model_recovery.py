@@ -103,6 +103,11 @@ class Dense(Recovery):
         site.write({name: torch.ones_like(p) for name, p in parameters.items() if "q_proj" in name})
 
 
+class Renaming(Recovery):
+    def recover_model(self, site):
+        site.report(name="another")
+
+
 class Beyond(Recovery):
     def recover_model(self, site):
         site.write({"model.layers.0.mlp.down_proj.weight": torch.zeros(64, 160)})
@@ -136,10 +141,7 @@ class Zero(Objective):
     ("settings", "said"),
     [
         ({"recover": InPlace()}, "recovery 'inplace' changed 'lm_head.weight' in place; it must use `site.write`"),
-        (
-            {"recover": Dense()},
-            "recovery 'dense' has weights of layer 'model.layers.0.self_attn.q_proj' where its mask",
-        ),
+        ({"recover": Renaming()}, "recovery 'renaming' reports 'name', which every recovery's entry has"),
         ({"recover": Beyond()}, "replaces 'model.layers.0.mlp.down_proj.weight', which is not one of `site.param"),
         ({"recover": Misshapen()}, "recovery 'misshapen' made 'model.norm.weight' of shape (3,) in place of (64,)"),
         ({"recover": Exploding()}, "recovery 'exploding' made 'model.norm.weight' too large for torch.float64"),
@@ -158,10 +160,73 @@ def test_what_does_not_go_is_said_in_one_line(settings, said):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_an_error_in_recovery_leaves_no_folder(model, tmp_path):
-    with pytest.raises(PruneForgeError, match=r"made 'model\.norm\.weight' too large"):
-        pruneforge.prune(model, "magnitude", 0.5, None, batches(), output=tmp_path / "out", recover=Exploding())
-    assert not (tmp_path / "out").exists()
+def test_masks_that_a_recovery_changes_are_its_own():
+    model = tiny_llama()
+    result = pruneforge.prune(model, "magnitude", 0.5, None, batches(), recover=Dense())
+    name = "model.layers.0.self_attn.q_proj"
+    assert torch.equal(model.get_parameter(f"{name}.weight"), result.masks[name].to(torch.float64))
+
+
+class Selective(Recovery):
+    """Fails for a model with few weights left; looks at the folder meanwhile."""
+
+    folder: Path
+
+    def recover_model(self, site):
+        kept = sum(int(mask.count_nonzero()) for mask in site.masks.values())
+        few = kept < 0.3 * sum(mask.numel() for mask in site.masks.values())
+        mine = self.folder / ("0.8" if few else "0.5")
+        assert not (mine / "config.json").exists(), "libraries would take it for a model"
+        if few:
+            raise ValueError("too few weights")
+
+
+def test_a_recovery_that_fails_leaves_the_pruned_model_and_other_runs_alone(model, tmp_path):
+    recovery, out = Selective(), tmp_path / "out"
+    recovery.folder = out
+    asked = {"calibration": batches(), "propagate": "dense"}
+    with pytest.raises(PruneForgeError, match=r"too few weights; '.*0\.8' holds the model as it was pruned, which"):
+        pruneforge.prune_each(model, "magnitude", [0.5, 0.8], output=out, recover=recovery, **asked)
+    for sparsity in (0.5, 0.8):
+        pruned = pruneforge.prune(model, "magnitude", sparsity, output=tmp_path / str(sparsity), **asked)
+        one, two = outcome(pruned.folder), outcome(out / str(sparsity))
+        assert {name for name in one if one[name] != two[name]} <= {"pruneforge.json", "recipe.yaml", "README.md"}
+        assert set(one) == set(two)
+    report = pruneforge.load(out / "0.8").report
+    assert "too few weights" in report["recovery"]["failed"]
+    assert any("the model is pruned alone" in text for text in report["warnings"])
+    with pytest.raises(PruneForgeError, match=r"the finished run in .* is another one: failed was"):
+        pruneforge.prune(model, "magnitude", 0.8, output=out / "0.8", recover=recovery, resume=True, **asked)
+    found = pruneforge.recover(out / "0.8", "perp", batches(), output=tmp_path / "after", recover_options=QUICK)
+    assert found.report["recovered"][0]["steps"] == QUICK["steps"]
+
+
+class Telling(Recovery):
+    """Says something, and is interrupted once."""
+
+    stop = True
+
+    def recover_model(self, site):
+        if site.restored() is None:
+            site.report(first=1)
+            site.warn("it began")
+            site.checkpoint({})
+        if self.stop:
+            raise KeyboardInterrupt
+
+
+def test_what_a_recovery_said_before_it_was_interrupted_is_kept(model, tmp_path):
+    recovery = Telling()
+    asked = {"output": tmp_path / "out", "recover": recovery, "calibration": batches(), "resume": True}
+    with pytest.raises(KeyboardInterrupt):
+        pruneforge.prune(model, "magnitude", 0.5, **asked)
+    recovery.stop = False
+    report = pruneforge.prune(model, "magnitude", 0.5, **asked).report
+    assert report["recovery"]["first"] == 1
+    assert "it began" in report["warnings"]
+
+
+def test_an_error_in_recovering_a_folder_leaves_none(model, tmp_path):
     pruned = pruneforge.prune(model, "magnitude", 0.5, output=tmp_path / "pruned").folder
     with pytest.raises(PruneForgeError, match=r"made 'model\.norm\.weight' too large"):
         pruneforge.recover(pruned, Exploding(), batches(), output=tmp_path / "after")

@@ -34,6 +34,14 @@ def gpt2(folder):
     return folder
 
 
+class Alternating(pruneforge.Allocator):
+    """Prunes one block by 3 of 4 and the next by 1 of 4."""
+
+    def allocate(self, measures, sizes, sparsity):
+        blocks = enumerate(sizes.values())
+        return {layer: 0.25 if number % 2 else 0.75 for number, layers in blocks for layer in layers}
+
+
 @pytest.mark.parametrize(
     ("dtype", "settings"),
     [
@@ -42,6 +50,10 @@ def gpt2(folder):
         (torch.bfloat16, {"metric": "magnitude", "sparsity": 0.37, "options": {"scope": "model"}}),
         (torch.float16, {"metric": "wanda", "sparsity": 0.6, "allocator": "owl", "exclude": ["*.down_proj"]}),
         (torch.float32, {"metric": "ria", "pattern": "2:4", "options": {"permutation": "snake"}}),
+        (
+            torch.float32,
+            {"metric": "ria", "pattern": "2:4", "options": {"permutation": "snake"}, "allocator": Alternating()},
+        ),
     ],
 )
 def test_a_sharded_checkpoint_gets_the_bytes_that_prune_wrote(dtype, settings, tmp_path):
@@ -56,6 +68,7 @@ def test_a_sharded_checkpoint_gets_the_bytes_that_prune_wrote(dtype, settings, t
     assert applied.report["updated"] == []
     again = pruneforge.apply(tmp_path / "applied", model, tmp_path / "again")
     assert again.report["masks"]["sha256"] == applied.report["masks"]["sha256"]
+    assert again.report["masks"]["recipe"] == pruned.report["recipe"]
 
 
 def test_transposed_weights_too(tmp_path):

@@ -123,6 +123,15 @@ def test_a_trainer_keeps_zeros(tmp_path):
     assert not torch.equal(before, result.model.model.layers[0].mlp.up_proj.weight)
 
 
+def test_zeros_that_something_else_lost_are_an_error_at_the_end():
+    result = pruned()
+    kept = pruneforge.keep_zeros(result.model, result.masks)
+    for parameter in result.model.parameters():
+        parameter.data.add_(1)  # by no optimizer of torch's
+    with pytest.raises(PruneForgeError, match="pruned weights are not zero"), kept:
+        pass
+
+
 def test_adapters_are_merged_under_the_masks():
     peft = pytest.importorskip("peft", reason="peft is not installed")
     result = pruned()

@@ -61,7 +61,7 @@ def test_methods_have_patterns_and_models_of_their_own_and_models_draws(tmp_path
     report = (tmp_path / "out" / "report.md").read_text()
     assert "failed" not in report
     lines = [line for line in report.splitlines() if line.startswith("| ria | ")]
-    assert lines[0].count(" – |") == 1, "2:4 was not asked of it"
+    assert any(line.count(" – |") == 1 for line in lines), "2:4 was not asked of it"
 
 
 class Unmeasurable(Evaluator):
