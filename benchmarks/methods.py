@@ -1,204 +1,200 @@
-"""Every first-party method on a pretrained LLaMA-2: perplexity, layer error, seconds and memory.
+"""The results page of the shipped study of methods: metrics, allocators, refiners, recoveries and their compositions.
 
-The model is stories260K (Karpathy's tinyllamas in the transformers layout), the text an excerpt of TinyStories; neither
-is part of the repository. Calibration draws from the first half of the text, three times with other seeds, perplexity
-is measured on the second half. Run
+    pruneforge compare --preset methods --output methods
+    python benchmarks/methods.py methods
 
-    python benchmarks/methods.py --data DIR
-
-with a folder that holds `stories260K/` and `tinystories.txt`. Writes `benchmarks/results/methods.json` and
-`docs/results/methods.md`. With `--methods NAME ...` only those are measured, and the others' rows stay.
+from a folder that holds what `pruneforge plugins methods` names. Copies the results to `benchmarks/results/methods`,
+and writes `docs/results/methods.md`. A study that is not finished is shown as far as it is; what is missing is a dash.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import shutil
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-import pruneforge
-from pruneforge import Gram, Layer, LayerStatistics, Metric
-from pruneforge.progress import BarProgress
 from pruneforge.runs.provenance import machine, versions
+from pruneforge.studies.compare import read_study
+from pruneforge.studies.folder import StudyFolder
+from pruneforge.studies.grids import cell_text, number, pattern_name
+from pruneforge.studies.published import published_numbers
+from pruneforge.studies.report import tables_in, write_report
+from pruneforge.studies.results import Row
+from pruneforge.studies.study import Cell, Study, cells_of
+from pruneforge.studies.tables import Table
 
 ROOT = Path(__file__).parents[1]
-PATTERNS: tuple[float | str, ...] = (0.5, 0.6, 0.7, "2:4")
-SEEDS = (0, 1, 2)
-SAMPLES, SEQLEN, WINDOW = 64, 256, 512
-METHODS: dict[str, dict[str, Any]] = {
-    "magnitude": {"metric": "magnitude"},
-    "random": {"metric": "random"},
-    "Wanda": {"metric": "wanda"},
-    "SparseGPT": {"metric": "sparsegpt"},
-    "GBLM": {"metric": "gblm"},
-    "RIA": {"metric": "ria"},
-    "RIA, row": {"metric": "ria", "options": {"scope": "row"}},
-    "Wanda++, score": {"metric": "wanda++"},
-    "ADMM": {"metric": "admm"},
-    "Wanda, OWL": {"metric": "wanda", "allocator": "owl"},
-    "Wanda, SparseSwaps": {"metric": "wanda", "refine": "sparseswaps"},
-    "magnitude, ridge": {"metric": "magnitude", "recover": "ridge"},
-    "Wanda, ridge": {"metric": "wanda", "recover": "ridge"},
-    "magnitude, reconstruct": {"metric": "magnitude", "recover": "reconstruct"},
-    "Wanda, reconstruct": {"metric": "wanda", "recover": "reconstruct"},
-    "SparseGPT, reconstruct": {"metric": "sparsegpt", "recover": "reconstruct"},
+KEPT = ("study.yaml", "results.csv", "measured.csv", "report.tex")
+PUBLISHED = "LLaMA-2 7B"
+SAME = {"owl + wanda": "wanda owl", "wanda + dsnot": "wanda + dsnot", "dsnot": "wanda + dsnot"}
+"""What the study calls methods that publications call otherwise."""
+
+ABOUT = {
+    "stories260K": "A LLaMA of 260 K parameters on TinyStories, of which one half calibrates and the other is measured. "
+    "A model this small has little to spare: differences are larger than in models that people use.",
+    "ViT-S": "DINOv2 ViT-S/14 at 112 pixels with a linear head for the ten classes of CIFAR-10, in bfloat16.",
+    "SmolLM2-135M": "SmolLM2-135M-Instruct, from a file of 4 bits a weight, on WikiText-2 in bfloat16.",
 }
-"""What `pruneforge.prune` is asked for, by what the table calls it; options are the published defaults."""
-
-ROW_SCOPE = {"RIA, row": {}}
-"""Options with N:M, which compares within groups and takes no scope."""
 
 
-class Collected(Metric):
-    """Keeps the dense weights and Gram matrices of all layers; what it prunes is of no interest."""
-
-    requires = (Gram,)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def score(self, layer: Layer, stats: LayerStatistics) -> torch.Tensor:
-        """Keep what was collected, and score by the weight."""
-        self.layers[layer.name] = (layer.weight.double(), stats[Gram].total.double())
-        return layer.weight.abs()
-
-    def error(self, model: nn.Module) -> float:
-        """Return the mean over layers of `||X (W - W')^T||^2 / ||X W^T||^2`, with X the dense model's inputs."""
-        errors = []
-        for name, (dense, gram) in self.layers.items():
-            lost = dense - model.get_submodule(name).weight.detach().double()  # type: ignore[operator]
-            errors.append(float(((lost @ gram) * lost).sum() / ((dense @ gram) * dense).sum()))
-        return statistics.mean(errors)
+def line(texts: Iterable[str]) -> str:
+    """Return a line of a table."""
+    return f"| {' | '.join(texts)} |"
 
 
-def measure(data: Path, methods: Sequence[str]) -> dict[str, Any]:
-    """Prune and evaluate methods at every pattern with every draw."""
-    model, text = data / "stories260K", data / "tinystories.txt"
-    calibration, held_out = f"{text}[:50%]", f"{text}[50%:]"
-    setup = {"samples": SAMPLES, "seqlen": SEQLEN}
-    reference = Collected()
-    pruneforge.prune(model, reference, 0.5, None, calibration, propagate="dense", **setup)
-    dense = pruneforge.evaluate(model, "perplexity", data=held_out, window=WINDOW)
-    rows = []
-    jobs = [(name, pattern, seed) for name in methods for pattern in PATTERNS for seed in SEEDS]
-    for name, pattern, seed in BarProgress().track(jobs, "methods"):
-        asked = dict(METHODS[name])
-        sparsity, text_pattern = (None, pattern) if isinstance(pattern, str) else (pattern, None)
-        if isinstance(pattern, str) and name in ROW_SCOPE:
-            asked["options"] = ROW_SCOPE[name]
-        result = pruneforge.prune(
-            model, sparsity=sparsity, pattern=text_pattern, calibration=calibration, seed=seed, **asked, **setup
-        )
-        found = pruneforge.evaluate(result, "perplexity", data=held_out, window=WINDOW)
-        measured = result.report["measured"]
-        rows.append(
-            {
-                "method": name,
-                "pattern": str(pattern),
-                "seed": seed,
-                "perplexity": found["perplexity"],
-                "layer_error": reference.error(result.model),
-                "seconds": measured["seconds"]["total"],
-                "peak_bytes": measured["peak_memory"]["host_bytes"],
-                "sparsity": result.report["sparsity"]["reached"],
-                "warnings": result.report["warnings"],
-            }
-        )
-    described = {**setup, "seeds": list(SEEDS), "window": WINDOW, "tokens": dense["tokens"], "dtype": "float32"}
-    return {
-        "setup": described,
-        "dense": dense["perplexity"],
-        "rows": rows,
-        "machine": machine(),
-        "versions": versions(),
-    }
-
-
-def page(results: dict[str, Any]) -> str:
-    """Return `docs/results/methods.md`."""
-    setup, where = results["setup"], results["machine"]
-    lines = [
-        "# Methods compared",
-        "",
-        "Made by `python benchmarks/methods.py --data DIR`; the numbers are in "
-        "[`benchmarks/results/methods.json`](../../benchmarks/results/methods.json).",
-        "",
-        "stories260K, a LLaMA-2 of 260 K parameters, on TinyStories: perplexity over "
-        f"{setup['tokens']:,} tokens of held-out text in windows of {setup['window']}, mean and standard deviation of "
-        f"{len(setup['seeds'])} calibration draws of {setup['samples']} samples of {setup['seqlen']} tokens from the "
-        f"other half of the text. Dense: **{results['dense']:.2f}**. Every part with its defaults. Lower is better. A "
-        "model this small has little to spare, so differences are larger than in models that people use.",
-        "",
-        "## Perplexity",
-        "",
-        *_table(results, "perplexity", "{:.1f}"),
-        "",
-        "## Layer error",
-        "",
-        "Mean over layers of `||X (W - W')^T||^2 / ||X W^T||^2`, with X the inputs in the dense model. It is not what "
-        "a method that looks at pruned inputs, or at the block's output, makes small.",
-        "",
-        *_table(results, "layer_error", "{:.3f}"),
-        "",
-        "## Cost",
-        "",
-        "Mean seconds of a run and highest peak of resident memory, all patterns and draws; loading and evaluation "
-        "left out of the seconds.",
-        "",
-        "| method | seconds | peak memory, MB |",
-        "|---|---:|---:|",
-        *(
-            f"| {name} | {statistics.mean(row['seconds'] for row in own):.2f} "
-            f"| {max(row['peak_bytes'] for row in own) / 1e6:.0f} |"
-            for name, own in _by_method(results).items()
-        ),
-        "",
-        f"Machine: {where['processor']}, {where['cores']} cores, {where['threads']} threads, "
-        f"{', '.join(where['accelerators']) or 'no accelerator'}; torch {results['versions']['torch']}, "
-        f"transformers {results['versions']['transformers']}.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _by_method(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    names = dict.fromkeys(row["method"] for row in results["rows"])
-    return {name: [row for row in results["rows"] if row["method"] == name] for name in names}
-
-
-def _table(results: dict[str, Any], key: str, form: str) -> list[str]:
-    patterns = list(dict.fromkeys(row["pattern"] for row in results["rows"]))
-    heads = [pattern if ":" in pattern else f"{float(pattern):.0%}" for pattern in patterns]
-    lines = [f"| method | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
-    for name, own in _by_method(results).items():
-        cells = []
-        for pattern in patterns:
-            values = [row[key] for row in own if row["pattern"] == pattern]
-            cells.append(f"{form.format(statistics.mean(values))} ± {form.format(statistics.pstdev(values))}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+def table_lines(table: Table, further: Mapping[str, Callable[[str], str]]) -> list[str]:
+    """Return a table of methods by patterns, with further columns by method."""
+    heads = ["method", *map(pattern_name, table.patterns), *further]
+    lines = [line(heads), line([":-", *["-:"] * (len(heads) - 1)])]
+    for method, own in table.lines.items():
+        texts = [cell_text(own[each], table.share) if each in own else "–" for each in table.patterns]
+        lines.append(line([method, *texts, *(text(method) for text in further.values())]))
     return lines
 
 
+def layer_error(cells: Sequence[Cell], held: StudyFolder, pattern: str) -> Callable[[str], str]:
+    """Return what gives the mean relative error of layers, of a method's first draw at a pattern."""
+
+    def text(method: str) -> str:
+        for cell in cells:
+            found = held.cell(cell) if (cell.method, str(cell.pattern)) == (method, pattern) else None
+            if found and found.get("details"):
+                return f"{statistics.fmean(layer['error'] for layer in found['details'].values()):.3f}"
+        return "–"
+
+    return text
+
+
+def seconds(measured: list[dict[str, Any]]) -> str:
+    """Return the mean seconds of a run, which is its share of the pass."""
+    return f"{statistics.fmean(each['seconds'] / each['runs_in_the_pass'] for each in measured):.1f}"
+
+
+def runs(measured: list[dict[str, Any]]) -> str:
+    """Return the mean number of runs in a pass."""
+    return f"{statistics.fmean(each['runs_in_the_pass'] for each in measured):.0f}"
+
+
+def peak(measured: list[dict[str, Any]]) -> str:
+    """Return the highest peak of memory."""
+    return f"{max(each['peak_bytes'] for each in measured) / 2**20:,.0f}"
+
+
+def cost(cells: Sequence[Cell], held: StudyFolder, text: Callable[[list[dict[str, Any]]], str]) -> Callable[[str], str]:
+    """Return what gives a cost of a method over all of its runs."""
+
+    def of_method(method: str) -> str:
+        known = [found for cell in cells if cell.method == method and (found := held.measured(cell))]
+        return text(known) if known else "–"
+
+    return of_method
+
+
+def model_lines(model: str, tables: Sequence[Table], cells: Sequence[Cell], held: StudyFolder) -> list[str]:
+    """Return the section of one model."""
+    own = [cell for cell in cells if cell.model == model]
+    lines = [f"## {model}", "", ABOUT[model], ""]
+    for place, table in enumerate(tables):
+        middle = table.middle
+        further = {
+            f"layer error, {pattern_name(middle)}": layer_error(own, held, middle),
+            "seconds": cost(own, held, seconds),
+            "runs a pass": cost(own, held, runs),
+            "peak, MiB": cost(own, held, peak),
+        }
+        assert table.dense is not None
+        lines += [
+            f"### {table.heading}",
+            "",
+            f"Dense: **{number(table.dense, table.share)}**. "
+            f"{'Higher' if table.higher_is_better else 'Lower'} is better.",
+            "",
+            *table_lines(table, {} if place else further),
+            "",
+            *(f"- {name}: {text}" for name, text in table.facts if name in ("Draws", "Evaluated on", "Calibrated on")),
+            "",
+        ]
+    return lines
+
+
+def order_lines(tables: Mapping[str, Table]) -> list[str]:
+    """Return the published orders of methods, and those found here among the same methods."""
+    groups: dict[tuple[str, str], dict[str, float]] = {}
+    for each in published_numbers():
+        if each.model == PUBLISHED and each.measure == "perplexity" and each.method != "dense":
+            groups.setdefault((each.source, str(each.pattern)), {})[each.method] = each.value
+    lines = [line(["source", "pattern", f"published for {PUBLISHED}", *tables]), line([":-"] * (3 + len(tables)))]
+    for (source, pattern), published in groups.items():
+        names = {method: SAME.get(method, method) for method in published}
+        shown = {
+            method for method, name in names.items() if all(pattern in t.lines.get(name, {}) for t in tables.values())
+        }
+        if len(shown) < 2 or not all(pattern in table.patterns for table in tables.values()):
+            continue
+        orders = [_order({method: published[method] for method in shown})]
+        orders += [
+            _order({method: table.lines[names[method]][pattern].mean for method in shown}) for table in tables.values()
+        ]
+        lines.append(line([source, pattern_name(pattern), *orders]))
+    return lines
+
+
+def _order(values: Mapping[str, float]) -> str:
+    return " < ".join(f"{method} {number(values[method], False)}" for method in sorted(values, key=lambda m: values[m]))
+
+
+def page(study: Study, cells: Sequence[Cell], rows: Sequence[Row], folder: Path) -> str:
+    """Return `docs/results/methods.md`."""
+    held, tables = StudyFolder(folder), tables_in(study, cells, rows, folder)
+    where, used = machine(), versions()
+    done = sum(1 for cell in cells if "evaluations" in (held.cell(cell) or {}))
+    missing = "" if done == len(cells) else f" **{len(cells) - done} of {len(cells)} runs have not been made yet.**"
+    models = [model for model in study.models if any(table.model == model for table in tables)]
+    texts = [table for table in tables if table.measure == "perplexity"]
+    lines = [
+        "# Methods compared",
+        "",
+        "Made by `pruneforge compare --preset methods` and `benchmarks/methods.py`; the rows are in "
+        "[`benchmarks/results/methods`](../../benchmarks/results/methods/results.csv). Every part has its defaults, "
+        "but for the step sizes of `perp`, which are for large models. Statistics are those of the dense model, except "
+        f"before `reconstruct`, which follows the pruned one.{missing}",
+        "",
+        "The layer error is `||X (W - W')^T||^2 / ||X W^T||^2`, the mean over layers for the first draw, with X the "
+        "inputs of the run: of the dense model, or of the pruned one. It is not what a method that trains makes small. "
+        "Seconds are those of a pass over its runs, with loading and evaluation left out; peak memory is that of the "
+        "process. Methods are timed one by one in [`solvers.json`](../../benchmarks/results/solvers.json).",
+        "",
+    ]
+    for model in models:
+        lines += model_lines(model, [table for table in tables if table.model == model], cells, held)
+    lines += [
+        "## Beside published orders",
+        "",
+        f"What was published for {PUBLISHED} on WikiText-2, and the same methods here.",
+        "",
+        *order_lines({table.model: table for table in texts}),
+        "",
+        f"Machine: {where['processor']}, {where['cores']} cores, "
+        f"{', '.join(where['accelerators']) or 'no accelerator'}; torch {used['torch']}, "
+        f"transformers {used['transformers']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with stories260K/ and tinystories.txt")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
-    asked = parser.parse_args()
-    results, file = measure(asked.data, asked.methods), ROOT / "benchmarks" / "results" / "methods.json"
-    if file.exists():
-        others = [row for row in json.loads(file.read_text())["rows"] if row["method"] not in asked.methods]
-        order = list(METHODS)
-        results["rows"] = sorted([*others, *results["rows"]], key=lambda row: order.index(row["method"]))
-    file.write_text(json.dumps(results, indent=2) + "\n")
-    (ROOT / "docs" / "results" / "methods.md").write_text(page(results))
-    print(page(results))
+    """Copy the results and write the page."""
+    folder = Path(sys.argv[1])
+    study = read_study(folder / "study.yaml")
+    cells = cells_of(study, [])
+    rows = write_report(study, cells, folder)
+    kept = ROOT / "benchmarks" / "results" / "methods"
+    kept.mkdir(exist_ok=True)
+    for name in KEPT:
+        shutil.copyfile(folder / name, kept / name)
+    (ROOT / "docs" / "results" / "methods.md").write_text(page(study, cells, rows, folder))
 
 
 if __name__ == "__main__":

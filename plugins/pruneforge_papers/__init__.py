@@ -8,10 +8,13 @@ OFFLINE = ("demo", "sparsity-sweep", "nm", "norm-ablation", "alpha-ablation", "s
 FROM_THE_HUB = ("gblm-table1", "gblm-nm", "wanda-table", "opt", "qwen3", "vit-table", "source-ablation")
 """Studies of models and data that are downloaded."""
 
+LOCAL = ("methods",)
+"""Studies of models and data in folders, which their texts name."""
+
 
 @hookimpl
 def pruneforge_register(registry: Registry) -> None:
     """Register the studies and the numbers."""
-    for name in (*OFFLINE, *FROM_THE_HUB):
+    for name in (*OFFLINE, *FROM_THE_HUB, *LOCAL):
         registry.study(name, f"pruneforge_papers:studies/{name}.yaml")
     registry.published("pruneforge_papers:published.yaml")

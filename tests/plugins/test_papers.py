@@ -13,7 +13,7 @@ from pruneforge.studies.cells import arguments
 from pruneforge.studies.published import published_dense, published_for, published_numbers
 from pruneforge.studies.run import check
 from pruneforge.studies.study import Study, cells_of, make_study
-from pruneforge_papers import FROM_THE_HUB, OFFLINE
+from pruneforge_papers import FROM_THE_HUB, LOCAL, OFFLINE
 
 
 def numbers(source=""):
@@ -125,6 +125,23 @@ def test_a_study_of_the_demo_can_run_without_a_network(name):
     study = shipped(name)
     assert {model.model for model in study.models.values()} == {"demo:text", "demo:image"}
     check(study, cells_of(study, []))
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_a_study_of_folders_asks_for_what_can_run(name):
+    """With the demo's models and data in the place of the folders."""
+    values = yaml.safe_load(loaded_plugins().registry.file("study", name).read())
+    for model in values["models"].values():
+        image = "imagenet" in {task["task"] for task in model["tasks"]}
+        model["model"], model["calibration"] = ("demo:image", "digits") if image else ("demo:text", "python-docs")
+        model.pop("source_options", None)
+        for task in model["tasks"]:
+            task["options"]["data"] = "digits" if image else "python-docs"
+    study = make_study(values, name)
+    cells = cells_of(study, [])
+    assert len({cell.key for cell in cells}) == len(cells)
+    check(study, cells)
+    assert loaded_plugins().registry.file("study", name).summary().endswith(".")
 
 
 def test_statistics_of_image_classifiers_are_of_the_models_that_the_published_ones_are_of():
