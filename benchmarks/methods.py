@@ -20,10 +20,11 @@ from pruneforge.runs.provenance import machine, versions
 from pruneforge.studies.compare import read_study
 from pruneforge.studies.folder import StudyFolder
 from pruneforge.studies.grids import cell_text, number, pattern_name
+from pruneforge.studies.plan import Cell, cells_of
 from pruneforge.studies.published import published_numbers
 from pruneforge.studies.report import tables_in, write_report
 from pruneforge.studies.results import Row
-from pruneforge.studies.study import Cell, Study, cells_of
+from pruneforge.studies.study import Study
 from pruneforge.studies.tables import Table
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +34,7 @@ SAME = {"owl + wanda": "wanda owl", "wanda + dsnot": "wanda + dsnot", "dsnot": "
 """What the study calls methods that publications call otherwise."""
 
 ABOUT = {
-    "stories260K": "A LLaMA of 260 K parameters on TinyStories, of which one half calibrates and the other is measured. "
+    "stories260K": "A LLaMA of 260 K parameters on TinyStories: one half calibrates, the other is measured. "
     "A model this small has little to spare: differences are larger than in models that people use.",
     "ViT-S": "DINOv2 ViT-S/14 at 112 pixels with a linear head for the ten classes of CIFAR-10, in bfloat16.",
     "SmolLM2-135M": "SmolLM2-135M-Instruct, from a file of 4 bits a weight, on WikiText-2 in bfloat16.",

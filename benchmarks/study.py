@@ -21,8 +21,9 @@ import yaml
 
 from pruneforge.plugins import loaded_plugins
 from pruneforge.runs.provenance import machine, versions
+from pruneforge.studies.plan import cells_of
 from pruneforge.studies.run import run_study
-from pruneforge.studies.study import Study, cells_of, make_study
+from pruneforge.studies.study import Study, make_study
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 3

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pruneforge.studies.plan import Cell, cells_of
 from pruneforge.studies.results import Row
-from pruneforge.studies.study import Cell, Study, cells_of, make_study, save_study
+from pruneforge.studies.study import Study, make_study, save_study
 
 PERPLEXITY = {"task": "perplexity", "options": {"data": "python-docs", "window": 64}}
 ACCURACY = {"task": "imagenet", "options": {"data": "digits"}}

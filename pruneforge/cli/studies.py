@@ -15,7 +15,7 @@ from pruneforge.cli.fields import Fields, fields_of
 from pruneforge.cli.settings import OF_RUN, SettingsCommand
 
 if TYPE_CHECKING:
-    from pruneforge.studies.study import Cell
+    from pruneforge.studies.plan import Cell
 
 Executor = Annotated[str, typer.Option(help="Where the cells run: local, or ray.", metavar="NAME")]
 Workers = Annotated[

@@ -29,7 +29,8 @@ from pruneforge.runs.loading import load_model
 from pruneforge.runs.prune import prune, prune_each
 from pruneforge.runs.result import PruneResult
 from pruneforge.studies.folder import CELL_FILE, MEASURED_FILE, as_json, dense_place, items_file, place_of
-from pruneforge.studies.study import Cell, Task
+from pruneforge.studies.plan import Cell
+from pruneforge.studies.study import Task
 
 PICTURED = 96
 """Rows and columns of the part of a mask that is kept as a picture."""

@@ -15,7 +15,7 @@ from typing import Any
 from pruneforge.checkpoint.durable import write_bytes, writing
 from pruneforge.checkpoint.masks import MASKS_FILE
 from pruneforge.errors import PruneForgeError
-from pruneforge.studies.study import Cell
+from pruneforge.studies.plan import Cell
 
 CELL_FILE = "cell.json"
 """What a cell found; the cell is finished once it is there, since it is written last."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from pruneforge.runs.inspect import role
 from pruneforge.studies.folder import StudyFolder
-from pruneforge.studies.study import Cell
+from pruneforge.studies.plan import Cell
 
 Curves = dict[str, dict[str, dict[int, float]]]
 """By role and method, a value for each block."""

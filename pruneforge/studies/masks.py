@@ -11,7 +11,7 @@ from typing import Any
 from pruneforge.checkpoint.masks import MASKS_FILE, load_masks
 from pruneforge.runs.inspect import agreement, role
 from pruneforge.studies.folder import StudyFolder, place_of
-from pruneforge.studies.study import Cell
+from pruneforge.studies.plan import Cell
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pruneforge.studies.folder import StudyFolder
-from pruneforge.studies.study import Cell
+from pruneforge.studies.plan import Cell
 
 RESAMPLES = 2000
 """Bootstrap samples of a difference."""

@@ -16,7 +16,8 @@ from pruneforge.interfaces.patterns import parse_pattern
 from pruneforge.interfaces.recipe import LONGEST_DEFAULT, PruneRecipe
 from pruneforge.interfaces.shipped import Shipped
 from pruneforge.plugins import loaded_plugins
-from pruneforge.studies.study import OF_DATA, Cell
+from pruneforge.studies.plan import Cell
+from pruneforge.studies.study import OF_DATA
 
 DENSE, NOTHING = "dense", 0.0
 """What published numbers call the model as it is: its method, and the sparsity that is its pattern."""

@@ -13,8 +13,9 @@ from pruneforge.runs.hub import Kind, Repository, files_of
 from pruneforge.runs.report import REPORT_FILE, load_report
 from pruneforge.studies.compare import read_study
 from pruneforge.studies.folder import StudyFolder
+from pruneforge.studies.plan import cells_of
 from pruneforge.studies.report import MARKDOWN_FILE, RESULTS_FILE
-from pruneforge.studies.study import STUDY_FILE, cells_of
+from pruneforge.studies.study import STUDY_FILE
 
 MARKS = frozenset({REPORT_FILE, STUDY_FILE})
 """Files by which a repository is known to hold a result."""

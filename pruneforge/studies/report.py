@@ -16,8 +16,9 @@ from pruneforge.studies.layers import layers_of
 from pruneforge.studies.markup import Section, as_latex, as_markdown
 from pruneforge.studies.noise import Items, items
 from pruneforge.studies.page import as_html, shown_methods
+from pruneforge.studies.plan import Cell
 from pruneforge.studies.results import Row, as_csv, rows_of
-from pruneforge.studies.study import STUDY_FILE, Cell, Study
+from pruneforge.studies.study import STUDY_FILE, Study
 from pruneforge.studies.tables import Table, tables_of
 
 RESULTS_FILE, MARKDOWN_FILE = "results.json", "report.md"

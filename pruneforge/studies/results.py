@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pruneforge.studies.folder import StudyFolder
+from pruneforge.studies.plan import Cell
 from pruneforge.studies.published import published_dense, published_for
-from pruneforge.studies.study import Cell
 
 Row = dict[str, Any]
 

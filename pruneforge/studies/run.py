@@ -21,8 +21,9 @@ from pruneforge.runs.plan import split_excluded
 from pruneforge.studies.cells import DenseEvaluation, arguments, passes
 from pruneforge.studies.executors import Executor, Local
 from pruneforge.studies.folder import CELL_FILE, StudyFolder, as_json, place_of
+from pruneforge.studies.plan import Cell, cells_of
 from pruneforge.studies.published import published_numbers
-from pruneforge.studies.study import Cell, Study, cells_of, save_study
+from pruneforge.studies.study import Study, save_study
 
 
 def run_study(

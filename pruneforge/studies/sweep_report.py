@@ -16,9 +16,9 @@ from pruneforge.studies.grids import cell_text, number
 from pruneforge.studies.knee import Knee, Rule, knees
 from pruneforge.studies.masks import Components, Similarity, components, similarities
 from pruneforge.studies.page import environment, shown_methods
+from pruneforge.studies.plan import Cell
 from pruneforge.studies.plots import on_axis
 from pruneforge.studies.results import Row
-from pruneforge.studies.study import Cell
 from pruneforge.studies.sweep import Sweep
 from pruneforge.studies.tables import Table, tables_of
 

@@ -10,9 +10,10 @@ import yaml
 from pruneforge.plugins import loaded_plugins
 from pruneforge.runs.job import make_job
 from pruneforge.studies.cells import arguments
+from pruneforge.studies.plan import cells_of
 from pruneforge.studies.published import published_dense, published_for, published_numbers
 from pruneforge.studies.run import check
-from pruneforge.studies.study import Study, cells_of, make_study
+from pruneforge.studies.study import Study, make_study
 from pruneforge_papers import FROM_THE_HUB, LOCAL, OFFLINE
 
 

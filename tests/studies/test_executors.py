@@ -20,9 +20,10 @@ from pruneforge.studies import cells as cells_module
 from pruneforge.studies.cells import products
 from pruneforge.studies.executors import make_executor
 from pruneforge.studies.folder import CELL_FILE, StudyFolder, as_json, place_of
+from pruneforge.studies.plan import cells_of
 from pruneforge.studies.report import write_report
 from pruneforge.studies.run import chosen_cells, run_study
-from pruneforge.studies.study import cells_of, make_study
+from pruneforge.studies.study import make_study
 
 
 def test_a_killed_study_goes_on_with_what_is_missing_and_ends_in_the_same_bytes(unbroken, tmp_path):
@@ -46,7 +47,8 @@ import os, signal, sys, yaml
 from pathlib import Path
 from pruneforge.studies.folder import CELL_FILE, StudyFolder
 from pruneforge.studies.run import run_study
-from pruneforge.studies.study import cells_of, make_study
+from pruneforge.studies.plan import cells_of
+from pruneforge.studies.study import make_study
 
 keep, kept = StudyFolder.keep, []
 

@@ -9,8 +9,9 @@ import yaml
 
 from pruneforge import PruneForgeError, Registry
 from pruneforge.plugins import loaded_plugins
+from pruneforge.studies.plan import cells_of
 from pruneforge.studies.published import published_dense, published_for, published_numbers
-from pruneforge.studies.study import cells_of, make_study
+from pruneforge.studies.study import make_study
 
 FILE = {
     "models": {"Demo": ["hub:somebody/demo", "text"], "Other": ["somebody/other"]},

@@ -21,9 +21,10 @@ from pruneforge import Evaluator, Metric, PruneForgeError
 from pruneforge.checkpoint.masks import load_masks
 from pruneforge.plugins import loaded_plugins
 from pruneforge.studies.folder import StudyFolder
+from pruneforge.studies.plan import cells_of
 from pruneforge.studies.report import write_report
 from pruneforge.studies.run import run_study
-from pruneforge.studies.study import cells_of, make_study
+from pruneforge.studies.study import make_study
 
 
 def test_every_cell_is_what_a_run_of_its_own_gives(unbroken):

@@ -17,10 +17,11 @@ from pruneforge.studies.curve import curve
 from pruneforge.studies.folder import StudyFolder
 from pruneforge.studies.knee import Rule, knee, knees
 from pruneforge.studies.masks import components, similarities
+from pruneforge.studies.plan import cells_of
 from pruneforge.studies.plots import Style
 from pruneforge.studies.report import write_report
 from pruneforge.studies.run import run_study
-from pruneforge.studies.study import cells_of, make_study
+from pruneforge.studies.study import make_study
 from pruneforge.studies.sweep import make_sweep, sparsities_between
 from pruneforge.studies.sweep_report import write_sweep
 from pruneforge.studies.tables import tables_of
