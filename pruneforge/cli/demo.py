@@ -38,15 +38,25 @@ def demo(
     plugins: common.PluginFiles = None,
     config: common.Config = None,
 ) -> None:
-    """Prune the embedded models with every metric there is, at 50 % and 2:4; needs no network."""
+    """Prune the embedded models with every metric there is, at 50 % and 2:4; needs no network.
+
+    Metrics that compare the calibration data with others are left out, since there are none.
+    """
+    from pruneforge.interfaces.statistics import streams_of
     from pruneforge.plugins import loaded_plugins
     from pruneforge.progress import BarProgress
 
     registry = loaded_plugins().registry
-    results = {}
+    results, metrics = {}, []
+    for entry in registry.entries("metric"):
+        streams = streams_of(registry.create("metric", entry.name).requires)
+        if streams:
+            common.warn([f"{entry.name} is left out: it needs further calibration data, {', '.join(streams)}"])
+        else:
+            metrics.append(entry.name)
     for entry in registry.entries("demo"):
         subject = registry.create("demo", entry.name)
-        rows = run(subject, [metric.name for metric in registry.entries("metric")], settings(ctx), BarProgress())
+        rows = run(subject, metrics, settings(ctx), BarProgress())
         results[entry.name] = {"title": subject.title, "rows": rows}
         if not as_json:
             common.console.print(_table(subject.title, subject.result, rows))

@@ -21,7 +21,7 @@ from pruneforge.interfaces.recipe import Propagate, PruneRecipe
 from pruneforge.interfaces.recovery import Recovery, recovers_models
 from pruneforge.interfaces.refiner import Refiner
 from pruneforge.interfaces.selection import Threshold
-from pruneforge.interfaces.statistics import On, Requirement
+from pruneforge.interfaces.statistics import Requirement, streams_of
 from pruneforge.interfaces.summaries import Gram
 from pruneforge.profile import Profile
 
@@ -158,8 +158,7 @@ class Run:
     @property
     def streams(self) -> tuple[str, ...]:
         """Names of the further calibration data that anything requires, each once."""
-        every = (*self.requires, *needed_to_allocate(self))
-        return tuple(dict.fromkeys(required.stream for required in every if isinstance(required, On)))
+        return streams_of((*self.requires, *needed_to_allocate(self)))
 
     @property
     def parts(self) -> list[Configurable]:

@@ -252,6 +252,11 @@ def kind_of(required: Requirement) -> type[Statistic]:
     return required.kind if isinstance(required, On) else required
 
 
+def streams_of(requires: Iterable[Requirement]) -> tuple[str, ...]:
+    """Return the names of the further calibration data that are required, each once."""
+    return tuple(dict.fromkeys(required.stream for required in requires if isinstance(required, On)))
+
+
 K = TypeVar("K", bound=Statistic)
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from pruneforge.interfaces.adapter import Adapter, Example
 from pruneforge.interfaces.metric import Metric, Pruned, prunes_blocks, scores_layers
 from pruneforge.interfaces.patterns import NM, Pattern, Scope, Unstructured, pruned_count
-from pruneforge.interfaces.statistics import On, kind_of
+from pruneforge.interfaces.statistics import kind_of, streams_of
 from pruneforge.runs.result import PruneResult
 from pruneforge.testing.models import examples, fresh, layers_of, prune_with
 
@@ -28,7 +28,7 @@ def prune_example(
     module, data = fresh(example)
     if alone:
         data = [tree_map(lambda value, at=at: value[at : at + 1], one) for one in data for at in range(_size(one))]
-    streams = {required.stream: data for required in metric.requires if isinstance(required, On)}
+    streams = dict.fromkeys(streams_of(metric.requires), data)
     return module, prune_with(adapter, module, metric, calibration=data, streams=streams or None, **settings)
 
 

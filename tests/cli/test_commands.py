@@ -171,19 +171,32 @@ def test_demo_prunes_both_models_with_a_metric_at_both_patterns():
         assert all((row[result] < dense[result]) == (half == "image") for row in rows)
 
 
-METRICS = ("admm", "d2prune", "gblm", "magnitude", "pruner-zero", "random", "ria", "sparsegpt", "wanda", "wanda++")
+METRICS = (
+    "admm",
+    "alps",
+    "d2prune",
+    "gblm",
+    "magnitude",
+    "pruner-zero",
+    "random",
+    "ria",
+    "sparsegpt",
+    "wanda",
+    "wanda++",
+)
 
 
 @pytest.mark.slow
 def test_demo_prunes_with_every_metric_at_both_patterns():
     done = shell("demo", "--json")
     assert done.returncode == 0, done.stderr
+    assert "gaprune is left out: it needs further calibration data, general" in done.stderr
     halves = json.loads(done.stdout)
     digits = {(row["metric"], row["pattern"]): row["top1"] for row in halves["image"]["rows"]}
     assert len(digits) == 1 + 2 * len(METRICS)
     assert digits["dense", ""] > 0.95
     methods = {key: accuracy for key, accuracy in digits.items() if key[0] not in ("dense", "random")}
-    assert all(digits["dense", ""] > accuracy > 0.8 for accuracy in methods.values())
+    assert all(digits["dense", ""] >= accuracy > 0.8 for accuracy in methods.values())
     assert all(digits["random", pattern] < 0.5 < digits["dense", ""] for pattern in ("0.5", "2:4"))  # the control
     rows = halves["text"]["rows"]
     assert [(row["metric"], row["pattern"]) for row in rows] == [
