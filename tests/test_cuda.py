@@ -221,7 +221,7 @@ def test_two_processes_with_nccl_make_the_masks_of_one(metric, tmp_path):
         if done.returncode and "Duplicate GPU" in done.stderr:
             pytest.skip("this NCCL does not let two processes share a device, and there is one")
         assert done.returncode == 0, done.stderr
-    masks = [(tmp_path / name / "masks.safetensors").read_bytes() for name in ("1", "2")]
+    masks = [(tmp_path / name / "pruneforge.masks").read_bytes() for name in ("1", "2")]
     assert masks[0] == masks[1]
 
 

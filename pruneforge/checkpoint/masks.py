@@ -16,8 +16,11 @@ from torch import Tensor
 from pruneforge.checkpoint import reader
 from pruneforge.errors import PruneForgeError
 
-MASKS_FILE = "masks.safetensors"
+MASKS_FILE = "pruneforge.masks"
+"""A file of safetensors under a name of its own: of a folder without an index engines load every `*.safetensors`."""
 
+FORMER = "masks.safetensors"
+"""What it was called up to 0.1."""
 
 ORDER = ".permutation"
 """What follows a layer's name in the name of its permutation."""
@@ -117,7 +120,10 @@ def _unpacked(file: Any, name: str, shape: Sequence[int]) -> Tensor:
 
 def file_of(path: Path) -> Path:
     """Return the file of masks that `path` is or, as a folder, holds; there need not be one."""
-    return path / MASKS_FILE if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    former = path / FORMER
+    return former if former.is_file() and not (path / MASKS_FILE).exists() else path / MASKS_FILE
 
 
 @contextmanager

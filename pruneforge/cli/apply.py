@@ -14,7 +14,7 @@ EXAMPLES = """[bold]Examples[/bold]
 
 pruneforge apply published MODEL --output pruned
 
-pruneforge apply masks.safetensors MODEL --output pruned
+pruneforge apply pruneforge.masks MODEL --output pruned
 
 pruneforge apply published fine-tuned --any-model --output pruned
 """
@@ -22,7 +22,7 @@ pruneforge apply published fine-tuned --any-model --output pruned
 
 def apply(
     masks: Annotated[
-        Path, typer.Argument(help="Output of a pruning run, or its masks.safetensors.", metavar="DIR|FILE")
+        Path, typer.Argument(help="Output of a pruning run, or its pruneforge.masks.", metavar="DIR|FILE")
     ],
     model: Annotated[str, typer.Argument(help="Folder or hub id of the dense model.", metavar="MODEL")],
     output: Annotated[Path, typer.Option(help="Folder to write to. Must not exist or be empty.", metavar="DIR")],

@@ -73,7 +73,7 @@ def apply(
     says whether that is so, which model was pruned, and which layers stay dense.
 
     Args:
-        masks: The output of a pruning run, or its `masks.safetensors`, with or without `pruneforge.json` beside it.
+        masks: The output of a pruning run, or its `pruneforge.masks`, with or without `pruneforge.json` beside it.
         model: The dense model: a folder, a hub id, or a model in memory, which is pruned in place.
         output: Folder to write model, masks and report to; as for `prune`.
         any_model: Whether to take a model that is another one than the report says, such as a fine-tuned one.

@@ -13,7 +13,7 @@ import torch
 
 from pruneforge.checkpoint.durable import sync, writing
 from pruneforge.checkpoint.journal import JOURNAL_FILE, Journal, difference, held
-from pruneforge.checkpoint.masks import MASKS_FILE, load_masks
+from pruneforge.checkpoint.masks import file_of, load_masks
 from pruneforge.checkpoint.state import STATE_FILE
 from pruneforge.data.calibration import Data, RawBatches, collect
 from pruneforge.engine.budget import Budgets
@@ -148,7 +148,7 @@ class _Asked:
         pruned = loaded.checkpoint.fingerprint() if loaded.checkpoint else fingerprint(loaded.module)
         parts: list[Configurable] = [self.recovery, loaded.adapter]
         plugins = plugin_sources(parts if self.objective is None else [*parts, self.objective])
-        masks = self.source / MASKS_FILE
+        masks = file_of(self.source)
         entry = {
             "name": self.recovery.name,
             "options": self.recovery.options.model_dump(mode="json"),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pruneforge.checkpoint.durable import write_bytes, writing
-from pruneforge.checkpoint.masks import MASKS_FILE
+from pruneforge.checkpoint.masks import file_of
 from pruneforge.errors import PruneForgeError
 from pruneforge.studies.plan import Cell
 
@@ -49,17 +49,22 @@ class StudyFolder:
         """Return a cell's outcome of each image or question of a task, or `None`; see `items_file`."""
         return _read(self.path / place_of(cell, items_file(task)))
 
+    def masks(self, cell: Cell) -> Path:
+        """Return the file of a cell's masks, which there may be."""
+        return file_of((self.path / place_of(cell, CELL_FILE)).parent)
+
     def dense(self, model: str, task: int) -> dict[str, Any] | None:
         """Return what the dense model gave on one of its tasks, or why it failed; `None` if it was not tried."""
         return _read(self.path / dense_place(model, task))
 
     def lacks(self, cell: Cell) -> bool:
         """Return whether something is not there that the study wants to keep of a finished cell."""
-        wanted = [MASKS_FILE] if "masks" in cell.keeps else []
-        wanted += [items_file(number) for number in range(len(cell.tasks))] if "items" in cell.keeps else []
+        wanted = [self.masks(cell)] if "masks" in cell.keeps else []
+        if "items" in cell.keeps:
+            wanted += [self.path / place_of(cell, items_file(number)) for number in range(len(cell.tasks))]
         if "details" in cell.keeps and "details" not in (self.cell(cell) or {}):
             return True
-        return not all((self.path / place_of(cell, name)).is_file() for name in wanted)
+        return not all(file.is_file() for file in wanted)
 
     def keep(self, place: str, content: bytes) -> None:
         """Write a file below the folder, whole or not at all; a cell that is finished does not become a failed one.

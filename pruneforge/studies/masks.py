@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pruneforge.checkpoint.masks import MASKS_FILE, load_masks
+from pruneforge.checkpoint.masks import load_masks
 from pruneforge.runs.inspect import agreement, role
-from pruneforge.studies.folder import StudyFolder, place_of
+from pruneforge.studies.folder import StudyFolder
 from pruneforge.studies.plan import Cell
 
 
@@ -101,7 +101,7 @@ def similarities(cells: Sequence[Cell], held: StudyFolder) -> Iterator[Similarit
 
 
 def _alike(one: Cell, two: Cell, held: StudyFolder) -> dict[str, float]:
-    first, second = (load_masks((held.path / place_of(cell, MASKS_FILE)).parent) for cell in (one, two))
+    first, second = (load_masks(held.masks(cell)) for cell in (one, two))
     found = agreement(first, second, one.key, two.key)
     both = either = 0.0
     for name, mask in first.items():

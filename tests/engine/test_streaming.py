@@ -78,7 +78,7 @@ def test_files_keep_their_names_and_every_byte_that_is_not_pruned(dtype, tied, s
     source, out = Checkpoint(folder), Checkpoint(tmp_path / "out")
     assert (len(source.files) > 1) == shards
     assert source.files == out.files
-    ours = {"masks.safetensors", "pruneforge.json", "recipe.yaml"}
+    ours = {"pruneforge.masks", "pruneforge.json", "recipe.yaml"}
     assert set(contents(tmp_path / "out")) == (set(contents(folder)) - {"pytorch_model.bin"}) | ours
     masks = pruneforge.load(tmp_path / "out").masks
     for name, original in contents(folder).items():

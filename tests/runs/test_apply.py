@@ -126,8 +126,8 @@ def test_updated_weights_are_named_and_not_passed_over(method, least, tmp_path):
         pruneforge.apply(tmp_path / "pruned", model, tmp_path / "out")
     found = pruneforge.apply(tmp_path / "pruned", model, tmp_path / "out", masks_only=True)
     assert f"also changed {len(report['updated'])} tensors" in found.report["warnings"][0]
-    assert (tmp_path / "out" / "masks.safetensors").read_bytes() == (
-        tmp_path / "pruned" / "masks.safetensors"
+    assert (tmp_path / "out" / "pruneforge.masks").read_bytes() == (
+        tmp_path / "pruned" / "pruneforge.masks"
     ).read_bytes()
     dense, ours = tiny_llama(torch.float32), found.model
     for name, mask in found.masks.items():
@@ -138,7 +138,7 @@ def test_masks_without_a_report_are_taken_with_a_warning(tmp_path):
     model = saved(tmp_path / "model")
     pruneforge.prune(model, "magnitude", 0.5, exclude=["*.down_proj"], output=tmp_path / "pruned")
     (tmp_path / "alone").mkdir()
-    file = shutil.copy(tmp_path / "pruned" / "masks.safetensors", tmp_path / "alone" / "some.safetensors")
+    file = shutil.copy(tmp_path / "pruned" / "pruneforge.masks", tmp_path / "alone" / "some.safetensors")
     with pytest.raises(PruneForgeError, match=r"3 layers have no mask, such as '.*down_proj'; .*`exclude`"):
         pruneforge.apply(file, model, tmp_path / "out")
     found = pruneforge.apply(file, model, tmp_path / "out", exclude=["*.down_proj"])

@@ -148,7 +148,7 @@ def test_everything_is_written_before_a_log_is_closed(in_memory, recorder, tmp_p
         prune(out, tmp_path / "log", observe_options=options)
     close, kept = [line[2:] for line in told(tmp_path / "log")][-2:]
     assert close[0] == "close"
-    assert {"pruneforge.json", "recipe.yaml", "masks.safetensors", "model.safetensors"} <= set(kept[1])
+    assert {"pruneforge.json", "recipe.yaml", "pruneforge.masks", "model.safetensors"} <= set(kept[1])
     assert kept[1] == {path.name: path.stat().st_size for path in out.iterdir()}  # so no journal any more
 
 

@@ -28,9 +28,9 @@ def test_the_folder_holds_model_tokenizer_masks_report_and_recipe(checkpoint, tm
     assert sorted(path.name for path in output.iterdir()) == [
         "config.json",
         "generation_config.json",
-        "masks.safetensors",
         "model.safetensors",
         "pruneforge.json",
+        "pruneforge.masks",
         "recipe.yaml",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -53,9 +53,19 @@ def test_masks_are_packed_bits_and_come_back(checkpoint, tmp_path):
     assert loaded.report == result.report
     assert list(loaded.masks) == list(result.masks)
     assert all(torch.equal(loaded.masks[name], mask) for name, mask in result.masks.items())
-    with safe_open(tmp_path / "out" / "masks.safetensors", "pt") as file:
+    with safe_open(tmp_path / "out" / "pruneforge.masks", "pt") as file:
         for name, mask in result.masks.items():
             assert file.get_tensor(name).numel() == (mask.numel() + 7) // 8
+
+
+def test_only_weights_are_named_as_weights_and_the_former_name_of_masks_is_read(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    masks = run(checkpoint, out).masks
+    weights = {path.name for path in out.iterdir() if path.suffix in (".safetensors", ".bin", ".pt")}
+    assert weights == {"model.safetensors"}, "engines load all of them where there is no index"
+    (out / "pruneforge.masks").rename(out / "masks.safetensors")
+    found = pruneforge.load(out).masks
+    assert all(torch.equal(found[name], mask) for name, mask in masks.items())
 
 
 def test_masks_are_not_inferred_from_zeros(checkpoint, tmp_path):
@@ -165,11 +175,11 @@ def test_an_empty_current_folder_and_a_link_to_one_are_filled(checkpoint, tmp_pa
 
 
 def test_damaged_and_foreign_folders_are_named(checkpoint, tmp_path):
-    with pytest.raises(PruneForgeError, match=r"holds no masks\.safetensors"):
+    with pytest.raises(PruneForgeError, match=r"holds no pruneforge\.masks"):
         pruneforge.load(checkpoint)
     output = tmp_path / "out"
     run(checkpoint, output)
-    (output / "masks.safetensors").write_bytes(b"\x00" * 20)
+    (output / "pruneforge.masks").write_bytes(b"\x00" * 20)
     with pytest.raises(PruneForgeError, match="is damaged"):
         pruneforge.load(output)
     run(checkpoint, tmp_path / "other")

@@ -149,15 +149,15 @@ def test_bad_folders_are_named(model, tmp_path):
         assert said in str(error.value)
         assert not (tmp_path / "out").exists()
 
-    refused(model, "holds no masks.safetensors; it is not the output of a pruning run")
+    refused(model, "holds no pruneforge.masks; it is not the output of a pruning run")
     pruned = pruneforge.prune(model, "magnitude", 0.5, output=tmp_path / "pruned").folder
     refused(pruned, "recovery 'ridge' needs the dense weights of each block", "ridge", recover_options={})
     report = json.loads((pruned / "pruneforge.json").read_text())
     (pruned / "pruneforge.json").unlink()
     refused(pruned, "holds no finished pruneforge.json")
     (pruned / "pruneforge.json").write_text(json.dumps(report))
-    masks = (pruned / "masks.safetensors").read_bytes()
-    (pruned / "masks.safetensors").write_bytes(masks[:-1] + bytes([~masks[-1] & 255]))
+    masks = (pruned / "pruneforge.masks").read_bytes()
+    (pruned / "pruneforge.masks").write_bytes(masks[:-1] + bytes([~masks[-1] & 255]))
     refused(pruned, "the model has weights of layer 'model.layers.2.mlp.down_proj' where its mask prunes")
 
 

@@ -111,7 +111,7 @@ def test_a_dry_run_lists_every_file_but_those_that_are_nobody_s_business(pruned)
     found = pruneforge.push(pruned, "me/mine", dry_run=True)
     expected = {path.name: path.stat().st_size for path in pruned.iterdir() if path.is_file()}
     del expected[".env"], expected["run.lock"], expected[".lock"]
-    assert {"model.safetensors", "masks.safetensors", "pruneforge.json", "recipe.yaml"} <= set(expected)
+    assert {"model.safetensors", "pruneforge.masks", "pruneforge.json", "recipe.yaml"} <= set(expected)
     card = {"README.md": len(found["card"].encode())}
     assert found["files"] == {**expected, **card, "inner/notes.txt": 6}
     left_out = [".env", ".git/", ".lock", ".work-x/", "inner/.cache/", "inner/journal.jsonl", "run.lock"]

@@ -188,7 +188,7 @@ def test_what_is_kept_of_each_cell(unbroken, tmp_path):
     assert image.size == (columns, rows)
     assert (np.asarray(image) == mask[:rows, :columns].numpy()).all()
     made = finished_in(folder)
-    (folder / "cells" / cells[0].key / "masks.safetensors").unlink()
+    (folder / "cells" / cells[0].key / "pruneforge.masks").unlink()
     run_study(study, folder)
     assert [key for key, when in finished_in(folder).items() if when != made[key]] == [cells[0].key]
 
