@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pruneforge
+from pruneforge.interfaces.statistics import streams_of
 from pruneforge.plugins import loaded_plugins
 from pruneforge.progress import BarProgress
 from pruneforge.runs.provenance import machine, versions
@@ -33,7 +34,9 @@ def measure(data: Path) -> dict[str, Any]:
     held_out = f"{text}[50%:]"
     dense = pruneforge.evaluate(model, "perplexity", data=held_out, window=512)
     rows = [{"metric": "dense", "pattern": "", "sparsity": 0.0, "perplexity": dense["perplexity"]}]
-    metrics = [entry.name for entry in loaded_plugins().registry.entries("metric")]
+    registry = loaded_plugins().registry
+    metrics = [entry.name for entry in registry.entries("metric")]
+    metrics = [name for name in metrics if not streams_of(registry.create("metric", name).requires)]  # one text alone
     metrics.sort(key=lambda name: PAPERS_ORDER.index(name) if name in PAPERS_ORDER else len(PAPERS_ORDER))
     jobs = [(metric, setting) for metric in metrics for setting in SETTINGS]
     for metric, (sparsity, pattern) in BarProgress().track(jobs, "fidelity"):

@@ -42,7 +42,7 @@ WHY = {
     "ria": "two ways to permute the columns for N:M",
     "owl": "two typed signatures of three lines each",
     "sparseswaps": "swaps of many rows at a time, and within the groups of N:M",
-    "sparsegpt": "it chooses between the kernel and plain torch, and raises the damping where it has to",
+    "sparsegpt": "the kernel or plain torch, damping that rises where it has to, and a mask that may be given",
 }
 """What takes the lines beyond the aim."""
 

@@ -26,10 +26,13 @@ class ALPS(Metric):
     `V += rho (B - D)`, where top-k keeps the largest that the pattern lets stay. One decomposition A = Q L Q^T, in
     float64, serves every rho; the steps are as exact in float32, since rho bounds how badly they are conditioned.
 
-    The penalty follows the authors' code. Of the k places of D, c have come or gone in three steps: rho grows by 1.3 if
-    c > k / 10, by 1.2 if c > k / 200, and by 1.1 for any other c above 0. As long as it never grew, a c below k / 200
-    means that rho began too large: it is divided by 5, and if c > 0 the steps begin anew. They end once the support
-    stays, or after 30 of them at c < 0.0003 k.
+    The penalty follows the authors' code. Of the k places of D, c have come or gone in three steps:
+
+    - c > k / 10: rho grows by 1.3
+    - c > k / 200: rho grows by 1.2
+    - less, and rho grew before: rho grows by 1.1, or the steps end if c = 0
+    - less, and rho never grew: it began too large, is divided by 5, and if c > 0 the steps begin anew
+    - c < 0.0003 k after 30 steps: the steps end
 
     The mask is top-k(B). Conjugate gradients on that support, each row on its own, then lower the error of its weights.
     """

@@ -1,4 +1,4 @@
-"""Encoders of text of BERT's block shape, with a masked language model or classification head."""
+"""Encoders of text of BERT's block shape, with a masked language model or classification head, or without."""
 
 from pruneforge import Registry, hookimpl
 

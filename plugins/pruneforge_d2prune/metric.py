@@ -40,10 +40,11 @@ class OutputNorms(OutputStatistic):
 class D2Prune(Metric):
     """`W_ij^2 s_j + r1 y_i |W_ij| z_j - r2 W_ij^2 z_j^2`, compared within each output row.
 
-    With N samples, s_j is the mean over them of `||X_j||^2`, as the authors'. For y_i and z_j their code adds each
-    sample's `||Y_i||` and `||X_j||`, divided by s, to a sum that is multiplied by (n - 1) / n before sample n: in the
-    end sample n counts n / N times, so the order of samples decides. Here each counts (N + 1) / (2 N) times, which is
-    the mean over orders, and the same where all norms are equal. Y includes the layer's bias.
+    With N samples, s_j is the mean over them of `||X_j||^2`; y_i and z_j are (N + 1) / (2 N) times the sums over them
+    of `||Y_i||` and `||X_j||`, divided by `divisor`. Y includes the layer's bias.
+
+    That is the authors' s_j. For y_i and z_j their code multiplies the sum by (n - 1) / n before it adds sample n: in
+    the end sample n counts n / N times, so the order of samples decides. Here all count the same, the mean over orders.
 
     Without r2, a row's order differs from Wanda's only as far as z_j does from the root of s_j: not at all where norms
     do not vary over samples. The paper's form for SparseGPT, which adds these two terms to that method's score and

@@ -24,11 +24,14 @@ class DSnoT(Refiner):
     also done before a swap that turns the sign of its error, as in the paper; the authors' code has the rule, but off.
     Their code leaves the layers of MLPs as they were, by default; here all layers are refined.
 
-    It does not minimise the layer's squared error, which may rise. A row whose mean error would end further from zero
-    than it started, since a swap went too far, keeps its mask.
+    It does not minimise the layer's squared error, which may rise.
+
+    Not in the paper: a row whose mean error would end further from zero than it started, since a swap went too far,
+    keeps its mask, and one without a weight of the sign it needs ends.
     """
 
     requires = (ColumnMoments, ColumnSquares)
+    masks_only = True
 
     class Options(Refiner.Options):
         """Options of DSnoT."""
@@ -44,12 +47,7 @@ class DSnoT(Refiner):
     options: Options
 
     def refine(self, layer: Layer, stats: LayerStatistics, pruned: Pruned, pattern: Pattern) -> Pruned:
-        """Return a mask [out, in] of the same counts in each row, or group; weights are the layer's own.
-
-        A metric's updated weights belong to its mask, so they are refined no further.
-        """
-        if pruned.weight is not None:
-            return Pruned(pruned.mask, pruned.weight, ("the metric updates weights, so its mask was not refined",))
+        """Return a mask [out, in] of the same counts in each row, or group; weights are the layer's own."""
         moments, squares = stats[ColumnMoments], stats[ColumnSquares]
         mean = layer.weight * (moments.mean() * moments.tokens / moments.samples)  # D
         score = layer.weight.abs() * squares.per_sample().sqrt()

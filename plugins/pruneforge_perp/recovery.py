@@ -32,6 +32,9 @@ class Perp(Recovery):
       start at W, but the factors of the paper's form start equal, and so their ranks are never told apart;
     - `head`: ordinary LoRA on the layer that makes the logits. A head that shares its weight is left out, and said so.
 
+    Rank, alpha, the adapters' learning rate and two batches a step are the released code's. It and the paper differ in
+    the number of steps, 20 and 1000; that and the learning rate of vectors are chosen here.
+
     A starts as in LoRA (Hu et al., 2022), B at zero. Everything is merged into the weights: the model keeps its shape
     and its zeros.
     """

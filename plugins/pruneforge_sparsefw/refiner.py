@@ -17,11 +17,13 @@ class SparseFW(Refiner):
     negative gradient; the result is the mask that selects by the last M. The best `fixed` share of the weights that
     the metric kept, by |w_j| sqrt(G_jj), stays kept all the time: of each row, or of the layer if that is compared.
 
-    A relaxed mask of a lower error may round to one of a higher. Each row keeps the better of its two masks, and with
-    a pattern over the whole layer the layer does, so the layer's error never rises.
+    A relaxed mask of a lower error may round to one of a higher. Not in the paper: each row keeps the better of its two
+    masks, and with a pattern over the whole layer the layer does, so the layer's error never rises. The length of the
+    steps is the algorithm's own, and their number is chosen here.
     """
 
     requires = (Gram,)
+    masks_only = True
 
     class Options(Refiner.Options):
         """Options of SparseFW."""
@@ -32,12 +34,7 @@ class SparseFW(Refiner):
     options: Options
 
     def refine(self, layer: Layer, stats: LayerStatistics, pruned: Pruned, pattern: Pattern) -> Pruned:
-        """Return a mask [out, in] of the same pattern and no higher error; weights are the layer's own.
-
-        A metric's updated weights belong to its mask, so they are refined no further.
-        """
-        if pruned.weight is not None:
-            return Pruned(pruned.mask, pruned.weight, ("the metric updates weights, so its mask was not refined",))
+        """Return a mask [out, in] of the same pattern and no higher error; weights are the layer's own."""
         weight, gram, start = layer.weight, stats[Gram].total, pruned.mask
         fixed = self._fixed(weight.abs() * gram.diagonal().sqrt(), start, pattern)
         relaxed = start.to(weight.dtype)

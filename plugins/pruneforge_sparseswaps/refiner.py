@@ -30,6 +30,7 @@ class SparseSwaps(Refiner):
     """
 
     requires = (Gram,)
+    masks_only = True
 
     class Options(Refiner.Options):
         """Options of SparseSwaps."""
@@ -40,12 +41,7 @@ class SparseSwaps(Refiner):
     options: Options
 
     def refine(self, layer: Layer, stats: LayerStatistics, pruned: Pruned, pattern: Pattern) -> Pruned:
-        """Return a mask [out, in] of the same counts and a lower error; weights are the layer's own.
-
-        A metric's updated weights belong to its mask, so they are refined no further.
-        """
-        if pruned.weight is not None:
-            return Pruned(pruned.mask, pruned.weight, ("the metric updates weights, so its mask was not refined",))
+        """Return a mask [out, in] of the same counts and a lower error; weights are the layer's own."""
         gram, weight, mask = stats[Gram].total, layer.weight, pruned.mask.clone()
         if pattern.sparsity == 0:
             return Pruned(mask)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -78,7 +80,9 @@ class SettingsCommand(TyperCommand):
                 common.load_plugin_files(given.get("plugins"))
                 ctx.meta[_PLUGIN_OPTIONS] = self._options_of_plugins(given, own)
             return super().parse_args(ctx, args)
-        common.load_plugin_files(given.get("plugins") or _texts(config.get("plugins"), file))
+        if not given.get("plugins"):
+            _refuse_plugins(_texts(config.get("plugins"), file), file)
+        common.load_plugin_files(given.get("plugins"))
         if _has_other_flags(args, own) or not known.issuperset(config):
             ctx.meta[_PLUGIN_OPTIONS] = self._options_of_plugins({**config, **given}, own)
         if file:
@@ -200,6 +204,22 @@ def _texts(value: Any, file: str | None) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise PruneForgeError(f"recipe {file!r}: plugins must be a list of files, such as ['mine.py']")
     return value
+
+
+def _refuse_plugins(files: Sequence[str], recipe: str | None) -> None:
+    """Raise if a recipe names plugin files: they are code, which runs only if the command line asks for it.
+
+    Raises:
+        PruneForgeError: Naming the first file, with its hash, and what to type.
+    """
+    for file in files:
+        content = Path(file).read_bytes() if Path(file).is_file() else None
+        found = "does not exist" if content is None else f"has the SHA-256 {hashlib.sha256(content).hexdigest()}"
+        wanted = " ".join(f"-p {shlex.quote(each)}" for each in files)
+        raise PruneForgeError(
+            f"recipe {recipe!r} names the plugin file {file!r}, which {found}; it is code, and runs only where the "
+            f"command line names it: add {wanted}"
+        )
 
 
 def _checked(config: Mapping[str, Any], known: set[str], file: str) -> dict[str, Any]:

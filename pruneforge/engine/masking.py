@@ -218,6 +218,10 @@ class Applier:
             pattern = Unstructured(0.0, "layer").at(count, layer.shape)
         for part, refiner in enumerate(run.refiners, 1):
             who, own = f"refiner {refiner.name!r}", stats.owned_by(refiner)
+            if refiner.masks_only and pruned.weight is not None:
+                note = "the metric updates weights, so its mask was not refined"
+                pruned = replace(pruned, notes=(*pruned.notes, note))
+                continue
             refined = guarded(run, layer, own, who, partial(refiner.refine, layer, own, pruned, pattern), part)
             check_pruned(layer, refined, pattern, who)
             pruned = replace(refined, notes=(*pruned.notes, *refined.notes))

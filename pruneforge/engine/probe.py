@@ -104,6 +104,8 @@ def _prune(run: Run, block: Block, stats: BlockStatistics, device: torch.device)
     pruned = run.metric.prune_block(layers, own, dict.fromkeys(own, run.pattern))
     for layer in layers:
         for refiner in run.refiners:
+            if refiner.masks_only and pruned[layer.name].weight is not None:
+                continue
             of_layer = fresh[layer.name].owned_by(refiner)
             pruned[layer.name] = refiner.refine(layer, of_layer, pruned[layer.name], run.pattern)
 

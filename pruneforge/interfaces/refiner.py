@@ -17,9 +17,12 @@ class Refiner(options.Configurable, ABC):
 
     Attributes:
         requires: The statistics it needs, which join those of the metric.
+        masks_only: Whether it improves masks of the layer's own weights alone. Weights that a metric updated belong to
+            its mask: such a result then stays as it is, with a note in the report.
     """
 
     requires: Sequence[Requirement] = ()
+    masks_only: bool = False
 
     class Options(options.Options):
         """Options of every refiner."""

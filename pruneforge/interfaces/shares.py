@@ -12,7 +12,7 @@ def proportional(weights: Mapping[str, float], sizes: Mapping[str, int], mean: f
     others make up for it.
 
     Args:
-        weights: How much each layer gets a parameter, at least 0, by name.
+        weights: What the shares are proportional to, at least 0, by name of a layer.
         sizes: Number of parameters of each layer, by name.
         mean: Mean of the shares, from 0 to 1.
     """
@@ -31,7 +31,7 @@ def proportional(weights: Mapping[str, float], sizes: Mapping[str, int], mean: f
 def spread(values: Mapping[str, float], mean: float, width: float) -> dict[str, float]:
     """Return shares from 0 to 1 that rise linearly with `values`, `2 * width` from the least to the most.
 
-    They are shifted so that their mean, each counted once, is `mean`; equal values all have it.
+    They are shifted so that their mean is `mean`, whatever the sizes of layers; equal values all have it.
 
     Args:
         values: What the shares rise with, by name of a layer or a block.

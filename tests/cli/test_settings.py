@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import typing
@@ -287,6 +288,22 @@ def test_plugins_of_a_recipe_must_be_a_list_and_help_loads_none(tmp_path, checkp
     assert "Usage" in run("prune", "--metric", "typo", "--help").output
 
 
+def test_a_plugin_file_in_a_recipe_runs_only_if_the_command_line_names_it(tmp_path, checkpoint):
+    file, recipe = tmp_path / "loud.py", tmp_path / "recipe.yaml"
+    file.write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+    recipe.write_text(f"model: {checkpoint}\nmetric: magnitude\nplugins: [{file}]\n")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    for command in ("prune", "eval", "doctor", "plugins", "sweep"):
+        done = run(command, "--config", recipe)
+        assert done.exit_code == 2, command
+        assert f"{str(file)!r}, which has the SHA-256 {digest}" in done.output
+        assert f"add -p {file}" in done.output
+    assert not (tmp_path / "ran").exists()
+    done = run("prune", "--config", recipe, "-p", file, "--output", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "ran").exists()
+
+
 def test_the_first_mistake_is_named_whatever_else_is_wrong(checkpoint, tmp_path):
     common = ("prune", checkpoint, "--metric", "wanda", "--calibration", tmp_path / "none.txt")
     done = run(*common, "--sparsity", 2, "--output", tmp_path / "out")
@@ -305,7 +322,7 @@ def test_a_recipe_of_several_refiners_repeats_the_run(checkpoint, tmp_path):
     refine = ("-p", file, "--refine", "sparseswaps", "--refine", "twice", "--refine-option", "twice.steps=3")
     done = run(*common, *refine, "--output", tmp_path / "first")
     assert done.exit_code == 0, done.output
-    done = run("prune", "--config", tmp_path / "first" / "recipe.yaml", "--output", tmp_path / "second")
+    done = run("prune", "--config", tmp_path / "first" / "recipe.yaml", "-p", file, "--output", tmp_path / "second")
     assert done.exit_code == 0, done.output
     first, second = (pruneforge.load(tmp_path / name).report["recipe"] for name in ("first", "second"))
     assert first["refine_options"].keys() == second["refine_options"].keys() == {"twice"}

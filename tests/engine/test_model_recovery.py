@@ -256,14 +256,38 @@ def test_several_processes_are_refused_before_anything_is_loaded(checkpoint, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_a_trained_model_wins_back_much_of_what_pruning_lost(checkpoint):
+@pytest.mark.parametrize(
+    ("recover", "options", "share"),
+    [
+        ("perp", {"train": ["norms"]}, 0.2),
+        ("perp", {"train": ["biases", "norms"]}, 0.4),
+        ("perp", {"train": ["biases", "norms", "masklora"]}, 0.6),
+        ("reconstruct", {}, 0.35),
+    ],
+)
+def test_recoveries_win_back_what_the_papers_say_of_what_magnitude_lost(recover, options, share, checkpoint):
     asked = (checkpoint, "magnitude", 0.6, None, "python-docs")
     data = {"samples": 48, "seqlen": 128}
 
     def perplexity(model):
         return pruneforge.evaluate(model, "perplexity", data="python-docs", window=128, limit=30)["perplexity"]
 
-    options = {"steps": 12, "accumulate": 1, "lr": 1e-3, "vector_lr": 1e-2, "rank": 4}
+    if recover == "perp":
+        options = {"steps": 24, "accumulate": 1, "lr": 2e-3, "vector_lr": 2e-2, "rank": 4, **options}
     dense, plain = perplexity(checkpoint), perplexity(pruneforge.prune(*asked, **data))
-    recovered = perplexity(pruneforge.prune(*asked, **data, recover="perp", recover_options=options))
-    assert plain - recovered > 0.3 * (plain - dense)
+    recovered = perplexity(pruneforge.prune(*asked, **data, recover=recover, recover_options=options))
+    assert plain - recovered > share * (plain - dense)
+
+
+def test_what_a_model_in_bfloat16_is_trained_by_is_float32():
+    seen = set()
+
+    class Watched(torch.optim.AdamW):
+        def step(self, *args, **kwargs):
+            seen.update(each.dtype for group in self.param_groups for each in group["params"])
+            return super().step(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", Watched)
+        pruneforge.prune(tiny_llama(torch.bfloat16), "magnitude", 0.5, None, batches(), **PERP)
+    assert seen == {torch.float32}
