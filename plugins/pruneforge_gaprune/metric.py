@@ -26,9 +26,9 @@ class GAPrune(Metric):
 
     The calibration data are of the domain, the stream `general` of what the model was trained for. `F` is the mean over
     samples of the squared gradient of each, the diagonal of the empirical Fisher information. `s` is the cosine of the
-    two mean gradients, one number for each layer's weight matrix. The paper takes gradients of InfoNCE on a decoder that
-    embeds texts, with a hard negative for each pair. Here `objective="contrastive"` has the other pairs of a batch as
-    negatives alone, and is for encoders; without an objective gradients are of the model's own loss.
+    two mean gradients, one number for each layer's weight matrix. The paper takes gradients of InfoNCE on a decoder
+    that embeds texts, with a hard negative for each pair. Here `objective="contrastive"` has the other pairs of a batch
+    as negatives alone, and is for encoders; without an objective gradients are of the model's own loss.
 
     The authors' released code is another formula, which is not offered here: softplus of the sum of both terms, with
     the alignment on the first term only, from the products of the two normalised gradients entry by entry, smoothed
