@@ -50,6 +50,7 @@ def evaluate(
             help="File for a record of each image, window or question, one JSON object a line.", metavar="FILE"
         ),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are no results of an evaluation.")] = False,
     as_json: common.Json = False,
     plugins: common.PluginFiles = None,
     config: common.Config = None,
@@ -61,7 +62,7 @@ def evaluate(
     from pruneforge.runs.evaluate import evaluate as run
 
     asked = settings(ctx)
-    outcome = run(model, output=output, items=items or False, progress=True, **asked)
+    outcome = run(model, output=output, items=items or False, force=force, progress=True, **asked)
     common.warn(outcome["warnings"])
     if as_json:
         print(json.dumps(outcome, indent=2))

@@ -30,6 +30,9 @@ from pruneforge.runs.loading import in_evaluation_mode, load_model, parse_device
 from pruneforge.runs.recipe_file import validated
 from pruneforge.runs.result import PruneResult
 
+LARGEST_RESULT = 1 << 26
+"""Size in bytes of the largest file that may be the results of an evaluation."""
+
 
 @documented(EvalRecipe)
 def evaluate(  # noqa: D417 -- the settings are described where they are declared
@@ -43,6 +46,7 @@ def evaluate(  # noqa: D417 -- the settings are described where they are declare
     seed: int = 0,
     output: str | Path | None = None,
     items: str | Path | bool = False,
+    force: bool = False,
     progress: bool | Progress = False,
     processor: Any = None,
     **more_options: Any,
@@ -56,6 +60,7 @@ def evaluate(  # noqa: D417 -- the settings are described where they are declare
         output: JSON file to write the results to, with the recipe that repeats them.
         items: File to write a record of each item to (an image, a window of text, a question), one JSON object a line;
             or `True` to return the records, lists by column, as `items` of the results.
+        force: Whether files that are there may be replaced, other than by `output` earlier results.
         progress: `True` for bars on a terminal.
         processor: Tokenizer or image transform of a model in memory.
         more_options: Further options of the evaluator, by name, such as `data` and `window` of the perplexity.
@@ -74,7 +79,7 @@ def evaluate(  # noqa: D417 -- the settings are described where they are declare
     given = {**(options or {}), **given}
     evaluator: Evaluator = installed.registry.create("evaluator", task, given)
     target, _ = parse_device(device), parse_dtype(dtype)
-    _check_writable([Path(file) for file in (output, items) if file is not None and not isinstance(file, bool)])
+    _check_writable([Path(file) for file in (output, items) if file is not None and not isinstance(file, bool)], force)
     if isinstance(model, PruneResult):
         loaded, report, folder = model.loaded, model.report, None
     else:
@@ -192,11 +197,33 @@ def _as_lines(records: Mapping[str, Sequence[Any]]) -> str:
     return "".join(json.dumps(dict(zip(records, row, strict=True))) + "\n" for row in rows)
 
 
-def _check_writable(files: Sequence[Path]) -> None:
+def _check_writable(files: Sequence[Path], force: bool) -> None:
+    """Raise unless files can be written, and replace nothing but earlier results or what `force` allows.
+
+    Raises:
+        PruneForgeError: Naming the file.
+    """
     for path in files:
         if path.is_dir() or not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
             raise PruneForgeError(
                 f"cannot write {str(path)!r}: its folder does not exist or is read-only, or it is a folder itself"
             )
+        if path.exists() and not path.is_file():
+            raise PruneForgeError(f"{str(path)!r} is no file but a device or the like; name another one")
+        if path.exists() and not force and not _is_result(path):
+            raise PruneForgeError(
+                f"{str(path)!r} is there already, and is no result of an evaluation; name another file, or pass `force`"
+            )
     if len({path.resolve() for path in files}) < len(files):
         raise PruneForgeError(f"results and items cannot both be written to {str(files[0])!r}")
+
+
+def _is_result(path: Path) -> bool:
+    """Return whether a file holds the results of an earlier evaluation."""
+    if path.stat().st_size > LARGEST_RESULT:
+        return False
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # among them what is no text
+        return False
+    return isinstance(found, dict) and {"task", "recipe", "versions"} <= found.keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from commands import invoke
@@ -12,6 +13,7 @@ from pruneforge import Evaluator, PruneForgeError
 from pruneforge.plugins import loaded_plugins
 
 ASKED = {"data": "python-docs", "window": 32, "limit": 4}
+GIVEN = ("--data", "python-docs", "--window", "32", "--limit", "4")
 
 
 def test_a_file_gets_one_line_an_item_and_true_returns_the_same(checkpoint, tmp_path):
@@ -36,6 +38,31 @@ def test_items_stand_neither_in_the_report_of_a_folder_nor_in_the_file_of_result
     assert json.loads(output.read_text()) == found
 
 
+def test_only_earlier_results_are_replaced_unless_it_is_forced(checkpoint, tmp_path):
+    weights, fifo = tmp_path / "model.safetensors", tmp_path / "fifo"
+    weights.write_bytes((checkpoint / "model.safetensors").read_bytes())
+    os.mkfifo(fifo)
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"id": "1", "text": "mine"}\n')
+    for asked in ({"output": weights}, {"items": data}, {"output": checkpoint / "config.json"}):
+        (file,) = asked.values()
+        before = file.read_bytes()
+        with pytest.raises(PruneForgeError, match="is there already, and is no result of an evaluation"):
+            pruneforge.evaluate(checkpoint, "perplexity", **ASKED, **asked)
+        assert file.read_bytes() == before
+    with pytest.raises(PruneForgeError, match="is no file but a device or the like"):
+        pruneforge.evaluate(checkpoint, "perplexity", **ASKED, output=fifo, force=True)
+    for limit in (3, 4):  # the second time over the first one's results
+        output = tmp_path / "results.json"
+        found = pruneforge.evaluate(checkpoint, "perplexity", **{**ASKED, "limit": limit}, output=output)
+        assert json.loads(output.read_text()) == found
+    done = invoke("eval", checkpoint, "--task", "perplexity", *GIVEN, "--output", weights)
+    assert (done.exit_code, "pass --force" in done.output) == (2, True), done.output
+    done = invoke("eval", checkpoint, "--task", "perplexity", *GIVEN, "--output", weights, "--force")
+    assert done.exit_code == 0, done.output
+    assert json.loads(weights.read_text())["windows"] == 4
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [
@@ -55,7 +82,7 @@ def test_an_evaluation_that_fails_leaves_no_file_and_an_older_one_as_it_was(chec
     file = tmp_path / "items.jsonl"
     file.write_text("of another run\n")
     with pytest.raises(PruneForgeError, match="longer than the model's context"):
-        pruneforge.evaluate(checkpoint, "perplexity", data="python-docs", window=4096, items=file)
+        pruneforge.evaluate(checkpoint, "perplexity", data="python-docs", window=4096, items=file, force=True)
     assert file.read_text() == "of another run\n"
     assert list(tmp_path.iterdir()) == [file]
 
