@@ -60,7 +60,7 @@ class PruneResult:
 
     @cached_property
     def permutations(self) -> dict[str, Tensor]:
-        """Order of the columns, int64 [in], in which each layer's mask fits N:M, by full layer name.
+        """Order of the columns, int64 [in], in which each layer's mask fits its pattern, by full layer name.
 
         Empty unless the metric permutes: the masks fit in the layers' own order. The weights always are in their own.
         """

@@ -80,7 +80,7 @@ def keep_zeros(model: nn.Module, masks: Masks) -> KeptZeros:
         masks: Boolean [out, in] by layer name, as `pruneforge.load` gives them, or the output of a pruning run.
 
     Returns:
-        A handle: a context, or `remove()` it after training.
+        A handle, which is a context; without `with`, call its `remove()` after training.
 
     Raises:
         PruneForgeError: Masks do not fit the model's layers, or a pruned weight is not zero already.
