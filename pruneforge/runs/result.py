@@ -30,9 +30,9 @@ class PruneResult:
         folder: Path | None = None,
         loaded: LoadedModel | None = None,
         masks: dict[str, Tensor] | None = None,
-        permutations: dict[str, Tensor] | None = None,
         dtype: str = "auto",
         profile: Profile | None = None,
+        permutations: dict[str, Tensor] | None = None,
     ) -> None:
         """Hold a result that is in memory, or name the folder that it is read from at first use."""
         self.report = report
