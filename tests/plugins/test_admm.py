@@ -5,21 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny_llama, tokens
+from solved import layer_error, pruned_by
 
 import pruneforge
-from pruneforge import NM, Pruned, PruneForgeError, Unstructured
-from pruneforge.plugins import loaded_plugins
+from pruneforge import NM, PruneForgeError, Unstructured
 from pruneforge.testing.samples import sample
-
-
-def pruned_by(name, made, pattern, **options) -> Pruned:
-    metric = loaded_plugins().registry.create("metric", name, options)
-    return metric.prune_layer(made.layer(), made.statistics(metric.requires), pattern)
-
-
-def layer_error(made, pruned) -> float:
-    difference = made.weight.double() - pruned.weight.double() * pruned.mask
-    return (made.inputs.double().flatten(0, 1) @ difference.T).square().sum().item()
 
 
 def smallest(places, score, count):

@@ -7,22 +7,13 @@ import itertools
 import pytest
 import reference
 import torch
+from solved import layer_error, pruned_by
 
 from pruneforge import NM, Gram, LayerStatistics, Pruned, Unstructured
 from pruneforge.plugins import loaded_plugins
 from pruneforge.testing.samples import sample
 
 PATTERNS = [Unstructured(0.6, "layer"), Unstructured(0.5), NM(2, 4), NM(1, 4)]
-
-
-def pruned_by(name, made, pattern, **options) -> Pruned:
-    metric = loaded_plugins().registry.create("metric", name, options)
-    return metric.prune_layer(made.layer(), made.statistics(metric.requires), pattern)
-
-
-def layer_error(made, pruned) -> float:
-    difference = made.weight.double() - pruned.weight.double() * pruned.mask
-    return (made.inputs.double().flatten(0, 1) @ difference.T).square().sum().item()
 
 
 def top(score, pattern):
