@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from pruneforge.interfaces.statistics import LayerStatistics
 from pruneforge.progress import Progress
 from pruneforge.runs import report as reports
 from pruneforge.runs.job import make_job
+from pruneforge.runs.provenance import file_hash
 from pruneforge.runs.result import PruneResult
 from pruneforge.runs.session import Session
 
@@ -106,7 +106,7 @@ def apply(
         )
     counts = {name: _pruned(file, name) for name in shapes}
     permutes = bool(load_permutations(file, next(iter(shapes), None)))
-    metric = GivenMasks(path=str(file), sha256=_hash(file), permutes=permutes)
+    metric = GivenMasks(path=str(file), sha256=file_hash(file), permutes=permutes)
     made_by = (report or {}).get("masks", {}).get("recipe", recipe)  # masks may have been applied before
     origin = {"path": str(masks), "sha256": metric.options.sha256, "recipe": made_by or None}
     pattern, steps = _pattern(report), counts
@@ -219,11 +219,3 @@ def _steps(file: Path, shapes: Mapping[str, Any], counts: Mapping[str, int], pat
 def _pruned(file: Path, layer: str) -> int:
     mask = load_mask(file, layer)
     return mask.numel() - int(mask.count_nonzero())
-
-
-def _hash(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while part := opened.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()

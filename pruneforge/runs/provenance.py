@@ -90,7 +90,7 @@ def run_identity(session: Session, run: Run) -> dict[str, Any]:
     streams = {name: stream["fingerprint"] for name, stream in data.get("streams", {}).items()}
     return {
         "recipe": run.recipe.model_dump(mode="json"),
-        "plugin file": {path: _hash(Path(path)) for path in run.recipe.plugins},
+        "plugin file": {path: file_hash(Path(path)) for path in run.recipe.plugins},
         "plugin": {name: plugin["sha256"] for name, plugin in run.plugins.items()},
         "model": {"fingerprint": session.fingerprint},
         "batch size": data.get("batch_size"),
@@ -121,9 +121,9 @@ def recovery_identity(
     """
     return {
         "recipe": recipe.model_dump(mode="json"),
-        "plugin file": {path: _hash(Path(path)) for path in recipe.plugins},
+        "plugin file": {path: file_hash(Path(path)) for path in recipe.plugins},
         "plugin": {name: plugin["sha256"] for name, plugin in plugins.items()},
-        "model": {"fingerprint": pruned, "masks": _hash(masks)},
+        "model": {"fingerprint": pruned, "masks": file_hash(masks)},
         "batch size": data.get("batch_size"),
         "calibration data": {"fingerprint": data.get("fingerprint")},
         "device": device_name(device),
@@ -232,5 +232,10 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
     return {name: version for name, version in versions().items() if name in packages}
 
 
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file, which is read in parts: masks may be large."""
+    digest = hashlib.sha256()
+    with path.open("rb") as opened:
+        while part := opened.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
