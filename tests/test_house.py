@@ -13,7 +13,7 @@ import pruneforge
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pruneforge"
-SMALL = {"errors", "progress", "profile", "memory", "numerics"}
+SMALL = {"errors", "progress", "profile", "memory", "numerics", "documents"}
 """What every room may use; these use one another alone."""
 
 MAY_IMPORT = {
@@ -34,6 +34,7 @@ PUBLIC_MODULES = {
     "pruneforge.data.images",
     "pruneforge.data.overlap",
     "pruneforge.data.text",
+    "pruneforge.documents",
     "pruneforge.testing",
 }
 """What the documentation promises to plugin authors."""

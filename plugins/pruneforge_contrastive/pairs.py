@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from pruneforge import Options as OptionsOfAny
 from pruneforge import PruneForgeError, Request, Source
+from pruneforge.documents import parse_json, read_text
 
 
 class Pairs(Source):
@@ -68,18 +68,15 @@ class Pairs(Source):
             PruneForgeError: It cannot be read, or a line is not a pair.
         """
         path, fields = self.options.path, (self.options.query, self.options.positive)
-        try:
-            lines = Path(path).read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PruneForgeError(f"file of pairs {path!r} cannot be read: {error}") from error
+        lines = read_text(Path(path), "file of pairs").split("\n")
         found = []
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line, "line")
                 query, positive = (row[name] for name in fields)
-            except (ValueError, KeyError, TypeError):
+            except (PruneForgeError, KeyError, TypeError):
                 query = positive = None
             if not (isinstance(query, str) and isinstance(positive, str) and query.strip() and positive.strip()):
                 raise PruneForgeError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 from pruneforge import Evaluator, ImageProcessor, ImageSet, ImageSource, PruneForgeError, Subject
 from pruneforge.data.evaluation import image_batches, spread, unique_names
 from pruneforge.data.images import Reading, image_processor
+from pruneforge.documents import read_json
 
 CONFUSED = 10
 """Pairs of classes to list that are taken for one another most often."""
@@ -103,13 +103,11 @@ class ImageNet(Evaluator):
         """Return the right classes of each image."""
         if self.options.real_labels is None:
             return [{label} for label in labels]
-        try:
-            real = json.loads(Path(self.options.real_labels).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise PruneForgeError(f"real labels {self.options.real_labels!r} cannot be read: {error}") from error
+        real = read_json(Path(self.options.real_labels), "real labels")
         by_name = sorted(range(len(images)), key=lambda index: os.path.basename(images.name(index)))
-        if len(real) != len(images):
-            raise PruneForgeError(f"there are {len(real)} real labels and {len(images)} images")
+        if not isinstance(real, list) or len(real) != len(images):
+            count = len(real) if isinstance(real, list) else "no list of"
+            raise PruneForgeError(f"there are {count} real labels and {len(images)} images")
         known = set(range(classes))
         if not all(isinstance(right, list) and known.issuperset(right) for right in real):
             raise PruneForgeError(f"real labels must be a list of classes from 0 to {classes - 1} for each image")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from pydantic import Field
 
 from pruneforge import PruneForgeError, TextSource
 from pruneforge.data.text import Part
+from pruneforge.documents import parse_json, read_text
 from pruneforge_text.slices import split_slice
 
 SUFFIXES = (".txt", ".text", ".md", ".jsonl", ".json", ".parquet")
@@ -54,12 +54,10 @@ class TextFile(TextSource):
             elif path.suffix.lower() in (".jsonl", ".json"):
                 documents = self._json_lines(path)
             else:
-                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                lines = read_text(path, "text file").splitlines(keepends=True)
                 start, stop = rows.bounds(len(lines)) if lines else (0, 0)
                 return ["".join(lines[start:stop])]
-        except FileNotFoundError:
-            raise PruneForgeError(f"text file {name!r} does not exist") from None
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise PruneForgeError(f"text file {name!r} cannot be read: {error}") from error
         if not documents:
             raise PruneForgeError(f"text file {name!r} holds no rows")
@@ -75,12 +73,12 @@ class TextFile(TextSource):
     def _json_lines(self, path: Path) -> list[str]:
         """Read a field of each line of JSON."""
         documents = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        for number, line in enumerate(read_text(path, "text file").split("\n"), start=1):
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)[self.options.column]
-            except (ValueError, KeyError, TypeError):
+                text = parse_json(line, "line")[self.options.column]
+            except (PruneForgeError, KeyError, TypeError):
                 text = None
             if not isinstance(text, str):
                 raise PruneForgeError(

@@ -7,10 +7,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
 from pydantic import Field
 
 from pruneforge import Allocator, PruneForgeError
+from pruneforge.documents import read_yaml
 
 
 class Uniform(Allocator):
@@ -57,11 +57,11 @@ class FromFile(Allocator):
         return {name: asked[key] for name, key in matches.items() if key is not None}
 
     def _read(self) -> dict[str, float]:
+        values = read_yaml(Path(self.options.path), "allocation")
         try:
-            values = yaml.safe_load(Path(self.options.path).read_text(encoding="utf-8"))
             if isinstance(values, dict) and isinstance(values.get("layers"), dict):
                 values = {name: layer["sparsity"] for name, layer in values["layers"].items()}
             return {str(name): float(value) for name, value in values.items()}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             reason = " ".join(str(error).split())
             raise PruneForgeError(f"allocation {self.options.path!r} cannot be read: {reason}") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pruneforge.checkpoint.reader import as_bytes, safetensors_header
+from pruneforge.checkpoint.tensors import as_bytes, safetensors_header
 from pruneforge.errors import UnfinishedError
 
 PARTIAL = ".partial"

@@ -2,7 +2,7 @@
 
 A file of JSON lines in the output folder. The first line is the identity of the run. Each later line records a finished
 block, and is written once the block's weights and masks are on the disk. A last line without a line break was being
-written when the run stopped, and is ignored.
+written when the run stopped, and is ignored. Each line has a checksum, so that nothing else is taken for a run's work.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,10 +19,11 @@ from typing import Any
 
 from pruneforge.checkpoint.durable import sync, writing
 from pruneforge.checkpoint.folder import check_output
+from pruneforge.documents import parse_json
 from pruneforge.errors import PruneForgeError, UnfinishedError
 
 JOURNAL_FILE = "journal.jsonl"
-FORMAT = 1
+FORMAT = 2
 
 
 class Journal:
@@ -77,12 +79,13 @@ class Journal:
         whole = text[: text.rfind(b"\n") + 1]
         lines = []
         for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                lines.append(json.loads(line))
-            except ValueError as error:
+            entry = entry_of(line)
+            if entry is None:
                 raise PruneForgeError(
-                    f"line {number} of {str(self.folder / JOURNAL_FILE)!r} is damaged; empty the folder and start again"
-                ) from error
+                    f"line {number} of {str(self.folder / JOURNAL_FILE)!r} is damaged, was edited, or is of another "
+                    "version; empty the folder and start again"
+                )
+            lines.append(entry)
         if whole != text:
             os.ftruncate(self._file, len(whole))
         return lines
@@ -93,7 +96,7 @@ class Journal:
         Raises:
             UnfinishedError: The disk is full or cannot be written.
         """
-        line = json.dumps(entry).encode() + b"\n"
+        line = line_of(entry)
         with writing(self.folder):
             if os.write(self._file, line) < len(line):  # the next process cuts the incomplete line off
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -103,6 +106,24 @@ class Journal:
     def close(self) -> None:
         """Close the journal, which unlocks it."""
         os.close(self._file)
+
+
+def line_of(entry: Mapping[str, Any]) -> bytes:
+    """Return the line of a journal that holds an entry."""
+    text = json.dumps(entry)
+    return json.dumps({"crc32": zlib.crc32(text.encode()), "entry": text}).encode() + b"\n"
+
+
+def entry_of(line: bytes) -> dict[str, Any] | None:
+    """Return the entry that a line of a journal holds, or `None` if the line is not as `line_of` wrote it."""
+    try:
+        held = parse_json(line.decode(), "line")
+        if held["crc32"] != zlib.crc32(held["entry"].encode()):
+            return None
+        entry = json.loads(held["entry"])
+    except (PruneForgeError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return entry if isinstance(entry, dict) else None
 
 
 @contextmanager

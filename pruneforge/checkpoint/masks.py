@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pruneforge.checkpoint import reader
+from pruneforge.checkpoint.tensors import safetensors_header
+from pruneforge.documents import parse_json
 from pruneforge.errors import PruneForgeError
 
 MASKS_FILE = "pruneforge.masks"
@@ -37,7 +38,7 @@ def masks_header(shapes: Mapping[str, tuple[int, int]], permuted: bool) -> tuple
     bits = {name: (torch.uint8, (packed_bytes(shape),)) for name, shape in shapes.items()}
     size = sum(count * dtype.itemsize for dtype, (count,) in [*orders.values(), *bits.values()])
     metadata = _metadata({name: list(shape) for name, shape in shapes.items()})
-    return reader.safetensors_header({**orders, **bits}, metadata), size
+    return safetensors_header({**orders, **bits}, metadata), size
 
 
 def packed_bytes(shape: tuple[int, int]) -> int:
@@ -134,6 +135,31 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, list[int]]]]:
         raise PruneForgeError(f"{str(asked)!r} holds no {MASKS_FILE}; it is not the output of a pruning run")
     try:
         with safe_open(path, "numpy") as file:
-            yield file, json.loads(file.metadata()["shapes"])
-    except (SafetensorError, KeyError, ValueError) as error:
+            yield file, _shapes(file, f"{str(path)!r}")
+    except (SafetensorError, KeyError, OSError) as error:
         raise PruneForgeError(f"{str(path)!r} is damaged: {error}") from error
+
+
+def _shapes(file: Any, what: str) -> dict[str, list[int]]:
+    """Return the shape of each mask of an open file.
+
+    Raises:
+        PruneForgeError: They do not fit what the file holds.
+    """
+    shapes = parse_json((file.metadata() or {}).get("shapes", ""), f"{what}: its list of shapes")
+    if not isinstance(shapes, dict):
+        raise PruneForgeError(f"{what} is damaged: it does not list the masks' shapes")
+    there = set(file.keys())
+    for name, shape in shapes.items():
+        sizes = isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)
+        if not sizes or name not in there or not _holds(file, name, "U8", [packed_bytes((shape[0], shape[1]))]):
+            raise PruneForgeError(f"{what} is damaged: it holds no mask of shape {shape} for {name!r}")
+        if name + ORDER in there and not _holds(file, name + ORDER, "I32", shape[1:]):
+            raise PruneForgeError(f"{what} is damaged: the permutation of {name!r} does not fit its mask")
+    return shapes
+
+
+def _holds(file: Any, name: str, dtype: str, shape: list[int]) -> bool:
+    """Return whether a tensor of an open file has a dtype and a shape."""
+    found = file.get_slice(name)
+    return found.get_dtype() == dtype and found.get_shape() == shape

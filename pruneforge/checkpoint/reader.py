@@ -1,66 +1,23 @@
-"""Read checkpoints of safetensors files tensor by tensor.
-
-A tensor is read from its place in the file directly into the memory that the model will use. The files are not
-memory-mapped: an unreadable page would then kill the process by a signal instead of raising an error, and pages of a
-finished block would count as the process's memory until the kernel reclaims them.
-"""
+"""Read checkpoints of safetensors files tensor by tensor."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import zlib
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from pruneforge.checkpoint.tensors import TensorLocation, read_header, read_tensor
+from pruneforge.documents import read_json
 from pruneforge.errors import PruneForgeError, UnfinishedError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""Dtypes by their safetensors names."""
-
 _CHUNK = 1 << 22
-
-
-@dataclass(frozen=True)
-class TensorLocation:
-    """Location of a tensor in a safetensors file.
-
-    Attributes:
-        name: Name of the tensor.
-        file: Name of the file.
-        dtype: Dtype in the file.
-        shape: Shape of the tensor.
-        start: Offset of its first byte from the start of the file.
-        size: Size in bytes.
-    """
-
-    name: str
-    file: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    size: int
 
 
 class Checkpoint:
@@ -82,15 +39,18 @@ class Checkpoint:
             prefix: What parameters' names may have before the tensors' names.
 
         Raises:
-            PruneForgeError: The folder has no such checkpoint, or a file is missing, truncated or damaged.
+            PruneForgeError: The folder has no such checkpoint, or a file is missing, truncated or damaged, or a
+                link out of the folder.
         """
+        check_links(folder)
         self.folder = folder
         self.prefix = prefix
         # Given both a single file and an index, the libraries load the single file.
         self.index = INDEX if (folder / INDEX).is_file() and not (folder / SINGLE).is_file() else None
         listed = _index(folder / INDEX) if self.index else None
         self.files = sorted(set(listed.values())) if listed is not None else [SINGLE]
-        missing = [name for name in self.files if not (folder / name).is_file()]
+        there = {path.name for path in folder.iterdir() if path.is_file()}
+        missing = [name for name in self.files if name not in there]
         if missing and self.index:
             raise PruneForgeError(f"{INDEX} in {str(folder)!r} names {missing[0]!r}, which does not exist")
         if missing:
@@ -152,114 +112,58 @@ class Checkpoint:
 
     def companions(self) -> list[Path]:
         """Return the folder's other files (configuration, tokenizer, index), without weights in other formats."""
-        weights = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json"}
-        return [
-            path
-            for path in sorted(self.folder.iterdir())
-            if path.is_file()
-            and not path.name.startswith(".")
-            and (path.name == self.index or not any(path.name.endswith(suffix) for suffix in weights))
-        ]
+        return [path for path in self._others() if path.is_file() and (path.name == self.index or not _weights(path))]
+
+    def left_out(self) -> list[Path]:
+        """Return what the folder holds besides its weights and their companions: folders, and other weights."""
+        return [path for path in self._others() if path not in self.companions()]
+
+    def _others(self) -> list[Path]:
+        """Return what is in the folder besides the weights that are read."""
+        paths = sorted(self.folder.iterdir())
+        return [path for path in paths if path.name not in self.files and not path.name.startswith(".")]
 
 
-def read_header(path: Path) -> list[TensorLocation]:
-    """Return the locations of a safetensors file's tensors, in file order.
+def _weights(path: Path) -> bool:
+    """Return whether a file holds weights, or is an index of them."""
+    weights = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
+    return path.name.endswith(weights)
+
+
+def check_links(folder: Path) -> None:
+    """Raise if something in a model's folder is a link out of it, or a pipe or device.
+
+    What a link leads to would be read, and copied as a file of the model. The links of the Hub's cache lead to its own
+    files, and are allowed.
 
     Raises:
-        PruneForgeError: The file is damaged, shorter than its header says, or has an unknown dtype.
+        PruneForgeError: Naming it.
     """
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise PruneForgeError(f"{str(path)!r} is truncated: it ends within its header")
-            entries = json.loads(file.read(length))
-        entries.pop("__metadata__", None)
-        locations = [
-            TensorLocation(
-                name,
-                path.name,
-                DTYPES[entry["dtype"]],
-                tuple(entry["shape"]),
-                8 + length + entry["data_offsets"][0],
-                entry["data_offsets"][1] - entry["data_offsets"][0],
-            )
-            for name, entry in entries.items()
-        ]
-    except KeyError as error:
-        raise PruneForgeError(f"{str(path)!r} holds a dtype that cannot be pruned: {error}") from error
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise PruneForgeError(f"{str(path)!r} cannot be read as safetensors: {error}") from error
-    for location in locations:
-        if location.start + location.size > size:
-            missing = location.start + location.size - size
+    home = folder.resolve()
+    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else None
+    for path in folder.iterdir():
+        try:
+            target = path.resolve(strict=True)
+        except (OSError, RuntimeError):  # leads nowhere, or in a circle
+            continue
+        if not (target.is_relative_to(home) or target.parent == blobs):
             raise PruneForgeError(
-                f"{str(path)!r} is truncated: tensor {location.name!r} ends {missing:,} bytes after the end of the file"
+                f"{str(path)!r} is a link out of the model's folder, to {str(target)!r}; copy the file in its place"
             )
-        if prod(location.shape) * location.dtype.itemsize != location.size:
-            raise PruneForgeError(f"{str(path)!r} is damaged: tensor {location.name!r} has {location.size:,} bytes")
-    return sorted(locations, key=lambda location: location.start)
-
-
-def read_tensor(path: Path, location: TensorLocation, pinned: bool = False) -> Tensor:
-    """Read one tensor of a file; see `Checkpoint.read`."""
-    tensor = torch.empty(location.shape, dtype=location.dtype, pin_memory=pinned)
-    if not location.size:
-        return tensor
-    target = as_bytes(tensor).numpy().data
-    try:
-        with open(path, "rb", buffering=0) as file:
-            done = 0
-            while done < location.size:
-                # The system may read less than asked for, and never more than 2 GiB at a time.
-                count = os.preadv(file.fileno(), [target[done : done + (1 << 30)]], location.start + done)
-                if not count:
-                    raise UnfinishedError(f"{str(path)!r} became shorter: it ends within tensor {location.name!r}")
-                done += count
-    except OSError as error:
-        raise UnfinishedError(
-            f"{str(path)!r} cannot be read: {error.strerror}; once it can, go on with `resume`"
-        ) from error
-    return tensor
-
-
-def as_bytes(tensor: Tensor) -> Tensor:
-    """View the memory of a contiguous tensor as bytes, uint8 [n]."""
-    return tensor.detach().reshape(-1).view(torch.uint8)
-
-
-def safetensors_header(
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
-) -> bytes:
-    """Return the header of a safetensors file that will hold `tensors` in the given order.
-
-    Args:
-        tensors: Dtype and shape of each tensor, by name; larger dtypes first, so that all are aligned.
-        metadata: The file's metadata.
-    """
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    entries: dict[str, object] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name, (dtype, shape) in tensors.items():
-        end = offset + prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format pads the header, so that tensors start at a multiple of 8
-    return len(text).to_bytes(8, "little") + text
+        if not (target.is_file() or target.is_dir()):
+            raise PruneForgeError(f"{str(path)!r} is not a regular file; remove it from the model's folder")
 
 
 def _index(path: Path) -> dict[str, str]:
     """Read an index: the file name of each tensor, by tensor name."""
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not isinstance(listed, dict) or not listed:
-            raise ValueError("its weight_map is empty")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PruneForgeError(f"index {str(path)!r} is damaged: {error}") from error
+    content = read_json(path, "index")
+    listed = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(listed, dict) or not listed:
+        raise PruneForgeError(f"index {str(path)!r} is damaged: its weight_map is empty")
     for file in listed.values():
         # Paths are refused: an index must not make us read or write outside the folder.
-        if not isinstance(file, str) or Path(file).name != file:
-            raise PruneForgeError(f"index {str(path)!r} names {file!r}, which is not the name of a file in the folder")
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise PruneForgeError(
+                f"index {str(path)!r} names {file!r}, which is not the name of a safetensors file in the folder"
+            )
     return listed

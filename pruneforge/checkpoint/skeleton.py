@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pruneforge.checkpoint.reader import Checkpoint, TensorLocation
+from pruneforge.checkpoint.reader import Checkpoint
+from pruneforge.checkpoint.tensors import TensorLocation
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Block
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pruneforge.checkpoint import masks
 from pruneforge.checkpoint.durable import PARTIAL, open_for_writing, sync, write_all, writing
-from pruneforge.checkpoint.reader import Checkpoint, TensorLocation, as_bytes, read_header, read_tensor
+from pruneforge.checkpoint.reader import Checkpoint
+from pruneforge.checkpoint.tensors import TensorLocation, as_bytes, read_header, read_tensor
 
 
 class Rewrite:
@@ -150,6 +151,7 @@ class Rewrite:
             for file in [*self.source.files, masks.MASKS_FILE]:
                 partial = self.folder / (file + PARTIAL)
                 if partial.exists():  # a run that was stopped here has renamed some files already
+                    read_header(partial)  # as the libraries will
                     partial.replace(target / file)
             # The configuration comes last: without it no library takes the folder for a model.
             for path in sorted(self.source.companions(), key=lambda path: path.name == "config.json"):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pruneforge.documents import read_json
 from pruneforge.errors import PruneForgeError
 
 if TYPE_CHECKING:
@@ -64,10 +64,7 @@ def read_mapping(path: str) -> dict[str, int | str]:
     Raises:
         PruneForgeError: It cannot be read, or is no such mapping.
     """
-    try:
-        mapping = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PruneForgeError(f"classes {path!r} cannot be read: {error}") from error
+    mapping = read_json(Path(path), "classes")
     if not isinstance(mapping, dict) or not all(type(head) in (int, str) for head in mapping.values()):
         raise PruneForgeError(f"classes {path!r} must map each name to the index or the name of a class of the head")
     return mapping

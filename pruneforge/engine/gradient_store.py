@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pruneforge.checkpoint.durable import write_tensors, writing
-from pruneforge.checkpoint.reader import read_header, read_tensor
+from pruneforge.checkpoint.tensors import read_header, read_tensor
 from pruneforge.errors import PruneForgeError, UnfinishedError
 from pruneforge.interfaces.adapter import Block
 from pruneforge.interfaces.statistics import GradientStatistic

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pruneforge.checkpoint.durable import writing
-from pruneforge.checkpoint.reader import as_bytes
+from pruneforge.checkpoint.tensors import as_bytes
 from pruneforge.engine.transfers import Transfer, Transfers, bytes_in_host_memory
 from pruneforge.errors import UnfinishedError
 from pruneforge.interfaces.batch import Batch

@@ -15,6 +15,7 @@ from torch import nn
 
 from pruneforge.checkpoint.durable import write_text
 from pruneforge.checkpoint.reader import INDEX, SINGLE, Checkpoint
+from pruneforge.documents import read_json
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import LoadedModel
 from pruneforge.interfaces.evaluator import Evaluator, Subject
@@ -223,7 +224,7 @@ def _is_result(path: Path) -> bool:
     if path.stat().st_size > LARGEST_RESULT:
         return False
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # among them what is no text
+        found = read_json(path, "results")
+    except PruneForgeError:  # among them what is no text
         return False
     return isinstance(found, dict) and {"task", "recipe", "versions"} <= found.keys()

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
-from pruneforge.checkpoint.reader import Checkpoint
+from pruneforge.checkpoint.reader import Checkpoint, check_links
 from pruneforge.checkpoint.skeleton import make_skeleton, missing_parameters
 from pruneforge.errors import PruneForgeError, unknown_name
 from pruneforge.interfaces.adapter import Adapter, LoadedModel
@@ -59,6 +59,8 @@ def load_model(
         reference = str(registry.create("demo", reference.removeprefix(DEMO)).checkpoint())
     if not isinstance(model, nn.Module) and _is_path(reference) and not Path(reference).exists():
         raise PruneForgeError(f"model folder {reference!r} does not exist")
+    if not isinstance(model, nn.Module) and Path(reference).is_dir():
+        check_links(Path(reference))
     reasons = []
     for entry in registry.entries("adapter"):
         try:

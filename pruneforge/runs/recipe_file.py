@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pruneforge.documents import read_yaml
 from pruneforge.errors import PruneForgeError
 
 RECIPE_FILE = "recipe.yaml"
@@ -44,10 +45,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         PruneForgeError: The file cannot be read, or holds no settings.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise PruneForgeError(f"recipe {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
+    values = read_yaml(path, "recipe")
     if isinstance(values, dict) and isinstance(values.get("recipe"), dict):
         values = values["recipe"]
     if not isinstance(values, dict):

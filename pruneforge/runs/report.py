@@ -17,6 +17,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
 from pruneforge.checkpoint.durable import write_text
+from pruneforge.documents import read_json
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import LoadedModel
 from pruneforge.interfaces.run import Run
@@ -208,10 +209,7 @@ def load_report(folder: Path) -> dict[str, Any] | None:
     path = folder / REPORT_FILE
     if not path.is_file():
         return None
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PruneForgeError(f"report {str(path)!r} is damaged: {error}") from error
+    report = read_json(path, "report")
     if not isinstance(report, dict) or report.get("format") != FORMAT:
         raise PruneForgeError(f"report {str(path)!r} is not of format {FORMAT}; it comes from another version")
     return report

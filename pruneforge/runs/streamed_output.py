@@ -16,8 +16,9 @@ from pruneforge.checkpoint import masks
 from pruneforge.checkpoint.behind import Behind
 from pruneforge.checkpoint.durable import PARTIAL
 from pruneforge.checkpoint.journal import JOURNAL_FILE, Journal, difference, held
-from pruneforge.checkpoint.reader import TensorLocation
+from pruneforge.checkpoint.reader import Checkpoint
 from pruneforge.checkpoint.skeleton import layer_locations, parameter_locations
+from pruneforge.checkpoint.tensors import TensorLocation
 from pruneforge.checkpoint.writer import Rewrite
 from pruneforge.engine.model_recovery import FAILED
 from pruneforge.engine.recovery import recoverable
@@ -73,6 +74,7 @@ class StreamedOutput(Output):
         self._complete = False  # whether this process has given all files their final names
         self._writer: Behind | None = None
         self._transfers: Transfers | None = None
+        run.warnings += _left_out(checkpoint)
         self.failed = ""  # why the pruned model could not be recovered
 
     def is_finished(self) -> bool:
@@ -265,3 +267,17 @@ class StreamedOutput(Output):
             entry = {"block": result.index, "pruned": result.pruned, "notes": result.notes}
             further = {"updated": sorted(result.updated), "details": result.details}
             self._journal.append({**entry, **{name: value for name, value in further.items() if value}})
+
+
+def _left_out(checkpoint: Checkpoint) -> list[str]:
+    """Return a warning about what a pruned model does not take over from its checkpoint, if there is anything."""
+    ours = (checkpoint.folder / reports.REPORT_FILE).is_file()  # pruned before: its files are replaced by newer ones
+    own = [] if ours else [path for path in checkpoint.companions() if path.name in OWN_FILES - {CARD_FILE}]
+    names = [path.name for path in [*own, *checkpoint.left_out()] if not (ours and path.name == masks.FORMER)]
+    if not names:
+        return []
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return [
+        f"not taken over from the model: {', '.join(map(repr, names[:5]))}{more}; these are folders, weights of other "
+        "formats, or bear the name of a file that a pruned model has of its own"
+    ]

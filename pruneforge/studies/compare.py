@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from pruneforge.documents import parse_yaml, read_yaml
 from pruneforge.errors import PruneForgeError
 from pruneforge.plugins import loaded_plugins
 from pruneforge.progress import Progress
@@ -60,11 +59,7 @@ def read_study(file: Path) -> Study:
     Raises:
         PruneForgeError: The file cannot be read, or something in it does not fit.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PruneForgeError(f"study {str(file)!r} cannot be read: {' '.join(str(error).split())}") from error
-    return _parsed(text, str(file))
+    return _made(read_yaml(file, "study"), str(file))
 
 
 def shipped_study(name: str) -> Study:
@@ -73,14 +68,10 @@ def shipped_study(name: str) -> Study:
     Raises:
         PruneForgeError: No plugin ships one of that name, or something in it does not fit.
     """
-    return _parsed(loaded_plugins().registry.file("study", name).read(), name)
+    return _made(parse_yaml(loaded_plugins().registry.file("study", name).read(), f"study {name!r}"), name)
 
 
-def _parsed(text: str, name: str) -> Study:
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise PruneForgeError(f"study {name!r} cannot be read: {' '.join(str(error).split())}") from error
+def _made(values: Any, name: str) -> Study:
     if not isinstance(values, dict):
         raise PruneForgeError(f"study {name!r} must be a mapping with models, methods and patterns")
     return make_study(values, f"study {name!r}")

@@ -14,6 +14,7 @@ from typing import Any
 
 from pruneforge.checkpoint.durable import write_bytes, writing
 from pruneforge.checkpoint.masks import file_of
+from pruneforge.documents import read_json
 from pruneforge.errors import PruneForgeError
 from pruneforge.studies.plan import Cell
 
@@ -147,7 +148,9 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PruneForgeError(f"{str(path)!r} is damaged: {error}; remove it to run the cell again") from error
+        found = read_json(path, "cell")
+        if not isinstance(found, dict):
+            raise PruneForgeError(f"cell {str(path)!r} holds no mapping")
+    except PruneForgeError as error:
+        raise PruneForgeError(f"{error}; remove it to run the cell again") from error
     return found

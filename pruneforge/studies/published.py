@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pruneforge.documents import parse_yaml
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.patterns import parse_pattern
 from pruneforge.interfaces.recipe import LONGEST_DEFAULT, PruneRecipe
@@ -224,9 +224,7 @@ def _name(reference: str) -> str:
 def _numbers(file: Shipped) -> list[Published]:
     who = f"published {file.name!r} of plugin {file.plugin!r}"
     try:
-        return PublishedFile.model_validate(yaml.safe_load(file.read())).numbers()
-    except yaml.YAMLError as error:
-        raise PruneForgeError(f"{who} is no YAML: {' '.join(str(error).split())}") from None
+        return PublishedFile.model_validate(parse_yaml(file.read(), who)).numbers()
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pruneforge
 from pruneforge import PruneForgeError
-from pruneforge.checkpoint.journal import Journal
+from pruneforge.checkpoint.journal import Journal, entry_of, line_of
 from pruneforge.checkpoint.reader import Checkpoint
 from pruneforge.interfaces.hookspecs import hookimpl
 from pruneforge.plugins import loaded_plugins
@@ -137,17 +137,23 @@ def test_an_interrupted_run_goes_on_only_as_the_same_run(tmp_path, monkeypatch):
     save_file({name: value + 1e-3 for name, value in tensors.items()}, file, {"format": "pt"})
     refused("model fingerprint was")
     save_file(tensors, file, {"format": "pt"})
-    for old, new, said in [
-        ('{"format": 1', '{"format": 0', "format was 0 and is 1 now"),
-        (f'"torch": "{torch.__version__.partition("+")[0]}', '"torch": "1.0', 'version of torch was "1.0'),
+    first, _, others = lines.partition("\n")
+    identity = entry_of(first.encode())
+    assert set(identity["version of"]) >= {"torch"}
+    for changed, said in [
+        ({**identity, "format": 0}, "format was 0 and is 2 now"),
+        ({**identity, "version of": {**identity["version of"], "torch": "1.0"}}, 'version of torch was "1.0"'),
     ]:
-        assert old in lines
-        journal.write_text(lines.replace(old, new))
+        journal.write_text(line_of(changed).decode() + others)
         left = {path.name: path.read_bytes() for path in output.iterdir()}
         refused(said)
-    journal.write_text(lines[:40] + "\n" + lines)
+    for edited in [lines[:40] + "\n" + lines, "{}\n" + lines, lines.replace("sparsity", "Sparsity"), "1\n", "\xff\n"]:
+        journal.write_text(edited)
+        left = {path.name: path.read_bytes() for path in output.iterdir()}
+        refused("line 1 of")
+    journal.write_text(lines.replace("layers.0", "layers.1"))  # in the line of the first block
     left = {path.name: path.read_bytes() for path in output.iterdir()}
-    refused("line 1 of")
+    refused("damaged, was edited, or is of another version")
     journal.write_text(lines + '{"block": 2, "pru')  # being written when the power went
     result = pruneforge.prune(model, "wanda", 0.5, None, batches, output=output, resume=True)
     assert outcome(output) == outcome(tmp_path / "whole")

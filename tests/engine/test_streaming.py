@@ -292,57 +292,6 @@ def test_updated_weights_go_on_as_they_are_stored(tmp_path):
     assert Checkpoint(tmp_path / "out").tensors == Checkpoint(folder).tensors
 
 
-def break_truncated(folder):
-    file = next(folder.glob("model-00002*"))
-    file.write_bytes(file.read_bytes()[:-100])
-    return "is truncated: tensor"
-
-
-def break_header(folder):
-    file = next(folder.glob("model-00002*"))
-    file.write_bytes(file.read_bytes()[:50])
-    return "is truncated: it ends within its header"
-
-
-def break_missing(folder):
-    next(folder.glob("model-00002*")).unlink()
-    return "names 'model-00002"
-
-
-def break_index(folder):
-    (folder / "model.safetensors.index.json").write_text("{")
-    return "is damaged"
-
-
-def break_shape(folder):
-    return rewrite_one(folder, lambda value: value[:-1].clone(), "by config.json")
-
-
-def break_dtype(folder):
-    return rewrite_one(folder, lambda value: value.to(torch.int8), "weights must be floating-point numbers")
-
-
-def rewrite_one(folder, change, said):
-    name = "model.layers.1.mlp.up_proj.weight"
-    file = folder / Checkpoint(folder).tensors[name].file
-    tensors = load_file(file)
-    save_file({**tensors, name: change(tensors[name])}, file, {"format": "pt"})
-    return said
-
-
-@pytest.mark.parametrize(
-    "damage", [break_truncated, break_header, break_missing, break_index, break_shape, break_dtype]
-)
-def test_damaged_checkpoints_are_named_and_leave_no_output(damage, tmp_path):
-    folder = saved(tmp_path / "model")
-    said = damage(folder)
-    with pytest.raises(PruneForgeError) as error:
-        pruneforge.prune(folder, "magnitude", 0.5, output=tmp_path / "out")
-    assert said in str(error.value)
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_checkpoint_that_cannot_stream_is_held_in_memory_and_the_report_says_so(tmp_path):
     folder = saved(tmp_path / "model", shards=False)
     tensors = load_file(folder / "model.safetensors")
