@@ -191,7 +191,7 @@ def test_a_header_that_the_library_refuses_is_refused(case, tmp_path):
 def test_a_header_that_claims_to_be_huge_is_not_read(tmp_path):
     file = tmp_path / "model.safetensors"
     with open(file, "wb") as opened:
-        opened.write((1 << 40).to_bytes(8, "little"))
-        opened.truncate((1 << 40) + 100)  # sparse: it takes no room on the disk
-    with pytest.raises(PruneForgeError, match="its header has 1,099,511,627,776 bytes"):
+        opened.write((200_000_000).to_bytes(8, "little"))
+        opened.truncate(200_000_100)  # sparse: it takes no room on the disk
+    with pytest.raises(PruneForgeError, match="its header has 200,000,000 bytes"):
         read_header(file)
