@@ -17,6 +17,7 @@ from typing import Any
 
 import pluggy
 
+from pruneforge.documents import regular_file
 from pruneforge.errors import PruneForgeError, unknown_name
 from pruneforge.interfaces import hookspecs
 from pruneforge.interfaces.options import Configurable, describe_options
@@ -91,11 +92,9 @@ class Plugins:
         defines under the class's name in lower case.
 
         Raises:
-            PruneForgeError: The file does not exist, or fails to load.
+            PruneForgeError: The file does not exist, fails to load, or registers nothing.
         """
-        file = Path(path)
-        if not file.is_file():
-            raise PruneForgeError(f"plugin file {str(path)!r} does not exist")
+        file = regular_file(Path(path), "plugin file")
         origin = str(file)
         if any(plugin.origin == origin for plugin in self.loaded):
             return
@@ -103,6 +102,11 @@ class Plugins:
         error = self.loaded[-1].error
         if error is not None:
             raise PruneForgeError(f"plugin file {origin!r} failed to load: {error.strip().splitlines()[-1]}")
+        if not self.registry.has(origin) and not self._manager.get_hookcallers(self._manager.get_plugin(origin)):
+            raise PruneForgeError(
+                f"plugin file {origin!r} holds no plugin: it registers nothing, implements no hook, and defines no "
+                "class that is a metric or the like"
+            )
 
     def describe(self, *names: str) -> list[dict[str, Any]]:
         """Return what is registered, all or by name, as JSON types.
@@ -137,7 +141,7 @@ class Plugins:
                 module.pruneforge_register(self.registry)
             else:
                 _register_classes(module, self.registry)
-        except Exception:
+        except (Exception, SystemExit):
             self.registry.drop(name)
             if self._manager.has_plugin(name):
                 self._manager.unregister(name=name)

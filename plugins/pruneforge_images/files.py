@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import lzma
 import os
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,6 +18,8 @@ from pruneforge import ImageSet, ImageSource, PruneForgeError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+DAMAGED = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)
+"""What a truncated or damaged archive raises."""
 
 
 class ImageFiles(ImageSource):
@@ -52,8 +56,8 @@ class ImageFiles(ImageSource):
         path = Path(self.options.path)
         try:
             files: _Files = _Folder(path) if path.is_dir() else _Archive(path)
-        except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
-            raise PruneForgeError(f"images {str(path)!r} cannot be read: {error}") from error
+        except DAMAGED as error:
+            raise PruneForgeError(f"images {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
         files.choose(self.options.split)
         if not len(files):
             below = f" below a folder {self.options.split!r}" if self.options.split else ""
@@ -116,7 +120,10 @@ class _Folder(_Files):
         super().__init__(path, [file.relative_to(path).as_posix() for file in files])
 
     def open(self, index: int) -> Image.Image:
-        with Image.open(self.path / self.names[index]) as image:
+        path = self.path / self.names[index]
+        if not path.is_file():  # a pipe would be waited for
+            raise OSError("it is not a regular file")
+        with Image.open(path) as image:
             image.load()
             return image
 

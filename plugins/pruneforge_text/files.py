@@ -95,7 +95,12 @@ class TextFile(TextSource):
 
         try:
             column = parquet.read_table(path, columns=[self.options.column]).column(0)
-            return ["" if value is None else str(value) for value in column.to_pylist()]
+            if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
+                raise PruneForgeError(
+                    f"column {self.options.column!r} of {str(path)!r} is of type {column.type}, not text; name another "
+                    "with `source_options` column=NAME"
+                )
+            return [value or "" for value in column.to_pylist()]
         except (pyarrow.ArrowException, IndexError) as error:
             reason = " ".join(str(error).split())[:200]
             raise PruneForgeError(f"{str(path)!r} has no readable column {self.options.column!r}: {reason}") from error

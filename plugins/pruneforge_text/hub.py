@@ -55,6 +55,12 @@ class _HubText(TextSource):
                 f"source {self.name!r} ({location['path']}) has no column {self.field!r}; "
                 f"it has {', '.join(rows.column_names)}"
             )
+        kind = getattr(rows.features[self.field], "dtype", "list")
+        if kind not in ("string", "large_string"):
+            raise PruneForgeError(
+                f"column {self.field!r} of source {self.name!r} ({location['path']}) is of type {kind}, not text; name "
+                "another with `source_options` column=NAME"
+            )
         start, stop = self.slice().bounds(len(rows))
         return [text or "" for text in rows.select(range(start, stop))[self.field][:]]
 

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ def score_measures(run: Run, layer: Layer, stats: LayerStatistics) -> dict[str, 
 
 @contextmanager
 def unchanged(who: str, layers: Sequence[tuple[Layer, LayerStatistics]], weights: bool = True) -> Iterator[None]:
-    """Raise at the end of the context if a layer's weight or a statistic was changed in place, as torch counts it.
+    """Raise at the end of the context if a layer's weight or a statistic was changed in place.
 
     Args:
         who: What messages call the plugin.
@@ -189,12 +189,18 @@ def check_share(run: Run, layers: Sequence[Layer], masks: Mapping[str, Tensor], 
         )
 
 
-def _versions(layer: Layer, stats: LayerStatistics, weights: bool) -> dict[str, int]:
-    """Return how often the weight and each statistic were changed in place, as torch counts it."""
-    versions = {"the weight": _version(layer.parameter)} if weights else {}
+def _versions(layer: Layer, stats: LayerStatistics, weights: bool) -> dict[str, Any]:
+    """Return what tells whether the weight, or a statistic, was changed in place since."""
+    versions: dict[str, Any] = {"the weight": (_version(layer.parameter), _sum_of_bits(layer.parameter))} if weights else {}
     for kind, statistic in stats.items():
         versions[f"statistic {kind.__name__}"] = _version(statistic.total)
     return versions
+
+
+def _sum_of_bits(parameter: Tensor) -> int:
+    """Return a sum over a parameter's bits, which also tells of changes that torch does not count, through `.data`."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
+    return int(parameter.detach().view(bits).sum(dtype=torch.int64))
 
 
 def _version(tensor: Tensor) -> int:

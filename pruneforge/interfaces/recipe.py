@@ -32,7 +32,7 @@ class Recipe(BaseModel):
     dtype: str = Field(
         "auto", description="Dtype to compute in: float16, bfloat16, float32 or float64; auto keeps the checkpoint's."
     )
-    seed: int = Field(0, description="Seed of every random choice.")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="Seed of every random choice.")
     plugins: list[str] = Field(
         default_factory=list, description="Python files to load as plugins.", json_schema_extra={"metavar": "FILE"}
     )

@@ -216,6 +216,11 @@ class Registry:
             for name in [name for name, item in items.items() if item.plugin == plugin]:
                 del items[name]
 
+    def has(self, plugin: str) -> bool:
+        """Return whether `plugin` registered anything."""
+        registered: list[dict[str, Any]] = [*self._entries.values(), *self._files.values()]
+        return any(item.plugin == plugin for items in registered for item in items.values())
+
     def entries(self, kind: str) -> list[Entry]:
         """Return the entries of one kind, by name."""
         return [self._entries[kind][name] for name in sorted(self._entries[kind])]
@@ -264,6 +269,11 @@ class Registry:
         if colon:
             if cls.argument is None:
                 raise PruneForgeError(f"{kind} {name!r} takes no argument, got {spec!r}")
+            if values.get(cls.argument, argument) != argument:
+                raise PruneForgeError(
+                    f"option {cls.argument!r} of {kind} {name!r} is given twice, as {values[cls.argument]!r} and in "
+                    f"{spec!r}"
+                )
             values[cls.argument] = argument
         instance = cls.__new__(cls)
         instance.name = name  # before the options are read, so that a message about them says the registered name

@@ -17,7 +17,7 @@ from pruneforge.interfaces.metric import Metric, Pruned
 from pruneforge.interfaces.patterns import NM, Pattern, Unstructured, parse_pattern
 from pruneforge.interfaces.statistics import LayerStatistics
 from pruneforge.progress import Progress
-from pruneforge.runs import report as reports
+from pruneforge.runs import report_file as reports
 from pruneforge.runs.job import make_job
 from pruneforge.runs.provenance import file_hash
 from pruneforge.runs.result import PruneResult

@@ -25,7 +25,7 @@ from pruneforge.memory import one_line_for_full_devices
 from pruneforge.plugins import loaded_plugins
 from pruneforge.progress import Progress, as_progress
 from pruneforge.runs import provenance
-from pruneforge.runs import report as reports
+from pruneforge.runs import report_file as reports
 from pruneforge.runs.documented import documented
 from pruneforge.runs.loading import in_evaluation_mode, load_model, parse_device, parse_dtype
 from pruneforge.runs.recipe_file import validated
@@ -126,7 +126,7 @@ def evaluate(  # noqa: D417 -- the settings are described where they are declare
         **results,
         "warnings": warnings,
         "recipe": recipe.model_dump(),
-        "versions": reports.versions(),
+        "versions": provenance.versions(),
     }
     if folder is not None:
         failed = reports.record_evaluation(folder, outcome)

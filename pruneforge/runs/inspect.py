@@ -15,7 +15,7 @@ from pruneforge.checkpoint.masks import load_masks, load_permutations, pack, pac
 from pruneforge.engine.structure import Structure, random_structure, structure_of, together
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.patterns import NM
-from pruneforge.runs.report import REPORT_FILE, load_report
+from pruneforge.runs.report_file import REPORT_FILE, load_report
 
 PATTERNS = (NM(2, 4), NM(4, 8), NM(1, 4))
 """Patterns that are looked for in each mask."""

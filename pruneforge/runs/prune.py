@@ -19,7 +19,7 @@ from pruneforge.interfaces.recovery import Recovery
 from pruneforge.interfaces.refiner import Refiner
 from pruneforge.plugins import loaded_plugins
 from pruneforge.progress import Progress
-from pruneforge.runs import report as reports
+from pruneforge.runs import report_file as reports
 from pruneforge.runs.documented import documented
 from pruneforge.runs.job import make_job
 from pruneforge.runs.loading import load_model, parse_device

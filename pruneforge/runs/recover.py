@@ -36,7 +36,8 @@ from pruneforge.runs.parts import described, make_objective, make_recovery
 from pruneforge.runs.provenance import fingerprint, plugin_sources, recovery_identity, versions
 from pruneforge.runs.recipe_file import RECIPE_FILE, validated
 from pruneforge.runs.recovering import Training, check_processes, forget_recovery
-from pruneforge.runs.report import REPORT_FILE, added, load_report, measurements, save_report
+from pruneforge.runs.report import added, measurements
+from pruneforge.runs.report_file import REPORT_FILE, load_report, save_report
 from pruneforge.runs.resources import Resources
 from pruneforge.runs.result import PruneResult
 from pruneforge.runs.streamed_output import OWN_FILES

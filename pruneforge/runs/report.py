@@ -6,27 +6,17 @@ recipe comes last, under `measured`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from math import prod
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
-
-from pruneforge.checkpoint.durable import write_text
-from pruneforge.documents import read_json
-from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import LoadedModel
 from pruneforge.interfaces.run import Run
 from pruneforge.profile import Profile
 from pruneforge.runs.loading import hub_id
 from pruneforge.runs.provenance import machine, versions
-
-REPORT_FILE = "pruneforge.json"
-FORMAT = 1
+from pruneforge.runs.report_file import FORMAT
 
 
 def make_report(
@@ -155,61 +145,3 @@ def _composition(run: Run) -> dict[str, Any]:
     if run.recovered:
         parts["recovery"] |= run.recovered
     return parts
-
-
-def save_report(report: Mapping[str, Any], folder: Path) -> None:
-    """Write a report to `folder`, or replace the one that is there."""
-    write_text(json.dumps(report, indent=2) + "\n", folder / REPORT_FILE)
-
-
-def record_evaluation(folder: Path, outcome: Mapping[str, Any]) -> str | None:
-    """Add an evaluation to the report in `folder`, replacing an earlier one of the same recipe.
-
-    Returns:
-        The reason if the report cannot be written, else `None`.
-    """
-    report = load_report(folder)
-    if report is None:
-        return None
-    others = [known for known in report["evaluation"] if known["recipe"] != outcome["recipe"]]
-    report["evaluation"] = [*others, dict(outcome)]
-    try:
-        save_report(report, folder)
-    except OSError as error:
-        return f"the evaluation could not be added to {str(folder / REPORT_FILE)!r}: {error.strerror}"
-    return None
-
-
-def find_report(reference: str) -> dict[str, Any] | None:
-    """Return the report of the model that a folder or hub id names, or `None` if there is none.
-
-    A hub id's is downloaded to the Hub's cache; without a network one that is there is read.
-
-    Raises:
-        PruneForgeError: It is damaged or of another format, or the Hub refuses to say.
-    """
-    repository = hub_id(reference)
-    if repository is None:
-        return load_report(Path(reference))
-    try:
-        return load_report(Path(hf_hub_download(repository, REPORT_FILE)).parent)
-    except (EntryNotFoundError, RepositoryNotFoundError):  # it has none, or neither the Hub nor its cache says so
-        return None
-    except HfHubHTTPError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PruneForgeError(f"the report of {reference!r} cannot be read from the Hub: {reason}") from error
-
-
-def load_report(folder: Path) -> dict[str, Any] | None:
-    """Return the report in `folder`, or `None` if there is none.
-
-    Raises:
-        PruneForgeError: The file is damaged or of another format.
-    """
-    path = folder / REPORT_FILE
-    if not path.is_file():
-        return None
-    report = read_json(path, "report")
-    if not isinstance(report, dict) or report.get("format") != FORMAT:
-        raise PruneForgeError(f"report {str(path)!r} is not of format {FORMAT}; it comes from another version")
-    return report

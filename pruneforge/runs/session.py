@@ -23,7 +23,8 @@ from pruneforge.profile import PROFILE_FILE, Profile
 from pruneforge.progress import Progress
 from pruneforge.runs import observers, provenance
 from pruneforge.runs.recipe_file import save_recipe
-from pruneforge.runs.report import make_report, save_report
+from pruneforge.runs.report import make_report
+from pruneforge.runs.report_file import save_report
 from pruneforge.runs.resources import Resources
 
 

@@ -30,7 +30,7 @@ from pruneforge.interfaces.run import BlockResult, Output, Run
 from pruneforge.numerics import all_finite, zeroed
 from pruneforge.profile import PROFILE_FILE
 from pruneforge.runs import recipe_file as recipes
-from pruneforge.runs import report as reports
+from pruneforge.runs import report_file as reports
 from pruneforge.runs.card import CARD_FILE
 from pruneforge.runs.loading import parse_dtype
 from pruneforge.runs.recovering import PRUNED, Training, forget_recovery, give_up, keep_facts

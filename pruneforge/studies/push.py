@@ -10,7 +10,7 @@ from pruneforge.checkpoint.journal import JOURNAL_FILE
 from pruneforge.errors import PruneForgeError
 from pruneforge.runs.card import CARD_FILE, model_card, study_card
 from pruneforge.runs.hub import Kind, Repository, files_of
-from pruneforge.runs.report import REPORT_FILE, load_report
+from pruneforge.runs.report_file import REPORT_FILE, load_report
 from pruneforge.studies.compare import read_study
 from pruneforge.studies.folder import StudyFolder
 from pruneforge.studies.plan import cells_of

@@ -67,7 +67,7 @@ def test_bad_recipes_are_named(checkpoint, tmp_path):
     for content, said in [
         ("sparsty: 0.5", "did you mean 'sparsity'"),
         ("- 1", "holds no settings"),
-        ("a: [", "cannot be read"),
+        ("a: [", "is not plain YAML"),
     ]:
         recipe.write_text(content)
         done = invoke("prune", checkpoint, *SETTINGS, "--config", recipe, "--output", tmp_path / "out")
