@@ -92,7 +92,7 @@ class Plugins:
         defines under the class's name in lower case.
 
         Raises:
-            PruneForgeError: The file does not exist, fails to load, or registers nothing.
+            PruneForgeError: The file does not exist, or fails to load.
         """
         file = regular_file(Path(path), "plugin file")
         origin = str(file)
@@ -102,11 +102,6 @@ class Plugins:
         error = self.loaded[-1].error
         if error is not None:
             raise PruneForgeError(f"plugin file {origin!r} failed to load: {error.strip().splitlines()[-1]}")
-        if not self.registry.has(origin) and not self._manager.get_hookcallers(self._manager.get_plugin(origin)):
-            raise PruneForgeError(
-                f"plugin file {origin!r} holds no plugin: it registers nothing, implements no hook, and defines no "
-                "class that is a metric or the like"
-            )
 
     def describe(self, *names: str) -> list[dict[str, Any]]:
         """Return what is registered, all or by name, as JSON types.

@@ -14,6 +14,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries below are imported
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("PRUNEFORGE_QUIET", "1")  # messages are compared without the lines that tell of progress
 os.environ.setdefault("COLUMNS", "200")  # tables are as wide as the terminal was when the console was made
 # Tiny models gain nothing from threads, which wait for one another as soon as something else runs on the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

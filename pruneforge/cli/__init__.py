@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -37,18 +41,37 @@ _UsageError: Any = typer.BadParameter.__mro__[1]  # typer does not export what a
 class _Group(TyperGroup):
     """Turns errors a user can mend into one line and an exit code."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        with _one_line():
+            return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _one_line():
             return super().invoke(ctx)
-        except PruneForgeError as error:
-            print(f"pruneforge: {error}", file=sys.stderr)
-            raise typer.Exit(USER_ERROR) from None
-        except _UsageError as error:
-            print(f"pruneforge: {error.format_message().rstrip('.')}; see --help", file=sys.stderr)
-            raise typer.Exit(USER_ERROR) from None
-        except KeyboardInterrupt:
-            print("pruneforge: interrupted; no output was written", file=sys.stderr)
-            raise typer.Exit(common.INTERRUPTED) from None
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Print an error that a user can mend as one line, with its traceback if asked for, and exit."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("pruneforge: interrupted; no output was written", file=sys.stderr)
+        raise typer.Exit(common.INTERRUPTED) from None
+    except (PruneForgeError, _UsageError, OSError) as error:
+        if common.everywhere.debug:
+            traceback.print_exc()
+        print(f"pruneforge: {_said(error)}", file=sys.stderr)
+        raise typer.Exit(USER_ERROR) from None
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, OSError):  # what the system refuses: a name that is too long, a folder that is not ours
+        named = f"{error.filename!r}: " if error.filename is not None else ""
+        return f"{named}{error.strerror or error}"
+    if isinstance(error, _UsageError):
+        return f"{error.format_message().rstrip('.')}; see --help"
+    return str(error)
 
 
 app = typer.Typer(
@@ -56,10 +79,28 @@ app = typer.Typer(
     help="One-shot pruning of transformers: metrics and architectures as plugins, one loop for all of them.",
     epilog="Start with `pruneforge demo`; `pruneforge COMMAND --help` shows examples.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from pruneforge.plugins import DISTRIBUTION
+
+        print(f"pruneforge {metadata.version(DISTRIBUTION)}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version, and nothing else.")
+    ] = False,
+) -> None:
+    """One-shot pruning of transformers: metrics and architectures as plugins, one loop for all of them."""
+
+
 app.command(cls=prune.Command, epilog=prune.EXAMPLES)(prune.prune)
 app.command(cls=recover.Command, epilog=recover.EXAMPLES)(recover.recover)
 app.command(cls=evaluate.Command, name="eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)

@@ -59,7 +59,7 @@ def apply(
         exclude=exclude or (),
         device=device,
         resume=resume,
-        progress=True,
+        progress=common.progress(),
     )
     if not result.report:
         return  # another process of the group speaks for all

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,12 +22,36 @@ PluginFiles = Annotated[
     list[str] | None,
     typer.Option("--plugin", "-p", help="Load a Python file as a plugin; repeatable.", metavar="FILE"),
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", envvar="PRUNEFORGE_QUIET", help="Show no progress.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show where in the program an error arose.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
-console = Console()
+# As wide as its tables need where nobody sees the edge: in a pipe or a file they are not cut.
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 1000)
+
+
+@dataclass
+class Everywhere:
+    """What the options that every command has were given.
+
+    Attributes:
+        quiet: No progress.
+        debug: The traceback of an error too.
+    """
+
+    quiet: bool = False
+    debug: bool = False
+
+
+everywhere = Everywhere()
+
+
+def progress() -> bool:
+    """Return whether to show progress."""
+    return not everywhere.quiet
 
 
 def load_plugin_files(files: list[str] | None) -> None:

@@ -112,7 +112,9 @@ def compare(
     where = studies.executor_options(workers=workers, address=address, num_cpus=num_cpus, num_gpus=num_gpus)
     only = cells or []
     with studies.interruptible(output):
-        every = run_study(study, output, progress=True, executor=make_executor(executor, **where), only=only)
+        every = run_study(
+            study, output, progress=common.progress(), executor=make_executor(executor, **where), only=only
+        )
     if only:
         chosen = chosen_cells(every, only)
         failed = studies.warn_of_failed(chosen, output)

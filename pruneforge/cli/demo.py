@@ -44,10 +44,11 @@ def demo(
     """
     from pruneforge.interfaces.statistics import streams_of
     from pruneforge.plugins import loaded_plugins
-    from pruneforge.progress import BarProgress
+    from pruneforge.progress import as_progress
 
     registry = loaded_plugins().registry
     results, metrics = {}, []
+    progress = as_progress(common.progress())
     for entry in registry.entries("metric"):
         streams = streams_of(registry.create("metric", entry.name).requires)
         if streams:
@@ -56,7 +57,7 @@ def demo(
             metrics.append(entry.name)
     for entry in registry.entries("demo"):
         subject = registry.create("demo", entry.name)
-        rows = run(subject, metrics, settings(ctx), BarProgress())
+        rows = run(subject, metrics, settings(ctx), progress)
         results[entry.name] = {"title": subject.title, "rows": rows}
         if not as_json:
             common.console.print(_table(subject.title, subject.result, rows))

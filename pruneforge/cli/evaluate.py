@@ -62,7 +62,7 @@ def evaluate(
     from pruneforge.runs.evaluate import evaluate as run
 
     asked = settings(ctx)
-    outcome = run(model, output=output, items=items or False, force=force, progress=True, **asked)
+    outcome = run(model, output=output, items=items or False, force=force, progress=common.progress(), **asked)
     common.warn(outcome["warnings"])
     if as_json:
         print(json.dumps(outcome, indent=2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 Fields = Mapping[str, "FieldInfo"]
+
+_VALUES = {int: "N", float: "X", str: "TEXT", list[str]: "TEXT"}
+"""What the help calls a value that is described no better."""
 
 ASSIGNMENT = "NAME=VALUE"
 """How the help shows an option for one entry of a mapping."""
@@ -44,9 +47,16 @@ def options_for(fields: Fields, panel: str | None = None) -> list[Any]:
 
     parameters = [_parameter(name, field, panel) for name, field in fields.items() if _type(field.annotation)]
     declared.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return options_of(declared)
+
+
+def options_of(function: Callable[..., None]) -> list[Any]:
+    """Return the options that typer makes of a function's parameters."""
     app = typer.Typer(add_completion=False)
-    app.command()(declared)
-    return [option for option in typer.main.get_command(app).params if option.name in fields]
+    app.command()(function)
+    return [
+        option for option in typer.main.get_command(app).params if option.name in inspect.signature(function).parameters
+    ]
 
 
 def flags_of(option: Any) -> set[str]:
@@ -76,7 +86,7 @@ def _parameter(name: str, field: FieldInfo, panel: str | None) -> inspect.Parame
     if kind is bool and default is True:
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-    metavar = str(extra["metavar"]) if "metavar" in extra else None
+    metavar = str(extra["metavar"]) if "metavar" in extra else _VALUES.get(kind)
     if get_origin(_without_none(field.annotation)) is dict:
         metavar = ASSIGNMENT
     lowest = next((limit.ge for limit in field.metadata if hasattr(limit, "ge")), None)

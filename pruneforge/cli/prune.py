@@ -67,7 +67,9 @@ def prune(
     model: Annotated[str, typer.Argument(help="Folder or hub id of the model.", metavar="MODEL")],
     metric: Annotated[
         str,
-        typer.Option(help="Name of the metric, or several with commas between; `pruneforge plugins` lists them."),
+        typer.Option(
+            help="Name of the metric, or several with commas between; `pruneforge plugins` lists them.", metavar="NAME"
+        ),
     ],
     output: Annotated[
         Path | None,
@@ -77,13 +79,15 @@ def prune(
         str | None,
         typer.Option(
             help="Share of weights to prune, in [0, 1); several with commas between. (default: 0.5, or what the "
-            "pattern says)"
+            "pattern says)",
+            metavar="X",
         ),
     ] = None,
     pattern: Annotated[
         str | None,
         typer.Option(
-            help="N:M keeps N of every M consecutive inputs, several with commas between; unstructured if left out."
+            help="N:M keeps N of every M consecutive inputs, several with commas between; unstructured if left out.",
+            metavar="N:M",
         ),
     ] = None,
     dry_run: Annotated[
@@ -102,7 +106,7 @@ def prune(
     Options of the metric, the allocator and the calibration source are options of the command: --metric NAME --help
     lists them.
     """
-    asked = settings(ctx) | {"progress": True}
+    asked = settings(ctx) | {"progress": common.progress()}
     for listed in ("refine", "observe"):
         if len(asked.get(listed, ())) > 1:
             name = f"{listed}_options"

@@ -61,7 +61,7 @@ def recover(
     from pruneforge.runs import recover as recovering
 
     try:
-        result = recovering.recover(model, recover, output=output, **settings(ctx) | {"progress": True})
+        result = recovering.recover(model, recover, output=output, **settings(ctx) | {"progress": common.progress()})
     except KeyboardInterrupt:
         if not (output / STATE_FILE).is_file():
             raise

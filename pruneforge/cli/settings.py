@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 from typer.core import TyperCommand
 
 from pruneforge.cli import common
-from pruneforge.cli.fields import Fields, flags_of, options_for, take_given
+from pruneforge.cli.fields import Fields, flags_of, options_for, options_of, take_given
+from pruneforge.cli.panels import arranged
 from pruneforge.errors import PruneForgeError, unknown_name
 
 _PLUGIN_OPTIONS = "pruneforge.plugin_options"
@@ -56,14 +57,14 @@ class SettingsCommand(TyperCommand):
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return arguments, settings, the other options, and those of plugins."""
-        own = super().get_params(ctx)
+        *own, shown = super().get_params(ctx)  # the last is --help
+        own += [*self._everywhere, shown]
         by_name = {parameter.name: parameter for parameter in [*self._options, *own]}
         names = [parameter.name for parameter in own if parameter.param_type_name == "argument"]
         names += [name for name in self.fields() if name not in names]
         names += [parameter.name for parameter in own if parameter.name not in names]
-        return [by_name[name] for name in names] + [
-            option for options in ctx.meta.get(_PLUGIN_OPTIONS, {}).values() for option in options
-        ]
+        of_plugins = [option for options in ctx.meta.get(_PLUGIN_OPTIONS, {}).values() for option in options]
+        return arranged([by_name[name] for name in names] + of_plugins)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the recipe file, and make options of what plugins declare, before anything is parsed."""
@@ -86,12 +87,20 @@ class SettingsCommand(TyperCommand):
         if _has_other_flags(args, own) or not known.issuperset(config):
             ctx.meta[_PLUGIN_OPTIONS] = self._options_of_plugins({**config, **given}, own)
         if file:
-            known = {parameter.name for parameter in self.get_params(ctx)} - {"config", "help", "as_json"}
+            known = {parameter.name for parameter in self.get_params(ctx)} - {
+                "config",
+                "help",
+                "as_json",
+                "quiet",
+                "debug",
+            }
             ctx.default_map = {**(ctx.default_map or {}), **_checked(config, known, file)}
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the function, with the settings where `settings` finds them."""
+        for option in self._everywhere:
+            setattr(common.everywhere, option.name, ctx.params.pop(option.name))
         values = take_given(ctx, self._options)
         for setting, options in ctx.meta.get(_PLUGIN_OPTIONS, {}).items():
             mapping = ctx.get_parameter_source(setting).name
@@ -112,6 +121,15 @@ class SettingsCommand(TyperCommand):
         """Options of the settings that the function has no parameter for."""
         taken = {parameter.name for parameter in self.params}
         return options_for({name: field for name, field in self.fields().items() if name not in taken})
+
+    @functools.cached_property
+    def _everywhere(self) -> list[Any]:
+        """Options that every command has."""
+
+        def declared(quiet: common.Quiet = False, debug: common.Debug = False) -> None:
+            """Typer makes options of a function's annotated parameters."""
+
+        return options_of(declared)
 
     def _options_of_plugins(self, named: Mapping[str, Any], own: list[Any]) -> dict[str, list[Any]]:
         """Return options for what the named plugins declare, by the setting that takes them.

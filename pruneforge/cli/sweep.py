@@ -55,7 +55,9 @@ def sweep(
         list[str],
         typer.Argument(help="Folder or hub id of the model, or of several with the same layers.", metavar="MODEL"),
     ],
-    metric: Annotated[list[str], typer.Option(help="Name of the metric; `pruneforge plugins` lists them. Repeatable.")],
+    metric: Annotated[
+        list[str], typer.Option(help="Name of the metric; `pruneforge plugins` lists them. Repeatable.", metavar="NAME")
+    ],
     output: Annotated[
         Path, typer.Option(help="Folder for results and report, and for what is finished of them.", metavar="DIR")
     ],
@@ -115,7 +117,7 @@ def sweep(
     common.warn(left_out(made))
     where = studies.executor_options(workers=workers, address=address, num_cpus=num_cpus, num_gpus=num_gpus)
     with studies.interruptible(output):
-        cells = run_study(made.study, output, progress=True, executor=make_executor(executor, **where))
+        cells = run_study(made.study, output, progress=common.progress(), executor=make_executor(executor, **where))
     rows = write_report(made.study, cells, output)
     found, grids = write_sweep(made, cells, rows, output, rule)
     failed = studies.warn_of_failed(cells, output)

@@ -191,7 +191,9 @@ def check_share(run: Run, layers: Sequence[Layer], masks: Mapping[str, Tensor], 
 
 def _versions(layer: Layer, stats: LayerStatistics, weights: bool) -> dict[str, Any]:
     """Return what tells whether the weight, or a statistic, was changed in place since."""
-    versions: dict[str, Any] = {"the weight": (_version(layer.parameter), _sum_of_bits(layer.parameter))} if weights else {}
+    versions: dict[str, Any] = (
+        {"the weight": (_version(layer.parameter), _sum_of_bits(layer.parameter))} if weights else {}
+    )
     for kind, statistic in stats.items():
         versions[f"statistic {kind.__name__}"] = _version(statistic.total)
     return versions

@@ -69,7 +69,9 @@ class PruneRecipe(DataRecipe):
         None, description="Share of weights to prune, in [0, 1); a half by default, or what the pattern says."
     )
     pattern: str | None = Field(
-        None, description="N:M keeps N of every M consecutive inputs; unstructured if left out."
+        None,
+        description="N:M keeps N of every M consecutive inputs; unstructured if left out.",
+        json_schema_extra={"metavar": "N:M"},
     )
     streams: dict[str, str] = Field(
         default_factory=dict,

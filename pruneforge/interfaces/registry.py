@@ -216,11 +216,6 @@ class Registry:
             for name in [name for name, item in items.items() if item.plugin == plugin]:
                 del items[name]
 
-    def has(self, plugin: str) -> bool:
-        """Return whether `plugin` registered anything."""
-        registered: list[dict[str, Any]] = [*self._entries.values(), *self._files.values()]
-        return any(item.plugin == plugin for items in registered for item in items.values())
-
     def entries(self, kind: str) -> list[Entry]:
         """Return the entries of one kind, by name."""
         return [self._entries[kind][name] for name in sorted(self._entries[kind])]

@@ -62,7 +62,7 @@ def evaluate(  # noqa: D417 -- the settings are described where they are declare
         items: File to write a record of each item to (an image, a window of text, a question), one JSON object a line;
             or `True` to return the records, lists by column, as `items` of the results.
         force: Whether files that are there may be replaced, other than by `output` earlier results.
-        progress: `True` for bars on a terminal.
+        progress: `True` for bars on a terminal, and lines elsewhere.
         processor: Tokenizer or image transform of a model in memory.
         more_options: Further options of the evaluator, by name, such as `data` and `window` of the perplexity.
         {settings}

@@ -56,7 +56,9 @@ class Resources(BaseModel):
     observe_options: dict[str, Any] = Field(
         default_factory=dict, description="Options of the observer; of several observers, by name."
     )
-    progress: bool | Progress = Field(False, exclude=True, description="True for bars on a terminal.")
+    progress: bool | Progress = Field(
+        False, exclude=True, description="True for bars on a terminal, and lines elsewhere."
+    )
 
     @field_validator("observe", mode="before")
     @classmethod

@@ -37,7 +37,7 @@ def compare(
             default.
         executor: Where they run: "local" or "ray".
         executor_options: Options of the executor, such as `{"workers": 2}`.
-        progress: `True` for bars on a terminal.
+        progress: `True` for bars on a terminal, and lines elsewhere.
 
     Returns:
         A row for each cell and task, as in `results.json`; none if `cells` names some.

@@ -41,7 +41,7 @@ def run_study(
     Args:
         study: The study.
         folder: Its folder, new or of the same study.
-        progress: `True` for bars on a terminal.
+        progress: `True` for bars on a terminal, and lines elsewhere.
         executor: Where the cells run; by default one after another in this process.
         only: Which cells to run: keys with wildcards, such as `"*/*/0.5/*"`, or one part of several, such as `"2/16"`.
             All by default.
