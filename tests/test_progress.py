@@ -65,10 +65,11 @@ def test_lines_go_on_during_one_long_item_and_no_thread_stays(capsys):
 
 def test_an_error_within_a_step_ends_its_lines():
     lines = LineProgress()
-    with pytest.raises(KeyError):
+
+    def fails():
         for _ in lines.track(range(3), "cells"):
             raise KeyError
-    import gc
 
-    gc.collect()
+    with pytest.raises(KeyError):
+        fails()
     assert lines._steps == []

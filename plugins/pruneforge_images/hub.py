@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from pydantic import Field
+from timm.data import ImageNetInfo
 
 from pruneforge import ImageSet, ImageSource, PruneForgeError
+
+IMAGENET = "ILSVRC/imagenet-1k"
 
 
 class ImageHub(ImageSource):
@@ -25,7 +29,7 @@ class ImageHub(ImageSource):
     class Options(ImageSource.Options):
         """Options of a Hub data set of images."""
 
-        path: str = Field("ILSVRC/imagenet-1k", description="OWNER/NAME on the Hub, or a local folder")
+        path: str = Field(IMAGENET, description="OWNER/NAME on the Hub, or a local folder")
         config: str | None = Field(None, description="configuration of the data set")
         calibration_split: str = Field("train", description="split to calibrate on")
         evaluation_split: str = Field("validation", description="split to evaluate on")
@@ -63,7 +67,9 @@ class ImageHub(ImageSource):
                 rows = rows.shuffle(seed=0, buffer_size=1000).take(options.pool)
             elif options.evaluation_pool is not None:
                 rows = rows.take(options.evaluation_pool)
-            return _Rows(rows, *columns)
+            # Named in words there, of which two classes share one; its order is that of the WordNet ids.
+            ids = ImageNetInfo().label_names() if options.path == IMAGENET else None
+            return _Rows(rows, *columns, ids)
         except Exception as error:  # datasets, its backends and its readers raise many kinds of errors
             reason = " ".join(str(error).split())[:300]
             raise PruneForgeError(f"images of {options.path!r} ({split}) cannot be loaded: {reason}") from error
@@ -78,7 +84,7 @@ class ImageHub(ImageSource):
 class _Rows(ImageSet):
     """The rows of a streamed data set, in a temporary file."""
 
-    def __init__(self, rows: Any, image: str, label: str) -> None:
+    def __init__(self, rows: Any, image: str, label: str, names: Sequence[str] | None) -> None:
         import datasets
 
         # On disk and memory-mapped, since ImageNet's validation images are 6 GB.
@@ -92,7 +98,7 @@ class _Rows(ImageSet):
         )
         named = (rows.features or {}).get(label)
         if isinstance(named, datasets.ClassLabel):
-            self.class_names = named.names
+            self.class_names = names or named.names
         self._labels: list[int | None] = self.rows["label"][:]  # by column: a row would include its image
 
     def __len__(self) -> int:

@@ -95,8 +95,10 @@ class Timm(ImageClassifier):
         transform = timm.data.create_transform(**config, is_training=False)
         mode = "L" if config["input_size"][0] == 1 else "RGB"
         size = tuple(config["input_size"][1:])
-        names = _class_names(module)
-        return ImageProcessor(transform, mode, module.num_classes, names, image_size=size, crop=config["crop_pct"])
+        names, aliases = _class_names(module)
+        return ImageProcessor(
+            transform, mode, module.num_classes, names, aliases, image_size=size, crop=config["crop_pct"]
+        )
 
     def save(self, module: Any, processor: Any, folder: Path) -> None:
         """Write timm's layout: `config.json` and `model.safetensors`."""
@@ -205,12 +207,15 @@ def _check_shapes(model: nn.Module, folder: Path) -> None:
             )
 
 
-def _class_names(module: Any) -> list[str] | None:
-    """Return the configuration's class names, or the WordNet ids of an ImageNet head, in the head's order."""
+def _class_names(module: Any) -> tuple[list[str] | None, list[list[str]]]:
+    """Return the configuration's class names, or an ImageNet head's WordNet ids, and other names of the classes."""
     import timm.data
 
     names = module.pretrained_cfg.get("label_names")
     if names:
-        return list(names)
+        return list(names), []
     subset = timm.data.infer_imagenet_subset(module)
-    return timm.data.ImageNetInfo(subset).label_names() if subset else None
+    if not subset:
+        return None, []
+    info = timm.data.ImageNetInfo(subset)
+    return info.label_names(), [list(info.label_descriptions())]

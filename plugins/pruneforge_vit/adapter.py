@@ -132,7 +132,7 @@ def image_processor(native: Any, config: Any) -> ImageProcessor:
     size = cropped if crops else resized
     crop = min(1.0, cropped[0] / resized[0]) if crops and cropped and resized else 1.0
     return ImageProcessor(
-        _Transform(native), mode, config.num_labels, _class_names(config), native, image_size=size, crop=crop
+        _Transform(native), mode, config.num_labels, *_class_names(config), native, image_size=size, crop=crop
     )
 
 
@@ -144,13 +144,13 @@ def _side(size: Any) -> tuple[int, int] | None:
     return (int(height), int(width)) if height and width else None
 
 
-def _class_names(config: Any) -> list[str]:
-    """Return the configuration's class names; for an ImageNet head, WordNet ids, as image folders are named."""
+def _class_names(config: Any) -> tuple[list[str], list[list[str]]]:
+    """Return the configuration's class names, for an ImageNet head WordNet ids, and other names of the classes."""
     names = [config.id2label[index] for index in range(config.num_labels)]
     info = ImageNetInfo()
     if len(names) == info.num_classes() and names[0] == info.index_to_description(0):
-        return info.label_names()
-    return names
+        return info.label_names(), [names, list(info.label_descriptions())]
+    return names, []
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pruneforge.documents import read_json
 from pruneforge.errors import PruneForgeError
@@ -12,39 +13,47 @@ from pruneforge.errors import PruneForgeError
 if TYPE_CHECKING:
     from pruneforge.data.images import ImageProcessor, ImageSet
 
-MENDED = "say which is which with `source_options` classes=FILE"
+Asked = Mapping[str, "int | str"] | Literal["position", "none"] | None
+"""What says which class is which: a mapping by name, an order, nothing at all, or the names themselves."""
+
+MENDED = (
+    "say which is which with `source_options` classes=FILE, or classes=position if the head's classes are in the order "
+    "of their names, or calibrate without labels: classes=none"
+)
 """What to do about classes that do not fit."""
 
 
-def class_indices(
-    images: ImageSet, processor: ImageProcessor, mapping: Mapping[str, int | str] | None = None
-) -> list[int | None]:
+def class_indices(images: ImageSet, processor: ImageProcessor, mapping: Asked = None) -> list[int | None]:
     """Return each image's class as an index of the head, or `None` if it has none.
 
     What the classes of the data are called decides, the first of these that fits:
 
-    - `mapping` says it for each class.
-    - All are called like classes of the head (by WordNet ids, for example). They may be a part of the head's.
+    - `mapping` says it for each class; "none" gives no image a class; "position" takes the classes in the order of
+      their names, or of the data set if it has one, which must be as many as the head's.
+    - All are called like classes of the head: by its names, or by other names that it is known under (WordNet ids and
+      descriptions, for example). They may be a part of the head's.
     - All are called by numbers, which are indices of the head: "10" is class 10. They may be a part of the head's.
-    - They are as many as the head's classes, and in the order of their names, or of the data set if it has one, no name
-      is that of another class of the head.
 
-    Labels that are integers without names are indices of the head.
+    Anything else is refused: a single name that differs would shift all that follow. Labels that are integers without
+    names are indices of the head.
 
     Args:
         images: The images.
         processor: The model's classes.
-        mapping: For each class of the data, by name, the head's class, as an index or a name.
+        mapping: For each class of the data, by name, the head's class, as an index or a name; or "position", or
+            "none".
 
     Raises:
         PruneForgeError: The classes do not fit the head.
     """
+    if mapping == "none":
+        return [None] * len(images)
     labels = [images.label(index) for index in range(len(images))]
     if images.class_names is not None:
         heads = dict(enumerate(_heads_classes(images.class_names, processor, mapping)))
         # Unlabelled parts of hub data sets have -1 for every label.
         return [heads.get(label) if isinstance(label, int) else None for label in labels]
-    if mapping is not None:
+    if isinstance(mapping, Mapping):
         labels = [None if label is None else str(label) for label in labels]
     class_names = sorted({label for label in labels if isinstance(label, str)})
     if class_names:
@@ -58,32 +67,40 @@ def class_indices(
     return [label if isinstance(label, int) else None for label in labels]
 
 
-def read_mapping(path: str) -> dict[str, int | str]:
-    """Return a mapping of names to classes from a JSON file.
+def read_mapping(asked: str | None) -> Asked:
+    """Return what the option `classes` asks for: an order, no classes, the names themselves, or a JSON file's mapping.
 
     Raises:
         PruneForgeError: It cannot be read, or is no such mapping.
     """
-    mapping = read_json(Path(path), "classes")
+    if asked is None:
+        return None
+    if asked == "position":
+        return "position"
+    if asked == "none":
+        return "none"
+    mapping = read_json(Path(asked), "classes")
     if not isinstance(mapping, dict) or not all(type(head) in (int, str) for head in mapping.values()):
-        raise PruneForgeError(f"classes {path!r} must map each name to the index or the name of a class of the head")
+        raise PruneForgeError(f"classes {asked!r} must map each name to the index or the name of a class of the head")
     return mapping
 
 
-def _heads_classes(
-    class_names: Sequence[str], processor: ImageProcessor, mapping: Mapping[str, int | str] | None
-) -> list[int]:
+def _heads_classes(class_names: Sequence[str], processor: ImageProcessor, mapping: Asked) -> list[int]:
     """Return the head's index of each class of the data.
 
     Raises:
         PruneForgeError: The classes do not fit the head.
     """
-    names, count = list(processor.names or []), len(class_names)
-    if mapping is not None:
+    names = list(processor.names or [])
+    if isinstance(mapping, Mapping):
         return [_mapped(name, mapping, names, processor.classes) for name in class_names]
-    position = {name: index for index, name in enumerate(names)}
-    if set(class_names) <= set(names) and len(position) == len(names):
-        return [position[name] for name in class_names]
+    if mapping == "position":
+        return _by_position(class_names, processor.classes)
+    for known in (names, *processor.aliases):
+        of_one = {name for name, count in Counter(known).items() if count == 1}  # a crane is a bird and a machine
+        position = {name: index for index, name in enumerate(known) if name in of_one}
+        if of_one.issuperset(class_names):
+            return [position[name] for name in class_names]
     if all(name.isdecimal() for name in class_names):
         numbers = [int(name) for name in class_names]
         if max(numbers) < processor.classes:
@@ -91,14 +108,26 @@ def _heads_classes(
         raise PruneForgeError(
             f"the images have a class {max(numbers)}, and the head has 0 to {processor.classes - 1}; {MENDED}"
         )
-    in_order = all(name not in position or names[index] == name for index, name in enumerate(class_names[: len(names)]))
-    if count == processor.classes and in_order:
-        return list(range(count))
-    known = f", called like {names[0]!r}" if names else ""
-    stranger = next((name for name in class_names if name not in position), class_names[0])
+    unknown = [name for name in class_names if name not in names] or list(class_names)
+    called = f", called like {names[0]!r}" if names else " without names"
     raise PruneForgeError(
-        f"the images have {count} classes, such as {stranger!r}, and the head has {processor.classes}{known}; {MENDED}"
+        f"the images have {len(class_names)} classes, of which {len(unknown)} are no class of the head by name, such "
+        f"as {', '.join(map(repr, unknown[:3]))}; the head has {processor.classes}{called}; {MENDED}"
     )
+
+
+def _by_position(class_names: Sequence[str], classes: int) -> list[int]:
+    """Return the head's index of each class of the data, in order.
+
+    Raises:
+        PruneForgeError: There are not as many as the head has.
+    """
+    if len(class_names) != classes:
+        raise PruneForgeError(
+            f"the images have {len(class_names)} classes and the head has {classes}, so position does not say which is "
+            "which; say it with `source_options` classes=FILE"
+        )
+    return list(range(classes))
 
 
 def _mapped(name: str, mapping: Mapping[str, int | str], names: Sequence[str], classes: int) -> int:

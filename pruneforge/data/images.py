@@ -28,6 +28,7 @@ class ImageProcessor:
         mode: Colour mode that images are converted to first (`"RGB"`, or `"L"` for one channel).
         classes: Number of classes of the head.
         names: Names of the classes in an image folder, in the head's order, if known.
+        aliases: Other names of all classes, in the head's order: descriptions beside WordNet ids, for example.
         native: The library's own processor, for saving; `None` if the model contains it.
         image_size: Height and width of what the transform returns, if known.
         crop: Share of the resized image's side that is kept, if known.
@@ -37,6 +38,7 @@ class ImageProcessor:
     mode: str
     classes: int
     names: Sequence[str] | None = None
+    aliases: Sequence[Sequence[str]] = ()
     native: Any = None
     image_size: tuple[int, int] | None = None
     crop: float | None = None
@@ -84,7 +86,9 @@ class ImageSource(Source):
         balanced: bool = Field(False, description="draw as equally many images of each class as can be")
         strict: bool = Field(False, description="fail on a corrupt image instead of leaving it out with a count")
         classes: str | None = Field(
-            None, description="JSON file that maps each folder or class of the data to an index or name of the head's"
+            None,
+            description="JSON file that maps each folder or class of the data to an index or name of the head's; or "
+            "position, which takes them in the order of their names, or none, for calibration without labels",
         )
 
     options: Options
@@ -107,8 +111,7 @@ class ImageSource(Source):
         Raises:
             PruneForgeError: The classes do not fit the head, or the file `classes` cannot be read.
         """
-        mapping = None if self.options.classes is None else read_mapping(self.options.classes)
-        return class_indices(images, processor, mapping)
+        return class_indices(images, processor, read_mapping(self.options.classes))
 
     def calibration(self, request: Request) -> Iterable[Mapping[str, Tensor]]:
         """Yield batches `{"pixel_values": float [samples, channels, height, width], "labels": int64 [samples]}`.

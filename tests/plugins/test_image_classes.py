@@ -120,7 +120,7 @@ def test_a_file_says_which_folder_is_which_class(tmp_path):
         ({"cats": 1000, "dogs": 3}, "class 'cats' is 1000 by the file of classes, and the head has 0 to 999"),
         ({"cats": True, "dogs": 3}, "must map each name to the index or the name of a class"),
         (["cats", "dogs"], "must map each name to the index or the name of a class"),
-        (None, "cannot be read"),
+        (None, "does not exist"),
     ],
 )
 def test_a_file_that_does_not_fit_is_named(tmp_path, content, said):
@@ -155,18 +155,61 @@ def classes(labels, heads, class_names=None, mapping=None):
     return class_indices(Named(labels, class_names), ImageProcessor(None, "RGB", count, names), mapping)
 
 
-def test_names_of_the_head_come_before_numbers_and_numbers_before_the_order():
+def test_names_of_the_head_come_before_numbers():
     assert classes(["1", "0"], ["1", "0"]) == [0, 1]
     assert classes(["2", "0"], ["a", "b", "c"]) == [2, 0]
     assert classes([0, 2, -1], 11, class_names=["0", "1", "10"]) == [0, 10, None]  # a data set of the Hub
-    assert classes(["b", "c", "a"], 3) == [1, 2, 0]
 
 
-def test_the_order_is_not_taken_where_a_name_says_otherwise():
-    assert classes(["cats", "dog"], ["cat", "dog"]) == [0, 1]
-    for labels, heads in ((["dog", "hare"], ["hen", "dog"]), (["cat", "dog", "n1"], ["cat", "dog", "x", "y"])):
-        with pytest.raises(PruneForgeError, match=r"such as '(hare|n1)', and the head has .*classes=FILE"):
+def test_the_order_is_taken_only_if_asked_for():
+    assert classes(["cats", "dog"], ["cats", "dog"]) == [0, 1]
+    for labels, heads, strange in [
+        (["b", "c", "a"], 3, "'a', 'b', 'c'; the head has 3 without names"),
+        (["cats", "dog"], ["cat", "dog"], "'cats'; the head has 2, called like 'cat'"),
+        (["dog", "hare"], ["hen", "dog"], "'hare'"),
+        (["cat", "dog", "n1"], ["cat", "dog", "x", "y"], "'n1'"),
+        (["cats", "dogs"], ["LABEL_0", "LABEL_1"], "'cats', 'dogs'"),
+    ]:
+        with pytest.raises(PruneForgeError) as error:
             classes(labels, heads)
+        assert f"no class of the head by name, such as {strange}" in str(error.value)
+        assert "classes=FILE, or classes=position" in str(error.value)
+    assert classes(["b", "c", "a"], 3, mapping="position") == [1, 2, 0]
+    assert classes(["cats", "dog"], ["cat", "dog"], mapping="position") == [0, 1]
+    assert classes([0, 1, None], 2, class_names=["z", "a"], mapping="position") == [0, 1, None]
+    with pytest.raises(PruneForgeError, match="2 classes and the head has 3, so position does not say"):
+        classes(["a", "b"], 3, mapping="position")
+
+
+def test_one_folder_that_is_called_differently_does_not_shift_the_others(tmp_path):
+    module = model(4)
+    module.pretrained_cfg = {**module.pretrained_cfg, "label_names": ["ant", "bee", "cat", "dog"]}
+    data = folders(tmp_path / "images", ["ant", "bees", "cat", "zebra"])
+    with pytest.raises(PruneForgeError, match="2 are no class of the head by name, such as 'bees', 'zebra'"):
+        evaluate(module, data)
+    source = create_source(data, {}, loaded_plugins().registry)
+    processor = loaded_plugins().registry.create("adapter", "timm").processor(module)
+    with pytest.raises(PruneForgeError, match="such as 'bees', 'zebra'"):  # calibration too
+        list(source.calibration(Request(processor, 4, None, 4, 0)))
+    found = evaluate(module, data, source_options={"classes": "position"})
+    right = [
+        int(logits.argmax()) == sorted(["ant", "bees", "cat", "zebra"]).index(name)
+        for name, logits in logits_of(module, data)
+    ]
+    assert found["items"]["top1"] == right
+    assert found["recipe"]["options"]["source_options"] == {"classes": "position"}
+
+
+def test_imagenets_classes_go_by_id_or_by_description():
+    info = ImageNetInfo()
+    processor = loaded_plugins().registry.create("adapter", "timm").processor(model(1000))
+    described = info.label_descriptions()
+    for names in (info.label_names(), described):
+        chosen = [names[index] for index in (7, 3, 999)]
+        assert class_indices(Named(chosen), processor) == [7, 3, 999]
+    twice = next(name for name in described if described.count(name) > 1)
+    with pytest.raises(PruneForgeError, match="no class of the head by name"):
+        class_indices(Named([described[0], twice]), processor)
 
 
 def test_integers_are_mapped_too_and_a_name_of_two_classes_of_the_head_is_none():

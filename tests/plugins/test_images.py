@@ -48,12 +48,15 @@ def folder(tmp_path):
 
 def model(classes: int = 3):
     torch.manual_seed(0)
-    return timm.create_model("deit_tiny_distilled_patch16_224", num_classes=classes, **TINY).eval()
+    made = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=classes, **TINY).eval()
+    if classes == len(CLASSES):
+        made.pretrained_cfg = {**made.pretrained_cfg, "label_names": CLASSES}
+    return made
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    save_for_hf(model(), str(tmp_path / "model"), safe_serialization=True)
+    save_for_hf(model(), str(tmp_path / "model"), {"label_names": CLASSES}, safe_serialization=True)
     return tmp_path / "model"
 
 
@@ -255,7 +258,11 @@ def test_bad_images_are_named(folder, checkpoint, tmp_path):
     fails(tmp_path / "empty", "holds no images")
     fails(folder, "holds no images below a folder 'train'", split="train")
     fails(folder, "has 24 readable images and 100 were asked for", samples=100)
-    fails(folder, "the images have 3 classes, such as 'cat', and the head has 5", module=model(5))
+    fails(
+        folder,
+        "of which 3 are no class of the head by name, such as 'cat', 'dog', 'owl'; the head has 5",
+        module=model(5),
+    )
     (tmp_path / "broken.zip").write_bytes(b"PK nothing")
     fails(tmp_path / "broken.zip", "cannot be read")
     fails("imagenet:nobody/nothing", "cannot be loaded")
@@ -264,9 +271,11 @@ def test_bad_images_are_named(folder, checkpoint, tmp_path):
     one = tmp_path / "one"
     (one / "cat").mkdir(parents=True)
     picture(0).save(one / "cat" / "0.png")
-    fails(one, "the images have 1 classes, such as 'cat', and the head has 3")
+    fails(one, "has 1 readable images and 6 were asked for")  # a part of the classes will do
+    (one / "cat").rename(one / "lion")
+    fails(one, "the images have 1 classes, of which 1 are no class of the head by name, such as 'lion'")
     with pytest.raises(PruneForgeError, match="images without a class; put each class in a folder"):
-        pruneforge.evaluate(checkpoint, "imagenet", data=one / "cat", options={"workers": 0})
+        pruneforge.evaluate(checkpoint, "imagenet", data=one / "lion", options={"workers": 0})
     (tmp_path / "both").mkdir()
     for split in ("train", "val"):
         shutil.copytree(folder / "val", tmp_path / "both" / split)
@@ -302,7 +311,9 @@ def test_rows_of_an_unlabelled_part_have_no_class(tmp_path):
 
 def test_class_names_of_a_data_set_must_be_the_heads(folder, tmp_path):
     path = f"imagenet:{folder}"
-    with pytest.raises(PruneForgeError, match="the images have 3 classes, such as 'cat', and the head has 5"):
+    with pytest.raises(
+        PruneForgeError, match="3 are no class of the head by name, such as 'cat', 'dog', 'owl'; the head has 5"
+    ):
         draw(path, module=model(5), calibration_split="validation")
     images = source(path).images("evaluation")
     module = model(5)
