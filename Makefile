@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-cuda lint types format docs api bench bench-cuda clean
+.PHONY: demo test test-all fuzz soak test-cuda lint types format docs api bench bench-cuda clean
 
 demo: .venv/ready
 	$(BIN)/pruneforge demo
@@ -14,6 +14,14 @@ test: .venv/ready
 test-all: .venv/ready
 	$(BIN)/python -m pytest --cov --cov-report=
 	$(BIN)/python tests/coverage_by_room.py
+
+# Damaged and forged files, many of each kind; `make test-all` tries a few.
+fuzz: .venv/ready
+	PRUNEFORGE_FUZZ=3000 $(BIN)/python -m pytest -m slow tests/fuzz
+
+# Hundreds of runs in one process, and of two processes: memory, handles, results, ends.
+soak: .venv/ready
+	$(BIN)/python benchmarks/soak.py
 
 # On a machine with a GPU; fails where there is none instead of skipping everything.
 test-cuda: .venv/ready

@@ -147,7 +147,7 @@ def _shapes(file: Any, what: str) -> dict[str, list[int]]:
         PruneForgeError: They do not fit what the file holds.
     """
     shapes = parse_json((file.metadata() or {}).get("shapes", ""), f"{what}: its list of shapes")
-    if not isinstance(shapes, dict):
+    if not isinstance(shapes, dict) or not shapes:
         raise PruneForgeError(f"{what} is damaged: it does not list the masks' shapes")
     there = set(file.keys())
     for name, shape in shapes.items():

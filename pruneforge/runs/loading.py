@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from pruneforge.checkpoint.reader import Checkpoint, check_links
@@ -19,6 +17,7 @@ from pruneforge.checkpoint.skeleton import make_skeleton, missing_parameters
 from pruneforge.errors import PruneForgeError, unknown_name
 from pruneforge.interfaces.adapter import Adapter, LoadedModel
 from pruneforge.interfaces.registry import Registry
+from pruneforge.runs.places import check_place
 
 DTYPES = {
     "float16": torch.float16,
@@ -57,20 +56,20 @@ def load_model(
     reference = type(model).__name__ if isinstance(model, nn.Module) else str(model)
     if not isinstance(model, nn.Module) and reference.startswith(DEMO):
         reference = str(registry.create("demo", reference.removeprefix(DEMO)).checkpoint())
-    if not isinstance(model, nn.Module) and _is_path(reference) and not Path(reference).exists():
-        raise PruneForgeError(f"model folder {reference!r} does not exist")
-    if not isinstance(model, nn.Module) and Path(reference).is_dir():
-        check_links(Path(reference))
-    reasons = []
+    if not isinstance(model, nn.Module):
+        check_place(reference)
+        if Path(reference).is_dir():
+            check_links(Path(reference))
+    reasons: dict[str, list[str]] = {}  # with the adapters that give each
     for entry in registry.entries("adapter"):
         try:
             adapter: Adapter = registry.create("adapter", entry.name)
         except PruneForgeError as error:
-            reasons.append(f"{entry.name}: {error}")
+            reasons.setdefault(str(error), []).append(entry.name)
             continue
         declined = adapter.declines_module(model) if isinstance(model, nn.Module) else adapter.declines(reference)
         if declined is not None:
-            reasons.append(f"{entry.name}: {declined}")
+            reasons.setdefault(declined, []).append(entry.name)
             continue
         if adapter_options:
             adapter = registry.create("adapter", entry.name, adapter_options)
@@ -78,7 +77,8 @@ def load_model(
             _cast(model, target)
             return LoadedModel(model, adapter, processor or adapter.processor(model), reference)
         return _load(adapter, reference, target, processor, on_disk)
-    raise PruneForgeError(f"no adapter takes {reference!r}: {'; '.join(reasons) or 'none is installed'}")
+    said = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
+    raise PruneForgeError(f"no adapter takes {reference!r}: {said or 'none is installed'}")
 
 
 def _load(adapter: Adapter, reference: str, dtype: torch.dtype | None, processor: Any, on_disk: bool) -> LoadedModel:
@@ -149,17 +149,3 @@ def _cast(module: nn.Module, dtype: torch.dtype | None) -> None:
     for parameter in module.parameters():
         if dtype is not None and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-
-
-def hub_id(reference: str) -> str | None:
-    """Return the repository on the Hub that a reference names, as OWNER/NAME, as far as that can be known here."""
-    name = reference.removeprefix("hf-hub:")
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name if "/" in name and not Path(name).exists() else None
-
-
-def _is_path(reference: str) -> bool:
-    return reference.startswith((".", "/", "~")) or reference.count("/") > 1

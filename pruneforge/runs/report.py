@@ -14,7 +14,7 @@ from typing import Any
 from pruneforge.interfaces.adapter import LoadedModel
 from pruneforge.interfaces.run import Run
 from pruneforge.profile import Profile
-from pruneforge.runs.loading import hub_id
+from pruneforge.runs.places import hub_id
 from pruneforge.runs.provenance import machine, versions
 from pruneforge.runs.report_file import FORMAT
 

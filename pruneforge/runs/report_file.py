@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pruneforge.checkpoint.durable import write_text
 from pruneforge.documents import read_json
 from pruneforge.errors import PruneForgeError
-from pruneforge.runs.loading import hub_id
+from pruneforge.runs.places import hub_id
 
 REPORT_FILE = "pruneforge.json"
 FORMAT = 1

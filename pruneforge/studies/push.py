@@ -10,12 +10,12 @@ from pruneforge.checkpoint.journal import JOURNAL_FILE
 from pruneforge.errors import PruneForgeError
 from pruneforge.runs.card import CARD_FILE, model_card, study_card
 from pruneforge.runs.hub import Kind, Repository, files_of
+from pruneforge.runs.places import STUDY_FILE
 from pruneforge.runs.report_file import REPORT_FILE, load_report
 from pruneforge.studies.compare import read_study
 from pruneforge.studies.folder import StudyFolder
 from pruneforge.studies.plan import cells_of
 from pruneforge.studies.report import MARKDOWN_FILE, RESULTS_FILE
-from pruneforge.studies.study import STUDY_FILE
 
 MARKS = frozenset({REPORT_FILE, STUDY_FILE})
 """Files by which a repository is known to hold a result."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from pruneforge.checkpoint.durable import write_text
+from pruneforge.runs.places import STUDY_FILE
 from pruneforge.studies.costs import as_costs
 from pruneforge.studies.folder import StudyFolder
 from pruneforge.studies.grids import failed_grid, loss_grid, main_grid, number, points_grid
@@ -18,7 +19,7 @@ from pruneforge.studies.noise import Items, items
 from pruneforge.studies.page import as_html, shown_methods
 from pruneforge.studies.plan import Cell
 from pruneforge.studies.results import Row, as_csv, rows_of
-from pruneforge.studies.study import STUDY_FILE, Study
+from pruneforge.studies.study import Study
 from pruneforge.studies.tables import Table, tables_of
 
 RESULTS_FILE, MARKDOWN_FILE = "results.json", "report.md"

@@ -24,8 +24,7 @@ from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.metric import Metric
 from pruneforge.interfaces.recipe import Propagate, PruneRecipe
 from pruneforge.plugins import loaded_plugins
-
-STUDY_FILE = "study.yaml"
+from pruneforge.runs.places import STUDY_FILE
 
 OF_DATA = ("calibration", "source_options", "streams", "samples", "seqlen")
 """Settings of the recipe that a study gives for each model, and for a method that is to see other data."""

@@ -16,9 +16,8 @@ from made_up_study import made_up
 
 import pruneforge
 from pruneforge import PruneForgeError
-from pruneforge.runs.loading import hub_id
+from pruneforge.runs.places import STUDY_FILE, hub_id
 from pruneforge.studies.report import write_report
-from pruneforge.studies.study import STUDY_FILE
 
 SHA = "1" * 40
 

@@ -1,0 +1,53 @@
+"""What a reference to a model means, and what a folder is that is no model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from pruneforge.checkpoint.journal import JOURNAL_FILE
+from pruneforge.checkpoint.masks import MASKS_FILE
+from pruneforge.errors import PruneForgeError
+
+STUDY_FILE = "study.yaml"
+"""What a study's folder holds of what was asked for."""
+
+
+def hub_id(reference: str) -> str | None:
+    """Return the repository on the Hub that a reference names, as OWNER/NAME, as far as that can be known here."""
+    name = reference.removeprefix("hf-hub:")
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name if "/" in name and not Path(name).exists() else None
+
+
+def check_place(reference: str) -> None:
+    """Raise if a reference to a model is plainly something else.
+
+    Raises:
+        PruneForgeError: Saying what it is, and what to type instead.
+    """
+    path = Path(reference)
+    if not reference.strip():
+        raise PruneForgeError("the model's name is empty; give a folder or a hub id")
+    if _is_path(reference) and not path.exists():
+        raise PruneForgeError(f"model folder {reference!r} does not exist")
+    if path.exists() and not path.is_dir():
+        raise PruneForgeError(f"{reference!r} is a file; a model is a folder or a hub id")
+    if not path.is_dir():
+        return
+    if (path / JOURNAL_FILE).is_file():
+        raise PruneForgeError(f"{reference!r} holds an unfinished run; finish it first: its own command, with `resume`")
+    if (path / STUDY_FILE).is_file() and (path / "cells").is_dir():
+        raise PruneForgeError(f"{reference!r} is the folder of a study, which holds results and no model")
+    made = sorted(file.parent for file in path.glob(f"*/{MASKS_FILE}"))
+    if made and not (path / "config.json").is_file():
+        raise PruneForgeError(f"{reference!r} holds {len(made)} pruned models; name one, such as {str(made[0])!r}")
+
+
+def _is_path(reference: str) -> bool:
+    return reference.startswith((".", "/", "~")) or reference.count("/") > 1
