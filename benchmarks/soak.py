@@ -99,16 +99,7 @@ def of_two_processes(runs: int, folder: Path) -> dict[str, Any]:
     """Prune by two processes again and again, and count how they end."""
     ends: Counter[str] = Counter()
     outcomes: Counter[str] = Counter()
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--standalone",
-        "-m",
-        "pruneforge",
-    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     settings = [part for name, value in SETTINGS.items() for part in (f"--{name}", str(value))]
     for number in range(runs):
         output = folder / "pairs" / str(number)

@@ -19,7 +19,7 @@ class UnfinishedError(PruneForgeError):
 
 
 class DeviceFullError(UnfinishedError):
-    """A device has no room for what was asked of it."""
+    """A device, or the host, has no memory for what was asked of it."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> PruneForgeError:

@@ -38,10 +38,10 @@ class PeakMemory:
 
 @contextmanager
 def one_line_for_full_devices() -> Iterator[None]:
-    """Convert torch's out-of-memory error within the context into `DeviceFullError`.
+    """Convert errors of full memory within the context, the device's or the host's, into `DeviceFullError`.
 
     Raises:
-        DeviceFullError: The device is full.
+        DeviceFullError: Memory is full.
     """
     try:
         yield
@@ -50,6 +50,13 @@ def one_line_for_full_devices() -> Iterator[None]:
         raise DeviceFullError(
             f"the device has no room left: {reason}; free some of it and run again (with `resume` if there is an "
             "unfinished output), or use a smaller `batch_size` or `device_memory_budget`"
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):  # torch has no class for it
+            raise
+        raise DeviceFullError(
+            "the host has no memory left; free some of it and run again (with `resume` if there is an unfinished "
+            "output), or use a smaller `batch_size` or `memory_budget`"
         ) from error
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +66,10 @@ def load_pretrained(reference: str, auto: str, dtype: torch.dtype | None) -> Any
     import transformers
 
     try:
-        model, info = getattr(transformers, auto).from_pretrained(
-            reference, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False
-        )
+        with _without_bars(reference):
+            model, info = getattr(transformers, auto).from_pretrained(
+                reference, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False
+            )
     except Exception as error:  # hub, file formats and configurations raise many kinds of errors
         raise PruneForgeError(f"model {reference!r} cannot be loaded: {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
@@ -75,6 +78,21 @@ def load_pretrained(reference: str, auto: str, dtype: torch.dtype | None) -> Any
             f"model {reference!r} lacks {len(missing)} weights, such as {missing[0]!r}; the checkpoint is damaged"
         )
     return model.eval()
+
+
+@contextmanager
+def _without_bars(reference: str) -> Iterator[None]:
+    """Keep transformers' bars off within the context, unless there may be something to download."""
+    from transformers.utils import logging
+
+    if not Path(reference).is_dir() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def skeleton_from_checkpoint(reference: str, auto: str, dtype: torch.dtype | None) -> tuple[nn.Module, Path] | None:

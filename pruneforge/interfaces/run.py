@@ -137,6 +137,22 @@ class Run:
     recovered: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] | None = None
 
+    def anew(self, batch_size: int) -> Run:
+        """Return what was asked for with another batch size, and nothing of it done."""
+        return Run(
+            self.recipe.model_copy(update={"batch_size": batch_size}),
+            self.metric,
+            self.pattern,
+            self.folder,
+            self.allocator,
+            self.refiners,
+            self.recovery,
+            self.objective,
+            self.wants_details,
+            observers=self.observers,
+            origin=self.origin,
+        )
+
     @property
     def propagate(self) -> Propagate:
         """Whether calibration sees the earlier blocks pruned or dense."""

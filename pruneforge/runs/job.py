@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from pruneforge.checkpoint.journal import JOURNAL_FILE
 from pruneforge.data.calibration import Calibration, Data, RawBatches, collect
 from pruneforge.engine.budget import Budgets
 from pruneforge.engine.processes import Group, joined
-from pruneforge.errors import PruneForgeError, unknown_name
+from pruneforge.errors import DeviceFullError, PruneForgeError, unknown_name
 from pruneforge.interfaces.allocator import searches
 from pruneforge.interfaces.recipe import PruneRecipe
 from pruneforge.interfaces.recovery import recovers_models
@@ -68,9 +70,48 @@ class Job:
     def run(self, begin: Callable[[Session], object] | None = None) -> list[PruneResult]:
         """Prune, and return a result for each run.
 
+        Where memory is full and nobody chose a batch size, smaller ones are tried; that is warned of, and the recipe
+        of the result has the one that fitted.
+
         Args:
             begin: Called once the model is known, in every process, before anything is changed or written.
         """
+        sizes: list[int] = []
+        job, before = self, [list(run.warnings) for run in self.runs]
+        while True:
+            try:
+                return job._attempt(begin, sizes)
+            except DeviceFullError:
+                if not job._may_shrink(sizes):
+                    raise
+            # Here, since the error holds on to everything that filled the memory.
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            smaller = sizes[-1] // 2
+            job = replace(job, runs=[run.anew(smaller) for run in self.runs])
+            for run, warnings in zip(job.runs, before, strict=True):
+                run.warnings += [
+                    *warnings,
+                    f"batches of {sizes[0]} samples did not fit in memory, so {smaller} went through a block together; "
+                    f"pass `batch_size` {smaller} to resume or repeat the run",
+                ]
+
+    def _may_shrink(self, sizes: Sequence[int]) -> bool:
+        """Return whether the job can begin again with smaller batches.
+
+        Args:
+            sizes: Samples of the batches that were tried.
+        """
+        chosen = len(sizes) <= 1 and self.runs[0].recipe.batch_size is not None
+        begun = any(run.folder is not None and (run.folder / JOURNAL_FILE).is_file() for run in self.runs)
+        # A model in memory may have changed already, and several processes would have to agree.
+        alone = not isinstance(self.model, nn.Module) and int(os.environ.get("WORLD_SIZE", "1")) == 1
+        return bool(sizes) and sizes[-1] > 1 and not chosen and not begun and alone
+
+    @one_line_for_full_devices()
+    def _attempt(self, begin: Callable[[Session], object] | None, sizes: list[int]) -> list[PruneResult]:
+        """Prune as `run` says, in batches whose size is added to `sizes`."""
         streamed = self.runs[0].folder is not None and not isinstance(self.model, nn.Module)
         if not streamed:
             self._refuse_what_streams("that takes a folder or hub id and an output")
@@ -82,13 +123,14 @@ class Job:
         with joined(self.device) as group:
             self._refuse_in_company(group)
             session = self.open(group, streamed)
+            if session.data.batches and isinstance(self.calibration, Source):
+                sizes.append(max(batch.size for batch in session.data.batches))
             for run in self.runs:
                 session.hook.pruneforge_run_started(run=run)
             with (
                 exact_arithmetic(self.runs[0].seed, self.device),
                 in_evaluation_mode(session.loaded.module),
                 session.profile.watching(),
-                one_line_for_full_devices(),
             ):
                 streams = session.loaded.checkpoint is not None
                 if not streams:
