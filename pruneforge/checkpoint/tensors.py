@@ -82,7 +82,7 @@ def read_header(path: Path) -> list[TensorLocation]:
         locations = _locations(path.name, parse_json(header.decode(), f"the header of {str(path)!r}"), 8 + length)
     except KeyError as error:
         raise PruneForgeError(f"{str(path)!r} holds a dtype that cannot be pruned: {error}") from error
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:
         raise PruneForgeError(f"{str(path)!r} cannot be read as safetensors: {error}") from error
     for location in locations:
         missing = location.start + location.size - size

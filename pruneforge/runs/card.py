@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
@@ -9,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from pruneforge.documents import parse_yaml, read_text
 from pruneforge.errors import PruneForgeError
 from pruneforge.plugins import loaded_plugins
 from pruneforge.runs.markdown import code, markdown
@@ -18,6 +20,23 @@ CARD_FILE = "README.md"
 TEMPLATES = Path(__file__).parent / "templates"
 
 TAGS = ["pruneforge", "pruning", "sparsity"]
+
+LICENSE = ("license", "license_name", "license_link")
+"""What a card's metadata say of the licence."""
+
+
+def license_of(folder: Path) -> dict[str, str]:
+    """Return what the card of a model says of its licence, or nothing if there is no card that can be read."""
+    card = folder / CARD_FILE
+    if not card.is_file():
+        return {}
+    try:
+        front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", read_text(card, "card"), re.DOTALL)
+        metadata = parse_yaml(front[1], "card") if front else {}
+    except PruneForgeError:  # it is about the dense model, and decides nothing here
+        return {}
+    stated = metadata if isinstance(metadata, dict) else {}
+    return {name: stated[name] for name in LICENSE if isinstance(stated.get(name), str)}
 
 
 def model_card(report: Mapping[str, Any], title: str) -> str:
@@ -30,6 +49,7 @@ def model_card(report: Mapping[str, Any], title: str) -> str:
     base = report["recipe"]["model"]
     # A folder may be named as a model of the Hub is; only where the run was made was it known.
     known = {"base_model": base.removeprefix("hf-hub:")} if report["model"].get("on_hub") else {}
+    known |= report["model"].get("license", {})
     return _filled(
         "model_card.md",
         metadata=_yaml({**known, "tags": TAGS}),

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from pruneforge.interfaces.adapter import LoadedModel
 from pruneforge.interfaces.run import Run
 from pruneforge.profile import Profile
+from pruneforge.runs.card import license_of
 from pruneforge.runs.places import hub_id
 from pruneforge.runs.provenance import machine, versions
 from pruneforge.runs.report_file import FORMAT
@@ -49,6 +51,7 @@ def make_report(
     }
     weights = sum(layer.size for layer in run.excluded) + sum(prod(shape) for shape in shapes.values())
     pruned = sum(run.pruned.values())
+    stated = license_of(model.checkpoint.folder if model.checkpoint else Path(model.reference))
     return {
         "format": FORMAT,
         "recipe": run.recipe.model_dump(mode="json"),
@@ -67,6 +70,7 @@ def make_report(
             "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
             "dtype": str(next(model.module.parameters()).dtype).removeprefix("torch."),
             "fingerprint": fingerprint,
+            **({"license": stated} if stated else {}),
         },
         "calibration": calibration,
         "sparsity": {"weights": weights, "pruned": pruned, "reached": round(pruned / weights, 6)},

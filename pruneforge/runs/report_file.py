@@ -58,6 +58,7 @@ class _Model(_Part):
     reference: str
     dtype: Literal["float16", "bfloat16", "float32", "float64"]
     fingerprint: str
+    license: dict[str, str] = {}
 
 
 class _Calibration(_Part):
@@ -69,6 +70,10 @@ class _Calibration(_Part):
 class _Outcome(_Part):
     task: str
     recipe: dict[str, Any]
+
+
+class _Versions(_Part):
+    pruneforge: str
 
 
 class _Measured(_Part):
@@ -92,7 +97,7 @@ class _Report(_Part):
     warnings: list[str]
     evaluation: list[_Outcome]
     identity: dict[str, Any] = {}
-    versions: dict[str, str | None]
+    versions: _Versions
     measured: _Measured
     allocator: _Named | None = None
     refiners: list[_Named] = []

@@ -162,6 +162,7 @@ FORGED = {
     "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 16]}}, 16),
     "shape of text": ({"a": {"dtype": "F32", "shape": "4", "data_offsets": [0, 16]}}, 16),
     "three offsets": ({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16, 16]}}, 16),
+    "no offsets": ({"a": {"dtype": "F32", "shape": [4], "data_offsets": []}}, 16),
     "unknown dtype": ({"a": entry(0, 16, dtype="F99")}, 16),
     "an entry that is text": ({"a": "x"}, 16),
     "a list": ([], 0),

@@ -153,6 +153,25 @@ def test_a_card_of_the_folder_s_own_is_kept_and_one_of_the_dense_model_is_not_ta
     assert (found["card"], found["files"]["README.md"]) == (None, len("# Mine"))
 
 
+@pytest.mark.parametrize("streamed", [True, False])
+def test_the_licence_of_the_dense_model_is_kept(streamed, checkpoint, tmp_path):
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    stated = "license: other\nlicense_name: llama2\nlicense_link: https://example.org/licence"
+    (model / "README.md").write_text(f"---\nlanguage: en\n{stated}\ntags: [a]\n---\n\n# About the dense model\n")
+    result = pruneforge.prune(model, "magnitude", 0.5, output=tmp_path / "out")
+    card = pruneforge.push(tmp_path / "out", "me/mine", dry_run=True)["card"]
+    front = yaml.safe_load(card.split("---")[1])
+    assert {name: front[name] for name in front if name.startswith("license")} == yaml.safe_load(stated)
+    assert "About the dense model" not in card
+    assert result.report["model"]["license"]["license"] == "other"
+    for unreadable in ("---\nlicense: [a]\n---\n", "no front matter", "---\n{\n---\n", "---\n- a\n---\n"):
+        (model / "README.md").write_text(unreadable)
+        settings = {"output": tmp_path / "again"} if streamed else {}
+        again = pruneforge.prune(model, "magnitude", 0.5, **settings)
+        assert "license" not in again.report["model"]
+        shutil.rmtree(tmp_path / "again", ignore_errors=True)
+
+
 def test_a_push_commits_exactly_what_the_dry_run_lists(pruned, hub):
     listed = pruneforge.push(pruned, "me/mine", dry_run=True)
     done = invoke("push", pruned, "--to", "me/mine", "--private", "--json")
