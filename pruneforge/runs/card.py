@@ -31,7 +31,7 @@ def license_of(folder: Path) -> dict[str, str]:
     if not card.is_file():
         return {}
     try:
-        front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", read_text(card, "card"), re.DOTALL)
+        front = re.match(r"-{3}\s*\n(.*?)\n-{3}\s*(\n|$)", read_text(card, "card"), re.DOTALL)
         metadata = parse_yaml(front[1], "card") if front else {}
     except PruneForgeError:  # it is about the dense model, and decides nothing here
         return {}
