@@ -200,7 +200,12 @@ def _versions(layer: Layer, stats: LayerStatistics, weights: bool) -> dict[str, 
 
 
 def _sum_of_bits(parameter: Tensor) -> int:
-    """Return a sum over a parameter's bits, which also tells of changes that torch does not count, through `.data`."""
+    """Return a sum over a parameter's bits, which also tells of changes that torch does not count, through `.data`.
+
+    On the CPU alone: with a device the host would wait for it at each layer.
+    """
+    if parameter.device.type != "cpu":
+        return 0
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
     return int(parameter.detach().view(bits).sum(dtype=torch.int64))
 

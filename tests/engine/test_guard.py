@@ -38,6 +38,11 @@ def in_place(layer, stats):
     return layer.weight
 
 
+def past_torchs_count(layer, stats):
+    layer.parameter.data[0, 0] += 1
+    return layer.weight.abs()
+
+
 def statistic_in_place(layer, stats):
     return layer.weight.abs() * stats[ColumnSquares].total.sqrt_()
 
@@ -52,6 +57,7 @@ def fails(layer, stats):
 
 WRONG = [
     (scoring(in_place), f"metric 'mine' changed the weight of layer {LAYER} in place"),
+    (scoring(past_torchs_count), f"metric 'mine' changed the weight of layer {LAYER} in place"),
     (scoring(statistic_in_place), f"metric 'mine' changed statistic ColumnSquares of layer {LAYER} in place"),
     (scoring(fails), f"metric 'mine' failed on layer {LAYER}: ValueError: no such thing"),
     (scoring(leaves), f"metric 'mine' failed on layer {LAYER}: SystemExit: 3"),
