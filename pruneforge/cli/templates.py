@@ -393,7 +393,7 @@ build-backend = "hatchling.build"
 name = "$distribution"
 version = "0.1.0"
 description = "The $kind $name for PruneForge."
-requires-python = ">=3.10"
+requires-python = ">=3.11"
 dependencies = []  # PruneForge itself is installed from its clone or wheel
 
 [project.entry-points.pruneforge]

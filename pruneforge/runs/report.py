@@ -7,7 +7,7 @@ recipe comes last, under `measured`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def make_report(
 def measurements(profile: Profile, peak_memory: Mapping[str, Any]) -> dict[str, Any]:
     """Return when a run finished, and what it took."""
     return {
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": {stage: round(seconds, 3) for stage, seconds in profile.seconds().items()},
         "peak_memory": dict(peak_memory),
     }

@@ -248,7 +248,7 @@ class Halves(Allocator):
         ({"allocator": "owl", "options": {"scope": "model"}}, "scope=model chooses each layer's sparsity itself"),
         ({"allocator": Halves()}, r"gives layer 'model.layers.0.self_attn.q_proj' the sparsity 2.0"),
         ({"refine": Dropping()}, r"refiner 'dropping' made a mask for layer .* that does not fit"),
-        ({"allocator": "file:none.yaml"}, "allocation 'none.yaml' cannot be read"),
+        ({"allocator": "file:none.yaml"}, "allocation 'none.yaml' does not exist"),
     ],
 )
 def test_what_does_not_go_together_is_named(asked, said, model):
