@@ -107,7 +107,7 @@ def place(pruned, tmp_path) -> Path:
     return Path(shutil.copytree(pruned, tmp_path / "here" / "pruned"))
 
 
-def only_refused(work: Callable[[], object], inside: Path) -> None:
+def check_refused(work: Callable[[], object], inside: Path) -> None:
     """Do something that may be refused, and must write nowhere but in a folder."""
     beside, said = set(inside.parent.parent.iterdir()), ""
     try:
@@ -129,7 +129,7 @@ def test_headers(data, place):
     forged = len(text).to_bytes(8, "little") + text + rest
     file.write_bytes(data.draw(st.just(forged) | mutated_bytes(content)))
     try:
-        only_refused(lambda: Checkpoint(place).fingerprint(), place)
+        check_refused(lambda: Checkpoint(place).fingerprint(), place)
     finally:
         file.write_bytes(content)
 
@@ -142,7 +142,7 @@ def test_indexes(data, place):
     forged = as_bytes(data.draw(mutated_values(json.loads(content))))
     file.write_bytes(data.draw(st.just(forged) | mutated_bytes(content)))
     try:
-        only_refused(lambda: Checkpoint(place).fingerprint(), place)
+        check_refused(lambda: Checkpoint(place).fingerprint(), place)
     finally:
         file.write_bytes(content)
 
@@ -159,7 +159,7 @@ def test_masks(data, place):
     forged = len(text).to_bytes(8, "little") + text + rest
     file.write_bytes(data.draw(st.just(forged) | mutated_bytes(content)))
     try:
-        only_refused(lambda: pruneforge.inspect(place), place)
+        check_refused(lambda: pruneforge.inspect(place), place)
     finally:
         file.write_bytes(content)
 
@@ -180,7 +180,7 @@ def test_reports(data, place):
         pruneforge.diff(place, place)
 
     try:
-        only_refused(read, place)
+        check_refused(read, place)
     finally:
         file.write_bytes(content)
 
@@ -201,7 +201,7 @@ def test_journals(data, place):
         journal.close()
 
     try:
-        only_refused(read, place)
+        check_refused(read, place)
     finally:
         file.unlink()
 
@@ -223,7 +223,7 @@ def test_recipes(data, place):
     valid = as_bytes({**RECIPE, "samples": 4, "seqlen": 16, "refine": ["dsnot"], "streams": {"a": "c4"}})
     forged = as_bytes(data.draw(mutated_values(json.loads(valid))))
     file.write_bytes(data.draw(st.just(forged) | mutated_bytes(valid)))
-    only_refused(lambda: read_config(file), place)
+    check_refused(lambda: read_config(file), place)
     done = invoke("prune", "./nowhere", "--metric", "wanda", "--config", file, "--output", place / "out")
     assert done.exit_code == 2, (done.output, done.exception)
     assert isinstance(done.exception, SystemExit), done.exception
@@ -240,4 +240,4 @@ def test_studies(data, place):
     valid = MODELS.replace("model: model", f"model: {CHECKPOINT}") + METHODS + 'patterns: [0.5, "2:4"]\nseeds: [0]\n'
     forged = as_bytes(data.draw(mutated_values(yaml.safe_load(valid))))
     file.write_bytes(data.draw(st.just(forged) | mutated_bytes(valid.encode())))
-    only_refused(lambda: cells_of(read_study(file), []), place)
+    check_refused(lambda: cells_of(read_study(file), []), place)

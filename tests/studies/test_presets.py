@@ -74,7 +74,7 @@ def test_a_preset_whose_file_is_gone_or_broken_is_one_line(plugin, tmp_path):
     (tmp_path / "small.yaml").write_text("models: [")
     broken = commands.invoke("compare", "--preset", "small", "--output", tmp_path / "out", "-p", plugin)
     assert (broken.exit_code, len(broken.output.splitlines())) == (2, 1)
-    assert "'small' cannot be read" in broken.output
+    assert "'small' is not plain YAML" in broken.output
     (tmp_path / "small.yaml").unlink()
     gone = commands.invoke("compare", "--preset", "small", "--output", tmp_path / "out", "-p", plugin)
     assert (gone.exit_code, len(gone.output.splitlines())) == (2, 1)

@@ -178,7 +178,7 @@ def test_a_wrong_file_is_named_with_its_plugin(registered, change, said):
 
 def test_a_file_that_is_missing_or_no_yaml_is_named(registered):
     registered.write_text("models: [")
-    with pytest.raises(PruneForgeError, match="is no YAML"):
+    with pytest.raises(PruneForgeError, match="is not plain YAML"):
         published_numbers()
     registered.unlink()
     with pytest.raises(PruneForgeError, match=r"of plugin 'python' cannot be read from .*: FileNotFoundError"):
