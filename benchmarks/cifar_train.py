@@ -21,6 +21,9 @@ from timm.models import save_for_hf
 from torch.nn import functional as F
 
 SIZE = 32
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+"""Names of CIFAR-10's classes, in the order of the head."""
+
 MODEL_ARGS = {
     "img_size": SIZE,
     "patch_size": 4,
@@ -44,11 +47,10 @@ def read(archive: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
     pixels, labels = [], []
     with zipfile.ZipFile(archive) as file:
         names = sorted(name for name in file.namelist() if f"/{split}/" in name and name.endswith(".jpg"))
-        classes = sorted({name.split("/")[-2] for name in names})
         for name in names:
             with Image.open(io.BytesIO(file.read(name))) as image:
                 pixels.append(np.asarray(image.convert("RGB")))
-            labels.append(classes.index(name.split("/")[-2]))
+            labels.append(CLASSES.index(name.split("/")[-2]))
     values = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(PREPROCESSING[key])[:, None, None] for key in ("mean", "std"))
     return (values - mean) / std, torch.tensor(labels)
@@ -96,7 +98,7 @@ def main() -> None:
             )
         seconds = time.perf_counter() - start
         print(f"epoch {epoch + 1} loss {loss.item():.3f} test {right / len(truth):.1%} {seconds:.0f} s", flush=True)
-    config = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": PREPROCESSING}
+    config = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": PREPROCESSING, "label_names": CLASSES}
     save_for_hf(model, arguments.output, model_config=config, model_args=MODEL_ARGS, safe_serialization=True)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from cifar_train import CLASSES
 from PIL import Image
 from timm.layers import resample_abs_pos_embed
 from timm.models import save_for_hf
@@ -67,7 +68,8 @@ def vision_transformer(wheel: Path, images: Path, output: Path) -> float:
     features = torch.cat([pooled(model, part) for part in pixels.split(64)])
     accuracy = fit(model.head, features, labels)
     output.mkdir(parents=True, exist_ok=True)
-    save_for_hf(model, output, model_config=PREPROCESSING, model_args=MODEL_ARGS, safe_serialization=True)
+    config = {**PREPROCESSING, "label_names": CLASSES}
+    save_for_hf(model, output, model_config=config, model_args=MODEL_ARGS, safe_serialization=True)
     return accuracy
 
 
@@ -134,10 +136,9 @@ def read(archive: Path, count: int) -> tuple[Tensor, Tensor]:
     pixels, labels = [], []
     with zipfile.ZipFile(archive) as file:
         names = sorted(name for name in file.namelist() if "/train/" in name and name.endswith(".jpg"))
-        classes = sorted({name.split("/")[-2] for name in names})
-        by_class = {label: [name for name in names if name.split("/")[-2] == label] for label in classes}
-        for number, label in enumerate(classes):
-            for name in by_class[label][: count // len(classes)]:
+        for number, label in enumerate(CLASSES):
+            of_class = [name for name in names if name.split("/")[-2] == label]
+            for name in of_class[: count // len(CLASSES)]:
                 with Image.open(io.BytesIO(file.read(name))) as image:
                     resized = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
                 pixels.append(np.asarray(resized))

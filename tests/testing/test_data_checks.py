@@ -28,7 +28,7 @@ def pictures(tmp_path_factory):
     """As many classes as the image models of the examples have, which is 7."""
     folder = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
-    for label, index in itertools.product("abcdefg", range(3)):
+    for label, index in itertools.product("0123456", range(3)):
         (folder / label).mkdir(exist_ok=True)
         Image.fromarray(generator.integers(0, 255, (40, 32, 3), dtype=np.uint8)).save(folder / label / f"{index}.png")
     return folder
