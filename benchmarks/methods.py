@@ -166,8 +166,8 @@ def page(study: Study, cells: Sequence[Cell], rows: Sequence[Row], folder: Path)
         "The layer error is `||X (W - W')^T||^2 / ||X W^T||^2`, the mean over layers for the first draw, with X the "
         "inputs of the run: of the dense model, or of the pruned one. It is not what a method that trains makes small. "
         "Seconds are those of a pass over its runs, with loading and evaluation left out; peak memory is that of the "
-        "process. Many runs shared the machine with others, one thread each, so these seconds tell orders of magnitude; "
-        "methods are timed one by one in [`solvers.json`](../../benchmarks/results/solvers.json).",
+        "process. Many runs shared the machine with others, one thread each, so these seconds tell orders of "
+        "magnitude; methods are timed one by one in [`solvers.json`](../../benchmarks/results/solvers.json).",
         "",
     ]
     for model in models:
