@@ -24,6 +24,9 @@ PluginFiles = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", envvar="PRUNEFORGE_QUIET", help="Show no progress.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where in the program an error arose.")]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a hub model, as OWNER/NAME@REVISION.", metavar="NAME")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 INTERRUPTED = 130
@@ -113,6 +116,21 @@ def options_by_name(options: dict[str, Any], flag: str) -> dict[str, dict[str, A
             raise PruneForgeError(f"{flag} {text}=... is for several; write {flag} NAME.{text}=...")
         nested.setdefault(name, {})[option] = value
     return nested
+
+
+def at_revision(model: str, revision: str | None) -> str:
+    """Return the reference to a hub model at a revision.
+
+    Raises:
+        PruneForgeError: It has one already, or is no model of the Hub.
+    """
+    if revision is None:
+        return model
+    from pruneforge.runs.places import hub_id
+
+    if "@" in model or hub_id(model) is None:
+        raise PruneForgeError(f"--revision is for a hub id, such as OWNER/NAME, and the model is {model!r}")
+    return f"{model}@{revision}"
 
 
 def warn(warnings: list[str]) -> None:

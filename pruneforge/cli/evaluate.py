@@ -51,6 +51,7 @@ def evaluate(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are no results of an evaluation.")] = False,
+    revision: common.Revision = None,
     as_json: common.Json = False,
     plugins: common.PluginFiles = None,
     config: common.Config = None,
@@ -61,6 +62,7 @@ def evaluate(
     """
     from pruneforge.runs.evaluate import evaluate as run
 
+    model = common.at_revision(model, revision)
     asked = settings(ctx)
     outcome = run(model, output=output, items=items or False, force=force, progress=common.progress(), **asked)
     common.warn(outcome["warnings"])

@@ -93,6 +93,7 @@ def prune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Estimate what the run will take, from a short probe; write nothing.")
     ] = False,
+    revision: common.Revision = None,
     as_json: common.Json = False,
     plugins: common.PluginFiles = None,
     config: common.Config = None,
@@ -106,6 +107,7 @@ def prune(
     Options of the metric, the allocator and the calibration source are options of the command: --metric NAME --help
     lists them.
     """
+    model = common.at_revision(model, revision)
     asked = settings(ctx) | {"progress": common.progress()}
     for listed in ("refine", "observe"):
         if len(asked.get(listed, ())) > 1:

@@ -48,7 +48,7 @@ def model_card(report: Mapping[str, Any], title: str) -> str:
     """
     base = report["recipe"]["model"]
     # A folder may be named as a model of the Hub is; only where the run was made was it known.
-    known = {"base_model": base.removeprefix("hf-hub:")} if report["model"].get("on_hub") else {}
+    known = {"base_model": base.removeprefix("hf-hub:").partition("@")[0]} if report["model"].get("on_hub") else {}
     known |= report["model"].get("license", {})
     return _filled(
         "model_card.md",

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pruneforge.checkpoint.skeleton import make_skeleton, missing_parameters
 from pruneforge.errors import PruneForgeError, unknown_name
 from pruneforge.interfaces.adapter import Adapter, LoadedModel
 from pruneforge.interfaces.registry import Registry
-from pruneforge.runs.places import check_place
+from pruneforge.runs.places import check_place, download, split_revision
 
 DTYPES = {
     "float16": torch.float16,
@@ -41,7 +42,8 @@ def load_model(
     """Load a folder or hub id, or wrap a model that is already in memory.
 
     Args:
-        model: What to load or wrap; `demo:NAME` is the checkpoint of a demo.
+        model: What to load or wrap; `demo:NAME` is the checkpoint of a demo, and `OWNER/NAME@REVISION` a hub model at
+            a branch, tag or commit.
         dtype: `auto` keeps the checkpoint's dtype, else a name of `DTYPES`.
         processor: Tokenizer or image transform of a model given from Python; `None` looks for the one it
             was loaded with.
@@ -60,6 +62,10 @@ def load_model(
         check_place(reference)
         if Path(reference).is_dir():
             check_links(Path(reference))
+    asked = reference
+    repository, revision = split_revision(reference)
+    if revision is not None and not isinstance(model, nn.Module):
+        reference = str(download(repository, revision))
     reasons: dict[str, list[str]] = {}  # with the adapters that give each
     for entry in registry.entries("adapter"):
         try:
@@ -76,7 +82,7 @@ def load_model(
         if isinstance(model, nn.Module):
             _cast(model, target)
             return LoadedModel(model, adapter, processor or adapter.processor(model), reference)
-        return _load(adapter, reference, target, processor, on_disk)
+        return replace(_load(adapter, reference, target, processor, on_disk), reference=asked)
     said = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
     raise PruneForgeError(f"no adapter takes {reference!r}: {said or 'none is installed'}")
 

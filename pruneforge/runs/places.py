@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -17,12 +18,47 @@ STUDY_FILE = "study.yaml"
 
 def hub_id(reference: str) -> str | None:
     """Return the repository on the Hub that a reference names, as OWNER/NAME, as far as that can be known here."""
-    name = reference.removeprefix("hf-hub:")
+    name = split_revision(reference)[0].removeprefix("hf-hub:").partition("@")[0]
+    return name if _is_repository(name) and "/" in name and not Path(name).exists() else None
+
+
+def split_revision(reference: str) -> tuple[str, str | None]:
+    """Return a hub id and what follows it after an `@`: a branch, tag or commit; anything else as it is."""
+    name, at, revision = reference.partition("@")
+    if not at or not revision or not _is_repository(name) or Path(reference).exists():
+        return reference, None
+    return name, revision
+
+
+def commit_of(reference: str) -> str | None:
+    """Return the commit of a hub model that is in the Hub's cache, or `None` where that cannot be known."""
+    repository, revision = hub_id(reference), split_revision(reference)[1]
+    cached = try_to_load_from_cache(repository, "config.json", revision=revision) if repository else None
+    return Path(cached).parent.name if isinstance(cached, str) else None
+
+
+def download(repository: str, revision: str) -> Path:
+    """Return the folder of a model's files at a revision, in the Hub's cache.
+
+    Raises:
+        PruneForgeError: They cannot be downloaded.
+    """
+    files = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md"]
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=files, ignore_patterns=["*/*"]))
+    except Exception as error:  # hub, network and cache raise many kinds of errors
+        reason = " ".join(str(error).split())[:200]
+        raise PruneForgeError(
+            f"model {repository!r} cannot be downloaded at revision {revision!r}: {reason}"
+        ) from error
+
+
+def _is_repository(name: str) -> bool:
     try:
         validate_repo_id(name)
     except HFValidationError:
-        return None
-    return name if "/" in name and not Path(name).exists() else None
+        return False
+    return True
 
 
 def check_place(reference: str) -> None:

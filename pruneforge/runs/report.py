@@ -16,7 +16,7 @@ from pruneforge.interfaces.adapter import LoadedModel
 from pruneforge.interfaces.run import Run
 from pruneforge.profile import Profile
 from pruneforge.runs.card import license_of
-from pruneforge.runs.places import hub_id
+from pruneforge.runs.places import commit_of, hub_id
 from pruneforge.runs.provenance import machine, versions
 from pruneforge.runs.report_file import FORMAT
 
@@ -51,6 +51,7 @@ def make_report(
     }
     weights = sum(layer.size for layer in run.excluded) + sum(prod(shape) for shape in shapes.values())
     pruned = sum(run.pruned.values())
+    commit = commit_of(model.reference)
     stated = license_of(model.checkpoint.folder if model.checkpoint else Path(model.reference))
     return {
         "format": FORMAT,
@@ -70,6 +71,7 @@ def make_report(
             "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
             "dtype": str(next(model.module.parameters()).dtype).removeprefix("torch."),
             "fingerprint": fingerprint,
+            **({"commit": commit} if commit else {}),
             **({"license": stated} if stated else {}),
         },
         "calibration": calibration,

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pruneforge.checkpoint.durable import write_text
 from pruneforge.documents import read_json
 from pruneforge.errors import PruneForgeError
-from pruneforge.runs.places import hub_id
+from pruneforge.runs.places import hub_id, split_revision
 
 REPORT_FILE = "pruneforge.json"
 FORMAT = 1
@@ -141,8 +141,9 @@ def find_report(reference: str) -> dict[str, Any] | None:
     repository = hub_id(reference)
     if repository is None:
         return load_report(Path(reference))
+    revision = split_revision(reference)[1]
     try:
-        return load_report(Path(hf_hub_download(repository, REPORT_FILE)).parent)
+        return load_report(Path(hf_hub_download(repository, REPORT_FILE, revision=revision)).parent)
     except (EntryNotFoundError, RepositoryNotFoundError):  # it has none, or neither the Hub nor its cache says so
         return None
     except HfHubHTTPError as error:
