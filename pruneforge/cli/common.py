@@ -139,6 +139,21 @@ def warn(warnings: list[str]) -> None:
         print(f"pruneforge: warning: {warning}", file=sys.stderr)
 
 
+def shown(value: Any) -> str:
+    """Return a value as a table shows it: numbers rounded, lists without brackets, nothing for what is not there."""
+    if value is None or value == [] or value == {}:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4f}"
+    if isinstance(value, dict):
+        return " ".join(f"{name} {shown(item)}" for name, item in value.items())
+    return ", ".join(map(shown, value)) if isinstance(value, list | tuple) else str(value)
+
+
 def mebibytes(count: int) -> str:
     """Return a byte count in MiB."""
     return f"{mebi(count)} MiB"

@@ -83,5 +83,5 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, dict):
             rows += _flat(value, f"{prefix}{name} ")
         else:
-            rows.append((prefix + name, f"{value:.4f}" if isinstance(value, float) else str(value)))
+            rows.append((prefix + name, common.shown(value)))
     return rows

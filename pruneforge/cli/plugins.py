@@ -88,8 +88,10 @@ def _details(item: dict[str, Any]) -> Table:
     title = "\n".join(filter(None, [f"{item['kind']} {item['name']}: {item['summary']}", item["lacking"]]))
     table = _table(title, "option", "type", "default", "meaning")
     for option in item["options"]:
-        default = "required" if option["required"] else str(option["default"])
-        table.add_row(option["name"], option["type"], default, option["description"].replace("[", "\\["))
+        default = "required" if option["required"] else common.shown(option["default"])
+        table.add_row(
+            option["name"], option["type"].removesuffix("|None"), default, option["description"].replace("[", "\\[")
+        )
     return table
 
 

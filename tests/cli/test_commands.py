@@ -324,3 +324,41 @@ def test_warnings_reach_the_user_and_the_report(checkpoint, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "pruneforge: warning: model.layers.0.self_attn.q_proj: damping raised to" in done.stderr
     assert pruneforge.load(tmp_path / "out").report["warnings"]
+
+
+def test_tables_show_values_as_people_write_them():
+    from pruneforge.cli.common import shown
+
+    values = [None, [], {}, True, False, 12345, 0.123456, [0.5, 0.75], "text", [{"label": "a", "images": 1200}]]
+    assert [shown(value) for value in values] == [
+        *("", "", "", "yes", "no", "12,345", "0.1235", "0.5000, 0.7500", "text"),
+        "label a images 1,200",
+    ]
+
+
+def test_every_command_has_the_options_that_all_have_and_errors_show_where_if_asked(tmp_path):
+    from typer.main import get_command
+
+    from pruneforge.cli import app
+
+    for name, command in get_command(app).commands.items():
+        names = {option for parameter in command.params for option in parameter.opts}
+        text = invoke(name, "--help").output
+        assert "--quiet" in text, name
+        assert "--debug" in text, name
+        assert "--config" in names or name == "doctor"
+    plain = invoke("inspect", tmp_path)
+    told = invoke("inspect", tmp_path, "--debug")
+    assert (plain.exit_code, told.exit_code) == (2, 2)
+    assert "Traceback" not in plain.stderr
+    assert told.stderr.count("Traceback") >= 1
+    assert told.stderr.strip().splitlines()[-1] == plain.stderr.strip()
+    assert invoke("--version").output.startswith("pruneforge 0.")
+
+
+def test_long_work_says_where_it_is_where_there_is_no_terminal(checkpoint, tmp_path):
+    told = shell("prune", checkpoint, *SETTINGS, "--output", tmp_path / "told", PRUNEFORGE_QUIET="")
+    assert told.returncode == 0
+    lines = told.stderr.strip().splitlines()
+    assert [line.split("] ")[1].split(",")[0] for line in lines] == ["reading calibration data", "pruning blocks"]
+    assert invoke("prune", checkpoint, *SETTINGS, "--output", tmp_path / "quiet", "--quiet").stderr == ""
