@@ -83,6 +83,8 @@ def load_model(
             _cast(model, target)
             return LoadedModel(model, adapter, processor or adapter.processor(model), reference)
         return replace(_load(adapter, reference, target, processor, on_disk), reference=asked)
+    if Path(reference).is_file():
+        raise PruneForgeError(f"{reference!r} is a file, which no adapter takes; a model is a folder or a hub id")
     said = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
     raise PruneForgeError(f"no adapter takes {reference!r}: {said or 'none is installed'}")
 

@@ -72,8 +72,8 @@ def check_place(reference: str) -> None:
         raise PruneForgeError("the model's name is empty; give a folder or a hub id")
     if _is_path(reference) and not path.exists():
         raise PruneForgeError(f"model folder {reference!r} does not exist")
-    if path.exists() and not path.is_dir():
-        raise PruneForgeError(f"{reference!r} is a file; a model is a folder or a hub id")
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise PruneForgeError(f"{reference!r} is a pipe, device or the like; a model is a folder or a hub id")
     if not path.is_dir():
         return
     if (path / JOURNAL_FILE).is_file():
