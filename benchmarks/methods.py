@@ -94,6 +94,21 @@ def cost(cells: Sequence[Cell], held: StudyFolder, text: Callable[[list[dict[str
     return of_method
 
 
+def won_back(table: Table) -> list[str]:
+    """Return how much of what pruning alone lost at the middle pattern each further step wins back, as lines."""
+    where, lines = table.middle, []
+    for method, own in table.lines.items():
+        further = {
+            name.removeprefix(method): (own[where].mean - line[where].mean) / (own[where].mean - (table.dense or 0))
+            for name, line in table.lines.items()
+            if name.startswith(f"{method} + ") and where in line and where in own
+        }
+        if further:
+            shares = ", ".join(f"{100 * share:.0f} % by{name.replace(' +', '', 1)}" for name, share in further.items())
+            lines.append(f"- Of what {method} loses at {pattern_name(where)}, won back: {shares}")
+    return lines
+
+
 def model_lines(model: str, tables: Sequence[Table], cells: Sequence[Cell], held: StudyFolder) -> list[str]:
     """Return the section of one model."""
     own = [cell for cell in cells if cell.model == model]
@@ -115,6 +130,7 @@ def model_lines(model: str, tables: Sequence[Table], cells: Sequence[Cell], held
             "",
             *table_lines(table, {} if place else further),
             "",
+            *won_back(table),
             *(f"- {name}: {text}" for name, text in table.facts if name in ("Draws", "Evaluated on", "Calibrated on")),
             "",
         ]
