@@ -88,7 +88,7 @@ def load_masks(path: Path) -> dict[str, Tensor]:
 
 def load_mask(path: Path, layer: str) -> Tensor:
     """Read the mask of one layer, boolean [out, in]; path and errors as for `load_masks`."""
-    with _opened(path) as (file, shapes):
+    with _opened(path, layer) as (file, shapes):
         return _unpacked(file, layer, shapes[layer])
 
 
@@ -102,7 +102,7 @@ def load_permutations(path: Path, layer: str | None = None) -> dict[str, Tensor]
     Raises:
         PruneForgeError: There are no masks, or their file is damaged.
     """
-    with _opened(path) as (file, shapes):
+    with _opened(path, layer) as (file, shapes):
         there = set(file.keys())
         asked = shapes if layer is None else [layer]
         return {name: torch.from_numpy(file.get_tensor(name + ORDER)).long() for name in asked if name + ORDER in there}
@@ -128,29 +128,30 @@ def file_of(path: Path) -> Path:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, dict[str, list[int]]]]:
-    """Open a file of masks, with the shape of each, by layer name."""
+def _opened(path: Path, layer: str | None = None) -> Iterator[tuple[Any, dict[str, list[int]]]]:
+    """Open a file of masks, with the shape of each, by layer name, for those of all layers or of one."""
     path, asked = file_of(path), path
     if not path.is_file():
         raise PruneForgeError(f"{str(asked)!r} holds no {MASKS_FILE}; it is not the output of a pruning run")
     try:
         with safe_open(path, "numpy") as file:
-            yield file, _shapes(file, f"{str(path)!r}")
+            yield file, _shapes(file, f"{str(path)!r}", layer)
     except (SafetensorError, KeyError, OSError) as error:
         raise PruneForgeError(f"{str(path)!r} is damaged: {error}") from error
 
 
-def _shapes(file: Any, what: str) -> dict[str, list[int]]:
-    """Return the shape of each mask of an open file.
+def _shapes(file: Any, what: str, layer: str | None) -> dict[str, list[int]]:
+    """Return the shape of each mask of an open file; only that of `layer`, if one is named, is checked.
 
     Raises:
+        KeyError: There is no mask of the layer.
         PruneForgeError: They do not fit what the file holds.
     """
     shapes = parse_json((file.metadata() or {}).get("shapes", ""), f"{what}: its list of shapes")
     if not isinstance(shapes, dict) or not shapes:
         raise PruneForgeError(f"{what} is damaged: it does not list the masks' shapes")
     there = set(file.keys())
-    for name, shape in shapes.items():
+    for name, shape in shapes.items() if layer is None else [(layer, shapes[layer])]:
         sizes = isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)
         if not sizes or name not in there or not _holds(file, name, "U8", [packed_bytes((shape[0], shape[1]))]):
             raise PruneForgeError(f"{what} is damaged: it holds no mask of shape {shape} for {name!r}")

@@ -116,7 +116,8 @@ class Checkpoint:
 
     def left_out(self) -> list[Path]:
         """Return what the folder holds besides its weights and their companions: folders, and other weights."""
-        return [path for path in self._others() if path not in self.companions()]
+        taken = set(self.companions())
+        return [path for path in self._others() if path not in taken]
 
     def _others(self) -> list[Path]:
         """Return what is in the folder besides the weights that are read."""

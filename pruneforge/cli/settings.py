@@ -33,6 +33,10 @@ OF_RUN = {
 """Settings of a run that name a plugin: the plugin's kind, and the setting that takes its options."""
 
 
+OF_ONE_CALL = {"config", "help", "as_json", "quiet", "debug"}
+"""What a recipe file cannot say."""
+
+
 class SettingsCommand(TyperCommand):
     """A command that has an option for each of its settings, beside the parameters of its function.
 
@@ -87,13 +91,7 @@ class SettingsCommand(TyperCommand):
         if _has_other_flags(args, own) or not known.issuperset(config):
             ctx.meta[_PLUGIN_OPTIONS] = self._options_of_plugins({**config, **given}, own)
         if file:
-            known = {parameter.name for parameter in self.get_params(ctx)} - {
-                "config",
-                "help",
-                "as_json",
-                "quiet",
-                "debug",
-            }
+            known = {parameter.name for parameter in self.get_params(ctx)} - OF_ONE_CALL
             ctx.default_map = {**(ctx.default_map or {}), **_checked(config, known, file)}
         return super().parse_args(ctx, args)
 
