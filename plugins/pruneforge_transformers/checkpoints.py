@@ -13,6 +13,14 @@ import torch
 from torch import nn
 
 from pruneforge import Checkpoint, PruneForgeError
+from pruneforge_transformers.gguf_files import (
+    config_of_gguf,
+    forget_quantization,
+    is_gguf,
+    source,
+    unpacked,
+    what_lies_in,
+)
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -21,7 +29,7 @@ def skeleton_from_config(reference: str, auto: str) -> nn.Module:
     """Return a model without weights, on the meta device, built from its configuration.
 
     Args:
-        reference: A folder or hub id.
+        reference: A folder, hub id or GGUF file.
         auto: Name of the transformers class that builds it, such as `AutoModelForCausalLM`.
 
     Raises:
@@ -41,7 +49,7 @@ def skeleton_from_config(reference: str, auto: str) -> nn.Module:
 
 
 def config_of(reference: str) -> Any:
-    """Return the configuration of a folder or hub id.
+    """Return the configuration of a folder, hub id or GGUF file.
 
     Raises:
         PruneForgeError: There is none that can be read.
@@ -49,9 +57,13 @@ def config_of(reference: str) -> Any:
     import transformers
 
     folder = Path(reference)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise PruneForgeError("the folder has no config.json")
+    if folder.is_file() and not is_gguf(reference):
+        raise PruneForgeError("the file is not GGUF")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise PruneForgeError(f"the folder has no config.json{what_lies_in(folder)}")
     try:
+        if is_gguf(reference):
+            return config_of_gguf(reference)
         return transformers.AutoConfig.from_pretrained(reference, trust_remote_code=False)
     except Exception as error:  # hub, network and configurations raise many kinds of errors
         raise PruneForgeError(first_line(error)) from error
@@ -65,13 +77,16 @@ def load_pretrained(reference: str, auto: str, dtype: torch.dtype | None) -> Any
     """
     import transformers
 
+    arguments = {**source(reference), **(unpacked() if is_gguf(reference) else {})}
     try:
         with _without_bars(reference):
             model, info = getattr(transformers, auto).from_pretrained(
-                reference, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False
+                **arguments, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False
             )
     except Exception as error:  # hub, file formats and configurations raise many kinds of errors
         raise PruneForgeError(f"model {reference!r} cannot be loaded: {first_line(error)}") from error
+    if is_gguf(reference):
+        forget_quantization(model)
     missing = sorted(info["missing_keys"])
     if missing:
         raise PruneForgeError(
@@ -85,7 +100,7 @@ def _without_bars(reference: str) -> Iterator[None]:
     """Keep transformers' bars off within the context, unless there may be something to download."""
     from transformers.utils import logging
 
-    if not Path(reference).is_dir() or not logging.is_progress_bar_enabled():
+    if not Path(reference).exists() or not logging.is_progress_bar_enabled():
         yield
         return
     logging.disable_progress_bar()
@@ -132,6 +147,8 @@ def local_safetensors(reference: str) -> Path | None:
     Raises:
         PruneForgeError: The model cannot be downloaded.
     """
+    if is_gguf(reference):
+        return None
     folder = Path(reference)
     if folder.is_dir():
         return folder if any((folder / name).is_file() for name in (SINGLE, INDEX)) else None

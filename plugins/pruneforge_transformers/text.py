@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pruneforge import Adapter, Batch, Block, PruneForgeError, Skeleton
+from pruneforge_transformers import gguf_files
 from pruneforge_transformers.blocks import Shapes, blocks_of, not_of_shape
 from pruneforge_transformers.checkpoints import (
     load_pretrained,
@@ -78,6 +79,10 @@ class TextModel(Adapter):
             return None
         model: Any = built[0]
         return Skeleton(model, tokenizer_of(reference), built[1], f"{model.base_model_prefix}.")
+
+    def remarks(self, reference: str) -> Sequence[str]:
+        """Return what a GGUF file was de-quantised from."""
+        return gguf_files.remarks(reference)
 
     def save(self, module: Any, processor: Any, folder: Path) -> None:
         """Write the layout that `from_pretrained` loads."""

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pruneforge import PruneForgeError
+from pruneforge_transformers.gguf_files import source
 
 PART = 1 << 24
 """Number of logits that are converted to float32 at a time."""
@@ -100,6 +101,6 @@ def tokenizer_of(reference: str) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(reference, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError):
+        return transformers.AutoTokenizer.from_pretrained(**source(reference), trust_remote_code=False)
+    except Exception:  # a damaged one raises whatever its library does, a bare Exception among others
         return None  # a text source raises an error later that says what is missing

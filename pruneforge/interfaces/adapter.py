@@ -82,7 +82,7 @@ class Adapter(Configurable, ABC):
 
     @abstractmethod
     def declines(self, reference: str) -> str | None:
-        """Return why this adapter cannot load `reference` (a folder or hub id), or `None` if it can.
+        """Return why this adapter cannot load `reference` (a folder, hub id or file), or `None` if it can.
 
         Reads the configuration, not the weights.
         """
@@ -96,7 +96,7 @@ class Adapter(Configurable, ABC):
         """Return the model on the CPU, and its processor (tokenizer or image transform).
 
         Args:
-            reference: A folder or hub id that `declines` did not decline.
+            reference: A folder, hub id or file that `declines` did not decline.
             dtype: Dtype of the weights; `None` keeps the checkpoint's.
         """
 
@@ -110,6 +110,14 @@ class Adapter(Configurable, ABC):
             dtype: Dtype to compute in; `None` for the one that `load` would choose.
         """
         return None
+
+    def remarks(self, reference: str) -> Sequence[str]:
+        """Return what a user must know of how `load` made the weights from a checkpoint; reports warn of it.
+
+        Args:
+            reference: A folder, hub id or file that `declines` did not decline.
+        """
+        return ()
 
     def processor(self, module: nn.Module) -> Any:
         """Return the processor of a model given from Python, or `None` if the model does not describe it."""
@@ -192,9 +200,10 @@ class LoadedModel:
         module: The model.
         adapter: Its adapter.
         processor: Its tokenizer or image transform, or `None`.
-        reference: The folder or hub id it came from, or the class name of a model given from Python.
+        reference: The folder, hub id or file it came from, or the class name of a model given from Python.
         checkpoint: Holds its weights if the module is a skeleton; otherwise `None`.
         note: Why streaming was not possible, or `None`.
+        remarks: What else a user must know of how it was loaded.
     """
 
     module: nn.Module
@@ -203,3 +212,4 @@ class LoadedModel:
     reference: str
     checkpoint: Checkpoint | None = None
     note: str | None = None
+    remarks: Sequence[str] = ()

@@ -118,7 +118,7 @@ def evaluate(  # noqa: D417 -- the settings are described where they are declare
             results = evaluator.evaluate(subject)
         finally:
             loaded.module.to(home)
-    warnings, records = [*results.pop("warnings", []), *changed], results.pop("items", None)
+    warnings, records = [*results.pop("warnings", []), *changed, *loaded.remarks], results.pop("items", None)
     if items and records is None:
         warnings = [*warnings, f"evaluator {evaluator.name!r} keeps no record of its items, so there is none"]
     outcome = {

@@ -168,7 +168,7 @@ class Job:
             run.blocks, run.excluded, run.profile = blocks, excluded, profile
             run.plugins = plugin_sources([*run.parts, loaded.adapter], [*run.requires, *needed_to_allocate(run)])
             run.observers = run.observers if group.first else []
-            run.warnings += [loaded.note] if loaded.note else []
+            run.warnings += [*([loaded.note] if loaded.note else []), *loaded.remarks]
             for used in (data, *streams.values()) if run.uses_data else ():
                 run.warnings += used.warnings
         shared = (self.device, self.resources, group, progress, peak, self.plugins.hook)

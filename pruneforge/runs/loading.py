@@ -39,7 +39,7 @@ def load_model(
     adapter_options: Mapping[str, Any] | None = None,
     on_disk: bool = False,
 ) -> LoadedModel:
-    """Load a folder or hub id, or wrap a model that is already in memory.
+    """Load a folder, hub id or file, or wrap a model that is already in memory.
 
     Args:
         model: What to load or wrap; `demo:NAME` is the checkpoint of a demo, and `OWNER/NAME@REVISION` a hub model at
@@ -83,10 +83,12 @@ def load_model(
             _cast(model, target)
             return LoadedModel(model, adapter, processor or adapter.processor(model), reference)
         return replace(_load(adapter, reference, target, processor, on_disk), reference=asked)
+    said = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items()) or "none is installed"
     if Path(reference).is_file():
-        raise PruneForgeError(f"{reference!r} is a file, which no adapter takes; a model is a folder or a hub id")
-    said = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
-    raise PruneForgeError(f"no adapter takes {reference!r}: {said or 'none is installed'}")
+        raise PruneForgeError(
+            f"{reference!r} is a file, which no adapter takes; a model is a folder or a hub id ({said})"
+        )
+    raise PruneForgeError(f"no adapter takes {reference!r}: {said}")
 
 
 def _load(adapter: Adapter, reference: str, dtype: torch.dtype | None, processor: Any, on_disk: bool) -> LoadedModel:
@@ -102,7 +104,8 @@ def _load(adapter: Adapter, reference: str, dtype: torch.dtype | None, processor
                 return LoadedModel(skeleton.module, adapter, processor or skeleton.processor, reference, checkpoint)
             note = f"the checkpoint has no tensor {missing[0]!r}, so the model was loaded whole"
     module, own_processor = adapter.load(reference, dtype)
-    return LoadedModel(module, adapter, processor or own_processor, reference, None, note)
+    remarks = tuple(adapter.remarks(reference))
+    return LoadedModel(module, adapter, processor or own_processor, reference, None, note, remarks)
 
 
 def parse_dtype(name: str) -> torch.dtype | None:
