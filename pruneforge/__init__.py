@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from pruneforge.runs.apply import apply as apply
     from pruneforge.runs.estimate import Estimate as Estimate
     from pruneforge.runs.estimate import estimate as estimate
+    from pruneforge.runs.estimate import estimate_each as estimate_each
     from pruneforge.runs.evaluate import evaluate as evaluate
     from pruneforge.runs.inspect import diff as diff
     from pruneforge.runs.inspect import inspect as inspect
@@ -138,7 +139,7 @@ _MODULES = {
     ),
     "plugins": ("create",),
     "runs.apply": ("apply",),
-    "runs.estimate": ("Estimate", "estimate"),
+    "runs.estimate": ("Estimate", "estimate", "estimate_each"),
     "runs.evaluate": ("evaluate",),
     "runs.inspect": ("diff", "inspect"),
     "runs.prune": ("load", "prune", "prune_each"),

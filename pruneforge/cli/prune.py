@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
 from pruneforge.cli import common, tables
 from pruneforge.cli.fields import Fields, fields_of
 from pruneforge.cli.settings import OF_RUN, SettingsCommand, settings
-from pruneforge.errors import PruneForgeError
+
+if TYPE_CHECKING:
+    from pruneforge.runs.estimate import Estimate
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -116,29 +118,34 @@ def prune(
     metrics, patterns = _parts(metric), _parts(pattern)
     sparsities = [_sparsity(part) for part in _parts(sparsity)]
     several = max(len(metrics), len(sparsities), len(patterns)) > 1
-    if dry_run:
-        if several:
-            raise PruneForgeError("--dry-run takes one metric, and one sparsity or pattern")
-        one = {"sparsity": next(iter(sparsities), None), "pattern": pattern, "output": output}
-        _estimate(model, metric, asked | one, as_json)
-        return
-    if output is None:
+    if output is None and not dry_run:
         raise typer.BadParameter("Missing option '--output'")
     from pruneforge.checkpoint.journal import JOURNAL_FILE
     from pruneforge.interfaces.patterns import DEFAULT_SPARSITY, parse_pattern
+    from pruneforge.runs import estimate as estimating
     from pruneforge.runs import prune as pruning
 
+    if several:
+        asked = {"propagate": "pruned", **asked}  # as the help says; runs that share a pass need it said otherwise
+        if len(metrics) > 1:
+            asked["options"] = common.options_by_name(asked.get("options", {}), "--option")
+        if len(sparsities) == len(patterns) == 1:  # one pattern, said twice
+            parse_pattern(sparsities.pop(), patterns[0], "row")
+    else:
+        asked |= {"sparsity": next(iter(sparsities), None), "pattern": pattern}
+    asked_patterns: list[float | str] = [*sparsities, *patterns] or [DEFAULT_SPARSITY]
+    if dry_run:
+        if several:
+            estimated = estimating.estimate_each(model, metrics, asked_patterns, output=output or "", **asked)
+        else:
+            estimated = estimating.estimate(model, metric, output=output, **asked)
+        _print_estimate(f"{metric} on {model}", estimated, as_json)
+        return
+    assert output is not None
     try:
         if several:
-            asked = {"propagate": "pruned", **asked}  # as the help says; runs that share a pass need it said otherwise
-            if len(metrics) > 1:
-                asked["options"] = common.options_by_name(asked.get("options", {}), "--option")
-            if len(sparsities) == len(patterns) == 1:  # one pattern, said twice
-                parse_pattern(sparsities.pop(), patterns[0], "row")
-            asked_patterns: list[float | str] = [*sparsities, *patterns] or [DEFAULT_SPARSITY]
             results = list(pruning.prune_each(model, metrics, asked_patterns, output=output, **asked).values())
         else:
-            asked |= {"sparsity": next(iter(sparsities), None), "pattern": pattern}
             results = [pruning.prune(model, metric, output=output, **asked)]
     except KeyboardInterrupt:
         if not any(output.rglob(JOURNAL_FILE)):
@@ -171,11 +178,8 @@ def _sparsity(text: str) -> float:
         raise typer.BadParameter(f"{text!r} is not a number", param_hint="--sparsity") from None
 
 
-def _estimate(model: str, metric: str, asked: dict[str, Any], as_json: bool) -> None:
-    from pruneforge.runs.estimate import estimate
-
-    estimated = estimate(model, metric, **asked)
+def _print_estimate(title: str, estimated: Estimate, as_json: bool) -> None:
     if as_json:
         print(json.dumps(estimated.as_dict(), indent=2))
     else:
-        tables.print_estimate(f"{metric} on {model}", estimated)
+        tables.print_estimate(title, estimated)

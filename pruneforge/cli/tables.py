@@ -81,7 +81,8 @@ def print_estimate(title: str, estimated: Estimate) -> None:
     table.add_column(justify="right")
     table.add_row("blocks", f"{estimated.blocks:,}")
     table.add_row("layers to prune", f"{estimated.layers:,}")
-    table.add_row("weights to prune", f"{estimated.pruned:,} of {estimated.weights:,}")
+    times = f"{estimated.models} x " if estimated.models > 1 else ""
+    table.add_row("weights to prune", f"{estimated.pruned:,} of {times}{estimated.weights:,}")
     table.add_row("peak host memory", common.mebibytes(estimated.host_bytes))
     table.add_row("peak device memory", common.mebibytes(estimated.device_bytes) if estimated.device_bytes else "none")
     table.add_row("disk", common.mebibytes(estimated.disk_bytes))

@@ -30,12 +30,20 @@ T = TypeVar("T")
 
 
 def probe(
-    loaded: LoadedModel, batches: Sequence[Batch], run: Run, device: torch.device
+    loaded: LoadedModel, batches: Sequence[Batch], runs: Sequence[Run], device: torch.device
 ) -> tuple[dict[str, float], int]:
-    """Run one block with one batch; estimate the run's seconds by stage and its bytes of hidden states at a time.
+    """Run one block with one batch; estimate a pass's seconds by stage and its bytes of hidden states at a time.
 
     Nothing is written, and the block's pruned weights are not applied.
+
+    Args:
+        loaded: The model.
+        batches: Calibration data; the first of them is run.
+        runs: The runs of the pass, which share all but what becomes of each block.
+        device: Where to compute.
     """
+    run = runs[0]
+    requires = tuple(dict.fromkeys(required for each in runs for required in each.requires))
     residency: Residency
     if loaded.checkpoint is not None:
         residency = Streamed(loaded.module, run.blocks, device, loaded.checkpoint)
@@ -49,16 +57,16 @@ def probe(
     if batches:
         captured, taken = timed(lambda: chain.capture(batches[:1]))
         seconds["capture"] = taken * count
-    names = ["", *run.streams] if captured else []
+    names = ["", *dict.fromkeys(name for each in runs for name in each.streams)] if captured else []
     targets = run.recovery.targets if run.recovery is not None else None
     flow = Flow(chain, Group(), Profile(), dense=True, targets=targets)
-    kinds = Streams(dict.fromkeys(names, captured), run.requires, flow).model_gradients()
+    kinds = Streams(dict.fromkeys(names, captured), requires, flow).model_gradients()
     start = time.perf_counter()
     with residency.visit(block):
         reading = time.perf_counter() - start
 
         def calibrate() -> tuple[Streams, BlockStatistics]:
-            streams = Streams(dict.fromkeys(names, captured), run.requires, flow)
+            streams = Streams(dict.fromkeys(names, captured), requires, flow)
             return streams, streams.calibrate(0)
 
         (streams, stats), taken = timed(calibrate)
@@ -72,14 +80,14 @@ def probe(
                 taken, store = _probe_gradients(chain, captured[0], output, kinds)
                 seconds["gradients"] = (plain + taken) * count * blocks + 2 * reading * blocks
                 stats = streams.with_model_gradients(block, stats, dict.fromkeys(kinds, store))
-        seconds["prune"] = timed(lambda: _prune(run, block, stats, device))[1] * blocks
+        seconds["prune"] = sum(timed(partial(_prune, each, block, stats, device))[1] for each in runs) * blocks
         if recovers_blocks(run.recovery):
             dense = {layer.name: layer.weight.clone() for layer in block.layers}
             masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in dense.items()}
             owners = {layer.name: 0 for layer in reached(block.layers, stats, run.requires)}
             site = PrunedBlock(run, chain, 0, stats, masks, dense, owners, streams.main, Group())
             before = [parameter.detach().clone() for parameter in block.module.parameters()]
-            seconds["recover"] = timed(site.recover)[1] * blocks * (count if targets else 1)
+            seconds["recover"] = timed(site.recover)[1] * blocks * (count if targets else 1) * len(runs)
             for parameter, value in zip(block.module.parameters(), before, strict=True):
                 parameter.data.copy_(value)
     seconds["read"] = reading * blocks

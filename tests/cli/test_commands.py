@@ -282,9 +282,15 @@ def test_several_patterns_get_a_folder_and_a_line_each(checkpoint, tmp_path):
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == recipe.with_name("model.safetensors").read_bytes()
     printed = invoke("prune", checkpoint, *several, *few, "--output", tmp_path / "json", "--json")
     assert [report["pattern"]["pattern"] for report in json.loads(printed.stdout)] == ["0.25", "0.5", "2:4"]
-    dry = invoke("prune", checkpoint, *several, *few, "--dry-run")
-    assert dry.exit_code == 2
-    assert "--dry-run takes one metric, and one sparsity or pattern" in dry.output
+    dry = invoke("prune", checkpoint, *several, *few, "--dry-run", "--json")
+    assert dry.exit_code == 0, dry.output
+    found, reports = json.loads(dry.stdout), json.loads(printed.stdout)
+    pruned = sum(report["sparsity"]["pruned"] for report in reports)
+    written = sum(path.stat().st_size for path in (tmp_path / "json").glob("*/*"))
+    assert found["models"] == 3
+    assert found["pruned"] == pytest.approx(pruned, rel=0.01)
+    assert found["disk_bytes"] == pytest.approx(written, rel=0.05)
+    assert "of 3 x" in invoke("prune", checkpoint, *several, *few, "--dry-run").output
 
 
 def test_an_image_model_is_pruned_evaluated_and_strict_about_its_images(tmp_path):

@@ -154,7 +154,6 @@ def test_several_metrics_are_made_in_one_pass_each_with_its_own_options(checkpoi
     for wrong, said in (
         (("--option", "alpha=1"), "write --option NAME.alpha=..."),
         (("--option", "ria.alpha=1"), "unknown metric in options of several"),
-        (("--dry-run",), "--dry-run takes one metric"),
         (("--propagate", "pruned"), "add --propagate dense"),
     ):
         done = run(*common, *wrong, "--output", tmp_path / "none")
