@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -58,6 +59,13 @@ def one_line_for_full_devices() -> Iterator[None]:
             "the host has no memory left; free some of it and run again (with `resume` if there is an unfinished "
             "output), or use a smaller `batch_size` or `memory_budget`"
         ) from error
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nothing refers to any more, on the host and from torch's pools on the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def resident_bytes() -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import commands
 import pytest
 import torch
 
@@ -54,6 +57,35 @@ class Hungry(Metric):
 """
 
 
+LIMITED = """
+import resource
+import torch
+from pathlib import Path
+from pruneforge import ColumnSquares, Metric, hookimpl
+
+class Wide(ColumnSquares):
+    def update(self, inputs, samples):
+        torch.empty(samples << 27)
+        super().update(inputs, samples)
+
+class Hungry(Metric):
+    requires = (Wide,)
+
+    def score(self, layer, stats):
+        return layer.weight.abs() * stats[Wide].per_sample() ** 0.5
+
+@hookimpl
+def pruneforge_run_started(run):
+    if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 1_600_000_000,) * 2)
+
+@hookimpl
+def pruneforge_register(registry):
+    registry.metric("hungry", Hungry)
+"""
+
+
 @pytest.fixture
 def hungry(tmp_path):
     def load(room):
@@ -85,6 +117,54 @@ def test_a_size_that_was_chosen_is_not_changed_and_one_that_never_fits_is_an_err
         with pytest.raises(UnfinishedError, match=r"the device has no room left: .* smaller `batch_size`"):
             pruneforge.prune("demo:text", "hungry", output=tmp_path / "out", **ASKED, **chosen)
         assert not (tmp_path / "out").exists()
+
+
+class Forgetful(torch.nn.Module):
+    """Raises for batches of more samples than there is room for."""
+
+    def __init__(self, inner, room):
+        super().__init__()
+        self.inner, self.room, self.seen = inner, room, []
+
+    def forward(self, hidden, *args, **kwargs):
+        self.seen.append(len(hidden))
+        if len(hidden) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return self.inner(hidden, *args, **kwargs)
+
+
+@pytest.mark.parametrize(("room", "size"), [(3, 2), (1, 1)])
+def test_an_evaluation_tries_smaller_batches_where_nobody_chose_a_size(room, size, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The parrot is no more. " * 200)
+    asked = {"data": str(text), "window": 64}
+    dense = pruneforge.prune("demo:text", "magnitude", 0.0)
+    expected = pruneforge.evaluate(dense, "perplexity", **asked, batch_size=size)
+    layers = dense.model.model.layers
+    layers[0] = narrow = Forgetful(layers[0], room)
+    found = pruneforge.evaluate(dense, "perplexity", **asked)
+    assert found["perplexity"] == expected["perplexity"]
+    (warning,) = [said for said in found["warnings"] if "memory" in said]
+    assert f"so {size} went through the model together" in warning
+    assert max(narrow.seen) > room
+    with pytest.raises(UnfinishedError, match="the device has no room left"):
+        pruneforge.evaluate(dense, "perplexity", **asked, batch_size=room + 1)
+    narrow.room = 0
+    with pytest.raises(UnfinishedError, match="the device has no room left"):
+        pruneforge.evaluate(dense, "perplexity", **asked)
+
+
+def test_a_limit_of_the_system_is_met_with_smaller_batches(tmp_path):
+    """A run whose statistics take 512 MB a sample, in a process that may grow by 1.6 GB."""
+    (tmp_path / "hungry.py").write_text(LIMITED)
+    done = commands.run(
+        "prune", "demo:text", "--metric", "hungry", "-p", tmp_path / "hungry.py", "--sparsity", "0.5",
+        *("--calibration", "python-docs", "--samples", "8", "--seqlen", "32", "--output", tmp_path / "out", "--json"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["recipe"]["batch_size"] in (1, 2)
+    assert "batches of 8 samples did not fit in memory" in report["warnings"][0]
 
 
 def test_a_model_in_memory_is_not_pruned_twice(hungry):

@@ -30,6 +30,7 @@ from pruneforge.cli import (
     settings,
     sweep,
 )
+from pruneforge.cli.stopping import stop_in_order, stopped
 from pruneforge.errors import PruneForgeError
 
 USER_ERROR = 2
@@ -55,9 +56,9 @@ def _one_line() -> Iterator[None]:
     """Print an error that a user can mend as one line, with its traceback if asked for, and exit."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("pruneforge: interrupted; no output was written", file=sys.stderr)
-        raise typer.Exit(common.INTERRUPTED) from None
+        raise stopped(error) from None
     except (PruneForgeError, _UsageError, OSError) as error:
         if common.everywhere.debug:
             traceback.print_exc()
@@ -119,6 +120,7 @@ app.command(cls=settings.SettingsCommand, epilog=doctor.EXAMPLES)(doctor.doctor)
 
 def main() -> None:
     """Run the command line."""
+    stop_in_order()
     try:
         app()
     except SystemExit as end:

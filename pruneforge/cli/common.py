@@ -29,9 +29,6 @@ Revision = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C."""
-
 # As wide as its tables need where nobody sees the edge: in a pipe or a file they are not cut.
 console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 1000)
 

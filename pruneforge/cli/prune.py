@@ -15,6 +15,7 @@ import typer
 from pruneforge.cli import common, tables
 from pruneforge.cli.fields import Fields, fields_of
 from pruneforge.cli.settings import OF_RUN, SettingsCommand, settings
+from pruneforge.cli.stopping import stopped
 
 if TYPE_CHECKING:
     from pruneforge.runs.estimate import Estimate
@@ -147,11 +148,11 @@ def prune(
             results = list(pruning.prune_each(model, metrics, asked_patterns, output=output, **asked).values())
         else:
             results = [pruning.prune(model, metric, output=output, **asked)]
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if not any(output.rglob(JOURNAL_FILE)):
             raise
         print(f"pruneforge: interrupted; {output} holds what is finished, go on with --resume", file=sys.stderr)
-        raise typer.Exit(common.INTERRUPTED) from None
+        raise stopped(error) from None
     reports = [result.report for result in results if result.report]
     if not reports:
         return  # another process of the group speaks for all

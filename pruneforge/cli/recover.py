@@ -15,6 +15,7 @@ import typer
 from pruneforge.cli import common, tables
 from pruneforge.cli.fields import Fields, fields_of
 from pruneforge.cli.settings import OF_RUN, SettingsCommand, settings
+from pruneforge.cli.stopping import stopped
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -62,11 +63,11 @@ def recover(
 
     try:
         result = recovering.recover(model, recover, output=output, **settings(ctx) | {"progress": common.progress()})
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if not (output / STATE_FILE).is_file():
             raise
         print(f"pruneforge: interrupted; {output} holds what is done, go on with --resume", file=sys.stderr)
-        raise typer.Exit(common.INTERRUPTED) from None
+        raise stopped(error) from None
     if as_json:
         print(json.dumps(result.report, indent=2))
         return

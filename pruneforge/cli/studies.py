@@ -13,6 +13,7 @@ import typer
 from pruneforge.cli import common
 from pruneforge.cli.fields import Fields, fields_of
 from pruneforge.cli.settings import OF_RUN, SettingsCommand
+from pruneforge.cli.stopping import stopped
 
 if TYPE_CHECKING:
     from pruneforge.studies.plan import Cell
@@ -81,9 +82,9 @@ def interruptible(output: Path) -> Iterator[None]:
     """Say what becomes of a study that is interrupted within the context."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(f"pruneforge: interrupted; the same command goes on with what is in {output}", file=sys.stderr)
-        raise typer.Exit(common.INTERRUPTED) from None
+        raise stopped(error) from None
 
 
 def warn_of_failed(cells: Sequence[Cell], output: Path) -> int:

@@ -116,7 +116,7 @@ def image_batches(
     workers = max(1, _cores() - 1) if workers is None else workers
     loader = DataLoader(
         _Preprocessed(images, processor, chosen),
-        subject.batch_size or IMAGES_A_BATCH,
+        subject.batch_size_or(IMAGES_A_BATCH),
         num_workers=workers,
         collate_fn=list,
         prefetch_factor=2 if workers else None,

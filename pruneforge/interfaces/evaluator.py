@@ -36,6 +36,7 @@ class Subject:
         items: Whether to keep a record of each item; see `Evaluator.evaluate`.
         made_of: Folder or hub id of the dense model that a pruned model was made of, else `None`.
         loader: Loads a folder or hub id to compare the model with.
+        sizes: Batch sizes that were chosen where none was asked for; if memory is full, a smaller one is tried.
     """
 
     model: LoadedModel
@@ -48,6 +49,7 @@ class Subject:
     items: bool = False
     made_of: str | None = None
     loader: Callable[[str], LoadedModel] | None = None
+    sizes: list[int] = field(default_factory=list)
 
     def source(self, data: str, options: Mapping[str, Any]) -> Source:
         """Return the source of evaluation data.
@@ -87,7 +89,14 @@ class Subject:
 
     def samples_a_batch(self, tokens: int) -> int:
         """Return the batch size asked for, or the default for samples of `tokens` tokens each."""
-        return self.batch_size or max(1, usual_tokens_a_batch(self.device) // tokens)
+        return self.batch_size_or(max(1, usual_tokens_a_batch(self.device) // tokens))
+
+    def batch_size_or(self, usual: int) -> int:
+        """Return the batch size asked for, or the evaluator's usual one."""
+        if self.batch_size is not None:
+            return self.batch_size
+        self.sizes.append(usual)
+        return usual
 
 
 class Evaluator(Configurable, ABC):

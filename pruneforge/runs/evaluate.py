@@ -16,12 +16,12 @@ from torch import nn
 from pruneforge.checkpoint.durable import write_text
 from pruneforge.checkpoint.reader import INDEX, SINGLE, Checkpoint
 from pruneforge.documents import read_json
-from pruneforge.errors import PruneForgeError
+from pruneforge.errors import DeviceFullError, PruneForgeError
 from pruneforge.interfaces.adapter import LoadedModel
 from pruneforge.interfaces.evaluator import Evaluator, Subject
 from pruneforge.interfaces.recipe import EvalRecipe
 from pruneforge.interfaces.registry import Registry
-from pruneforge.memory import one_line_for_full_devices
+from pruneforge.memory import free_memory, one_line_for_full_devices
 from pruneforge.plugins import loaded_plugins
 from pruneforge.progress import Progress, as_progress
 from pruneforge.runs import provenance
@@ -100,9 +100,10 @@ def evaluate(  # noqa: D417 -- the settings are described where they are declare
     )
     home = next(loaded.module.parameters()).device
     changed: list[str] = []
-    with in_evaluation_mode(loaded.module), one_line_for_full_devices():
+    with in_evaluation_mode(loaded.module):
         try:
-            loaded.module.to(target)
+            with one_line_for_full_devices():
+                loaded.module.to(target)
             subject = Subject(
                 loaded,
                 target,
@@ -115,10 +116,10 @@ def evaluate(  # noqa: D417 -- the settings are described where they are declare
                 made_of=report["recipe"]["model"] if report else None,
                 loader=_loader(loaded, target, report, installed.registry, changed),
             )
-            results = evaluator.evaluate(subject)
+            results, shrunk = _in_batches_that_fit(evaluator, subject)
         finally:
             loaded.module.to(home)
-    warnings, records = [*results.pop("warnings", []), *changed, *loaded.remarks], results.pop("items", None)
+    warnings, records = [*results.pop("warnings", []), *shrunk, *changed, *loaded.remarks], results.pop("items", None)
     if items and records is None:
         warnings = [*warnings, f"evaluator {evaluator.name!r} keeps no record of its items, so there is none"]
     outcome = {
@@ -136,6 +137,33 @@ def evaluate(  # noqa: D417 -- the settings are described where they are declare
     if records is not None and isinstance(items, str | Path):
         write_text(_as_lines(records), Path(items))
     return {**outcome, "items": records} if records is not None and items is True else outcome
+
+
+def _in_batches_that_fit(evaluator: Evaluator, subject: Subject) -> tuple[dict[str, Any], list[str]]:
+    """Evaluate, in smaller batches where memory is full and nobody chose their size.
+
+    Returns:
+        The results, and a warning if the batches became smaller.
+
+    Raises:
+        DeviceFullError: Memory is full, and no smaller batches can be tried.
+    """
+    usual: int | None = None
+    while True:
+        try:
+            with one_line_for_full_devices():
+                results = evaluator.evaluate(subject)
+            break
+        except DeviceFullError:
+            tried = subject.batch_size or max(subject.sizes, default=1)
+            if tried == 1 or (subject.batch_size is not None and usual is None):
+                raise
+        # Here, since the error holds on to everything that filled the memory.
+        free_memory(subject.device)
+        usual = usual or tried
+        subject = replace(subject, batch_size=tried // 2)
+    said = f"batches of {usual} samples did not fit in memory, so {subject.batch_size} went through the model together"
+    return results, [said] if usual else []
 
 
 def _loader(

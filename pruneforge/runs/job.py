@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from pruneforge.interfaces.recipe import PruneRecipe
 from pruneforge.interfaces.recovery import recovers_models
 from pruneforge.interfaces.run import Run, needed_to_allocate
 from pruneforge.interfaces.source import Source, create_source
-from pruneforge.memory import PeakMemory, one_line_for_full_devices
+from pruneforge.memory import PeakMemory, free_memory, one_line_for_full_devices
 from pruneforge.numerics import exact_arithmetic
 from pruneforge.plugins import Plugins, loaded_plugins
 from pruneforge.profile import Profile
@@ -85,9 +84,7 @@ class Job:
                 if not job._may_shrink(sizes):
                     raise
             # Here, since the error holds on to everything that filled the memory.
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            free_memory(self.device)
             smaller = sizes[-1] // 2
             job = replace(job, runs=[run.anew(smaller) for run in self.runs])
             for run, warnings in zip(job.runs, before, strict=True):

@@ -1,0 +1,117 @@
+"""Runs that are stopped twice, whose disk fills, or whose output or input is taken away, go on or say what is wrong."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import commands
+import pytest
+from conftest import CHECKPOINT, outcome
+
+PLUGIN = """
+import os, shutil, signal
+from pathlib import Path
+from pruneforge import hookimpl
+
+@hookimpl
+def pruneforge_block_pruned(run, result):
+    if result.index == 2 and Path({armed!r}).exists():
+        {what}
+"""
+"""A plugin that does something to its run in the third of five blocks, while a file is there."""
+
+TERMINATED = "os.kill(os.getpid(), signal.SIGTERM)"
+TWICE = """try:
+            os.kill(os.getpid(), signal.SIGINT)
+            while True:
+                pass
+        except KeyboardInterrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+            raise"""
+FILLS_THE_DISK = """with open(run.folder.parent / "filler", "wb") as file:
+            while file.write(bytes(1 << 12)):
+                file.flush()"""
+LOSES_ITS_FOLDER = "shutil.rmtree(run.folder)"
+LOSES_A_FILE = "next(run.folder.glob('*.safetensors*')).unlink()"
+
+
+class Run:
+    """A run of `pruneforge prune` that something happens to in its third block, the first time."""
+
+    def __init__(self, folder: Path, what: str, output: Path) -> None:
+        self.armed, self.output, self.plugin = folder / "armed", output, folder / "happens.py"
+        self.plugin.write_text(PLUGIN.format(armed=str(self.armed), what=what))
+        self.armed.touch()
+
+    def begin(self, *more: object) -> subprocess.CompletedProcess[str]:
+        asked = ("prune", CHECKPOINT, *commands.SETTINGS, "-p", self.plugin, "--output", self.output, *more)
+        return commands.run(*asked)
+
+    def go_on(self) -> subprocess.CompletedProcess[str]:
+        self.armed.unlink(missing_ok=True)
+        return self.begin("--resume")
+
+
+def expected(run: Run, folder: Path) -> dict[str, object]:
+    """Return the outcome of the same run when nothing happens."""
+    run.armed.unlink(missing_ok=True)
+    done = commands.run("prune", CHECKPOINT, *commands.SETTINGS, "-p", run.plugin, "--output", folder)
+    assert done.returncode == 0, done.stderr
+    return outcome(folder)
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "said"),
+    [
+        (TERMINATED, 128 + signal.SIGTERM, "interrupted; {output} holds what is finished, go on with --resume"),
+        (TWICE, -signal.SIGINT, ""),
+    ],
+    ids=["SIGTERM", "Ctrl-C twice"],
+)
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(what, code, said, tmp_path):
+    run = Run(tmp_path, what, tmp_path / "out")
+    stopped = run.begin()
+    assert stopped.returncode == code, stopped.stderr
+    assert said.format(output=run.output) in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert (run.output / "journal.jsonl").exists()
+    done = run.go_on()
+    assert done.returncode == 0, done.stderr
+    assert outcome(run.output) == expected(run, tmp_path / "whole")
+
+
+def test_a_disk_that_fills_leaves_a_run_that_can_go_on(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        run = Run(tmp_path, FILLS_THE_DISK, disk / "out")
+        stopped = run.begin()
+        assert stopped.returncode == 2, stopped.stderr
+        assert "No space left on device" in stopped.stderr
+        assert stopped.stderr.count("\n") == 1
+        (disk / "filler").unlink()
+        done = run.go_on()
+        assert done.returncode == 0, done.stderr
+        assert outcome(run.output) == expected(run, tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("what", [LOSES_ITS_FOLDER, LOSES_A_FILE], ids=["folder", "file"])
+def test_an_output_that_is_taken_away_is_one_line_and_no_success(what, tmp_path):
+    run = Run(tmp_path, what, tmp_path / "out")
+    stopped = run.begin()
+    assert stopped.returncode == 2, stopped.stdout
+    assert str(run.output) in stopped.stderr
+    assert stopped.stderr.count("\n") == 1
+    assert not (run.output / "pruneforge.json").exists()
+    shutil.rmtree(run.output, ignore_errors=True)
+    done = run.go_on()
+    assert done.returncode == 0, done.stderr
+    assert outcome(run.output) == expected(run, tmp_path / "whole")
