@@ -45,7 +45,9 @@ class Hessian:
         self.value += columns.matmul(columns.t())
 
 
-def prune(model: Any, metric: str, ids: Tensor, sparsity: float, extra: int = 1) -> None:
+def prune(
+    model: Any, metric: str, ids: Tensor, sparsity: float, extra: int = 1, groups: tuple[int, int] | None = None
+) -> None:
     """Prune a LLaMA in place.
 
     Args:
@@ -55,6 +57,7 @@ def prune(model: Any, metric: str, ids: Tensor, sparsity: float, extra: int = 1)
         sparsity: Share of weights to prune.
         extra: How many more than that share are pruned of all that have one threshold: one in the repositories, which
             prune what equals the first score to stay.
+        groups: For Wanda, how many of how many consecutive weights to prune, in place of `sparsity`.
     """
     gradients = whole_model_gradients(model, ids) if metric == "gblm" else {}
     with torch.no_grad():
@@ -62,7 +65,7 @@ def prune(model: Any, metric: str, ids: Tensor, sparsity: float, extra: int = 1)
             for layer in layers(model.model).values():
                 by_layer(layer.weight.data, sparsity, extra)
             return
-        block_by_block(model, metric, ids, sparsity, gradients, extra)
+        block_by_block(model, metric, ids, sparsity, gradients, extra, groups)
 
 
 def layers(module: nn.Module) -> dict[str, nn.Linear]:
@@ -71,7 +74,13 @@ def layers(module: nn.Module) -> dict[str, nn.Linear]:
 
 
 def block_by_block(
-    model: Any, metric: str, ids: Tensor, sparsity: float, gradients: dict[int, Tensor], extra: int
+    model: Any,
+    metric: str,
+    ids: Tensor,
+    sparsity: float,
+    gradients: dict[int, Tensor],
+    extra: int,
+    groups: tuple[int, int] | None,
 ) -> None:
     """Calibrate, prune and propagate one block after the other."""
     hidden, arguments = first_inputs(model, ids)
@@ -93,7 +102,10 @@ def block_by_block(
                 score = layer.weight.data.abs() * kept[name].value.sqrt()
                 if metric == "gblm":
                     score += ALPHA * layer.weight.data.abs() * gradients[id(layer)]
-                by_row(layer.weight.data, score, sparsity)
+                if groups:
+                    by_group(layer.weight.data, score, *groups)
+                else:
+                    by_row(layer.weight.data, score, sparsity)
         run(block, hidden, arguments, outputs)
         hidden, outputs = outputs, hidden
 
@@ -149,6 +161,15 @@ def by_row(weight: Tensor, score: Tensor, sparsity: float) -> None:
     order = torch.sort(score, dim=-1, stable=True)[1]
     mask = torch.zeros_like(weight, dtype=torch.bool)
     mask.scatter_(1, order[:, : int(weight.shape[1] * sparsity)], True)
+    weight[mask] = 0
+
+
+def by_group(weight: Tensor, score: Tensor, pruned: int, size: int) -> None:
+    """Prune the `pruned` smallest scores of each `size` consecutive ones of a row."""
+    mask = torch.zeros_like(weight, dtype=torch.bool)
+    for start in range(0, weight.shape[1], size):
+        smallest = torch.topk(score[:, start : start + size], pruned, dim=1, largest=False)[1]
+        mask.scatter_(1, start + smallest, True)
     weight[mask] = 0
 
 

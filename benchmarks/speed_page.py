@@ -130,7 +130,31 @@ def _agreement(document: dict[str, Any]) -> list[str]:
         for metric, found in document["metrics"].items()
     ]
     head = [f"| metric | {' | '.join(cases)} |", f"|---|{'---:|' * len(cases)}"]
-    return ["## Agreement", "", *textwrap.wrap(AGREEMENT, 118), "", *head, *rows, ""]
+    lines = ["## Agreement", "", *textwrap.wrap(AGREEMENT, 118), "", *head, *rows, ""]
+    return [*lines, *(_pretrained(document["pretrained"]) if "pretrained" in document else [])]
+
+
+def _pretrained(document: dict[str, Any]) -> list[str]:
+    sizes = list(next(iter(document["agreement"].values())))
+    said = (
+        f"Wanda on a pretrained LLaMA of {document['parameters'] / 1e6:.0f} M parameters, {document['samples']} samples of "
+        f"{document['tokens']} tokens, in float32: the share of weights that PruneForge and the repositories' loop both "
+        "keep or both prune, by samples that go through a block together. With one, as the repositories have it, sums "
+        "round as theirs do."
+    )
+    return [
+        *textwrap.wrap(said, 118),
+        "",
+        f"| pattern | {' | '.join(f'`--batch-size {size}`' for size in sizes)} |",
+        f"|---|{'---:|' * len(sizes)}",
+        *(
+            f"| {pattern} | {' | '.join(f'{found[size]:.4%}' for size in sizes)} |"
+            for pattern, found in document["agreement"].items()
+        ),
+        "",
+        _machine(document),
+        "",
+    ]
 
 
 def _profile(document: dict[str, Any]) -> list[str]:
@@ -256,9 +280,9 @@ def _costs(document: dict[str, Any]) -> list[str]:
 
 
 def _machine(document: dict[str, Any]) -> str:
-    system, packages, rounds = document["machine"], document["versions"], document["rounds"]
+    system, packages, rounds = document["machine"], document["versions"], document.get("rounds")
     return (
-        f"{rounds} round{'s' if rounds > 1 else ''}. Machine: {system['processor']}, {system['cores']} cores, "
+        f"{f'{rounds} rounds. ' if rounds else ''}Machine: {system['processor']}, {system['cores']} cores, "
         f"{system['threads']} threads, {', '.join(system['accelerators']) or 'no accelerator'}; "
         f"torch {packages['torch']}, transformers {packages['transformers']}, timm {packages['timm']}."
     )

@@ -50,6 +50,7 @@ def test_every_bash_and_python_block_runs(guide, tmp_path, little_demo_text):
     blocks = re.findall(r"```(bash|python|yaml)(?: file=(\S+))?\n(.*?)```", guide.read_text(), re.DOTALL)
     for language, file, code in blocks:
         if file:
+            (tmp_path / file).parent.mkdir(exist_ok=True)
             (tmp_path / file).write_text(code)
         elif language != "yaml":
             check_block(language, code, tmp_path)
