@@ -11,6 +11,7 @@ from pruneforge.checkpoint.reader import Checkpoint
 from pruneforge.checkpoint.tensors import TensorLocation
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Block
+from pruneforge.numerics import all_finite
 
 
 def make_skeleton(module: nn.Module) -> None:
@@ -62,6 +63,28 @@ def parameter_locations(module: nn.Module, checkpoint: Checkpoint) -> dict[int, 
             raise PruneForgeError(f"tensor {name!r} is {location.dtype}, and weights must be floating-point numbers")
         locations.setdefault(id(parameter), location)
     return locations
+
+
+def check_others(module: nn.Module, blocks: Sequence[Block], checkpoint: Checkpoint | None) -> None:
+    """Raise if a parameter that is not pruned, such as a norm or an embedding, holds values that are not finite.
+
+    Args:
+        module: The model.
+        blocks: Its blocks; their layers' weights are checked when they are pruned.
+        checkpoint: Holds the weights if the module is a skeleton.
+
+    Raises:
+        PruneForgeError: Naming the first such parameter.
+    """
+    locations = parameter_locations(module, checkpoint) if checkpoint is not None else {}
+    pruned = {id(layer.parameter) for block in blocks for layer in block.layers}
+    for name, parameter in module.named_parameters():
+        if id(parameter) in pruned or not parameter.is_floating_point():
+            continue
+        location = locations.get(id(parameter))
+        value = checkpoint.read(location) if checkpoint is not None and location is not None else parameter.detach()
+        if not all_finite(value):
+            raise PruneForgeError(f"{name!r} holds values that are not finite; the checkpoint is damaged")
 
 
 def layer_locations(

@@ -150,17 +150,18 @@ class Job:
         """
         recipe, registry = self.runs[0].recipe, self.plugins.registry
         progress = as_progress(self.resources.progress) if group.first else Progress()
-        peak = PeakMemory(self.device)
-        loaded = load_model(self.model, recipe.dtype, self.processor, registry, recipe.adapter_options, streamed)
+        peak, profile = PeakMemory(self.device), Profile(self.device, self.resources.profile)
+        with profile.stage("load"):
+            loaded = load_model(self.model, recipe.dtype, self.processor, registry, recipe.adapter_options, streamed)
         blocks, excluded = split_excluded(loaded.adapter.blocks(loaded.module), recipe.exclude)
         data, streams = Calibration([], {}), {}
         if self.calibration is not None and any(run.uses_data for run in self.runs):
             tokens_a_batch = self.resources.budgets.tokens_a_batch(blocks, self.device)
             asked = (recipe, loaded, tokens_a_batch, progress, group.size)
-            data = collect(self.calibration, recipe.calibration, *asked)
-            named = self.streams.items()
-            streams = {name: collect(stream, recipe.streams.get(name), *asked, name) for name, stream in named}
-        profile = Profile(self.device, self.resources.profile)
+            with profile.stage("data"):
+                data = collect(self.calibration, recipe.calibration, *asked)
+                named = self.streams.items()
+                streams = {name: collect(stream, recipe.streams.get(name), *asked, name) for name, stream in named}
         for run in self.runs:
             run.blocks, run.excluded, run.profile = blocks, excluded, profile
             run.plugins = plugin_sources([*run.parts, loaded.adapter], [*run.requires, *needed_to_allocate(run)])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pruneforge.checkpoint.durable import writing
+from pruneforge.checkpoint.skeleton import check_others
 from pruneforge.data.calibration import Calibration
 from pruneforge.engine.guard import named
 from pruneforge.engine.processes import Group
@@ -79,8 +80,13 @@ class Session:
         return {**self.data.description, **({"streams": streams} if streams else {})} if run.uses_data else {}
 
     def identify(self) -> None:
-        """Hash the dense model, before anything of it is changed."""
+        """Hash the dense model, before anything of it is changed.
+
+        Raises:
+            PruneForgeError: What is not pruned of it is damaged already.
+        """
         checkpoint = self.loaded.checkpoint
+        check_others(self.loaded.module, [*self.runs[0].blocks], checkpoint)
         if checkpoint is None:
             self.fingerprint = provenance.fingerprint(self.loaded.module)
             return

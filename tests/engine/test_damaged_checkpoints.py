@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -98,6 +99,22 @@ def break_with_a_pipe(folder):
     return "is not a regular file"
 
 
+def break_with_an_infinite_norm(folder):
+    return in_tensor(folder, "model.layers.1.input_layernorm.weight", math.inf)
+
+
+def break_with_an_embedding_that_is_no_number(folder):
+    return in_tensor(folder, "model.embed_tokens.weight", math.nan)
+
+
+def in_tensor(folder, name, value):
+    listed = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    tensors = load_file(folder / listed[name])
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, folder / listed[name], {"format": "pt"})
+    return f"{name!r} holds values that are not finite; the checkpoint is damaged"
+
+
 @pytest.mark.parametrize("damage", [break_ for name, break_ in sorted(globals().items()) if name.startswith("break_")])
 def test_damaged_checkpoints_are_named_and_leave_no_output(damage, tmp_path):
     folder = saved(tmp_path / "model")
@@ -107,6 +124,13 @@ def test_damaged_checkpoints_are_named_and_leave_no_output(damage, tmp_path):
     assert said in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_in_memory_is_named_too():
+    model = tiny_llama()
+    model.model.norm.weight.data[0] = math.nan
+    with pytest.raises(PruneForgeError, match=r"'model.norm.weight' holds values that are not finite"):
+        pruneforge.prune(model, "magnitude", 0.5)
 
 
 def test_links_within_a_folder_and_of_the_hubs_cache_are_followed(tmp_path):
