@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all fuzz soak test-cuda lint types format docs api bench bench-cuda clean
+.PHONY: demo test test-all test-oldest test-newest fuzz soak test-cuda lint types format docs api bench bench-cuda clean
 
 demo: .venv/ready
 	$(BIN)/pruneforge demo
@@ -14,6 +14,13 @@ test: .venv/ready
 test-all: .venv/ready
 	$(BIN)/python -m pytest --cov --cov-report=
 	$(BIN)/python tests/coverage_by_room.py
+
+# With the oldest versions that pyproject.toml allows, and with the newest that there are, whatever constraints.txt says.
+test-oldest: .venv-oldest/ready
+	.venv-oldest/bin/python -m pytest -m "not slow" -n auto
+
+test-newest: .venv-newest/ready
+	.venv-newest/bin/python -m pytest -m "not slow" -n auto
 
 # Damaged and forged files, many of each kind; `make test-all` tries a few.
 fuzz: .venv/ready
@@ -60,7 +67,7 @@ bench-cuda: .venv/ready
 	$(BIN)/python benchmarks/gpu.py
 
 clean:
-	rm -rf .venv .venv-peers docs/_build
+	rm -rf .venv .venv-oldest .venv-newest .venv-peers docs/_build
 
 # In 0.1.0 this project was called pruneforge; both together share files.
 .venv/ready: pyproject.toml constraints.txt
@@ -72,6 +79,21 @@ clean:
 
 .venv/docs: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+OLDEST_PYTHON ?= python3.11
+NEWEST_PYTHON ?= python3.13
+
+.venv-oldest/ready: pyproject.toml
+	$(OLDEST_PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --upgrade pip uv
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct --editable '.[dev]'
+	touch $@
+
+.venv-newest/ready: pyproject.toml
+	$(NEWEST_PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade pip uv
+	.venv-newest/bin/uv pip install --quiet --python .venv-newest/bin/python --editable '.[dev]'
 	touch $@
 
 .venv-peers/ready: benchmarks/peers.txt

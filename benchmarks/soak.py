@@ -3,7 +3,8 @@
     python benchmarks/soak.py --runs 200 --pairs 200
 
 Writes `benchmarks/results/soak.json`. Fails if memory or handles grow, if two results differ, or if a process ends with
-anything but 0.
+anything but 0. A tokenizer that transformers makes anew leaves memory behind, with nothing of PruneForge in it; that is
+measured beside, and what a run adds counts beyond it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ SETTINGS = {"sparsity": 0.5, "calibration": "python-docs", "samples": 4, "seqlen
 METRICS = ("wanda", "sparsegpt", "gblm")
 WARM_UP = 20
 """Runs until caches are filled."""
+
+TOKENIZERS = 60
+"""Tokenizers that are made alone, to measure what each leaves behind."""
 
 
 def main() -> None:
@@ -81,18 +85,37 @@ def in_one_process(runs: int, folder: Path) -> dict[str, Any]:
         threads.append(threading.active_count())
     first, last = memory[WARM_UP : WARM_UP + (runs - WARM_UP) // 2], memory[WARM_UP + (runs - WARM_UP) // 2 :]
     growth = (statistics.mean(last) - statistics.mean(first)) / max(1, len(last))
+    alone = of_tokenizers_alone(model)
     problems = [f"{name} gave {len(seen)} different results" for name, seen in outcomes.items() if len(seen) > 1]
-    problems += [f"memory grew by {growth:,.0f} bytes a run"] if growth > GROWTH else []
+    problems += [f"memory grew by {growth - alone:,.0f} bytes a run"] if growth - alone > GROWTH else []
     problems += ["handles grew"] if max(handles[-10:]) > max(handles[WARM_UP : WARM_UP + 10]) else []
     problems += ["threads grew"] if threads[-1] > threads[WARM_UP] else []
     return {
         "runs": runs,
         "memory_mib": {"after_warm_up": memory[WARM_UP] >> 20, "largest": max(memory) >> 20, "last": memory[-1] >> 20},
         "growth_bytes_a_run": round(growth),
+        "growth_bytes_a_tokenizer_alone": round(alone),
         "handles": {"after_warm_up": handles[WARM_UP], "last": handles[-1]},
         "threads": {"after_warm_up": threads[WARM_UP], "last": threads[-1]},
         "problems": problems,
     }
+
+
+def of_tokenizers_alone(model: Path) -> float:
+    """Return the bytes that each tokenizer leaves behind which transformers makes anew for the same text."""
+    from transformers import AutoTokenizer
+
+    from pruneforge.memory import resident_bytes
+    from pruneforge.plugins import loaded_plugins
+
+    text = "\n\n".join(loaded_plugins().registry.create("source", "python-docs").documents("calibration"))
+    memory = []
+    for _ in range(TOKENIZERS):
+        AutoTokenizer.from_pretrained(model)(text, verbose=False)
+        gc.collect()
+        memory.append(resident_bytes())
+    third = TOKENIZERS // 3
+    return (statistics.mean(memory[-third:]) - statistics.mean(memory[third : 2 * third])) / third
 
 
 def of_two_processes(runs: int, folder: Path) -> dict[str, Any]:
