@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -97,6 +98,7 @@ def run_together(processes: int, *arguments: object, **environment: str) -> list
 
 
 def _run(arguments: list[str], code: str | None, folder: str, environment: dict[str, str], files: list[str]) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background jobs ignore
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
