@@ -95,7 +95,10 @@ class TextFile(TextSource):
 
         try:
             column = parquet.read_table(path, columns=[self.options.column]).column(0)
-            if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
+            kind = column.type
+            if pyarrow.types.is_dictionary(kind):  # each distinct text stored once, as pandas writes categories
+                kind = kind.value_type
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
                 raise PruneForgeError(
                     f"column {self.options.column!r} of {str(path)!r} is of type {column.type}, not text; name another "
                     "with `source_options` column=NAME"

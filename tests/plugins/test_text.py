@@ -6,6 +6,7 @@ import json
 import random
 
 import datasets
+import pyarrow.parquet
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -53,14 +54,15 @@ def rows(tmp_path):
     folder = tmp_path / "dataset"
     folder.mkdir()
     (folder / "train.jsonl").write_text(jsonl.read_text())
-    return {"jsonl": str(jsonl), "parquet": str(parquet), "hub": f"hub:{folder}"}
+    coded = tmp_path / "coded.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(texts).dictionary_encode()}), coded)
+    return {"coded": str(coded), "jsonl": str(jsonl), "parquet": str(parquet), "hub": f"hub:{folder}"}
 
 
 def test_the_same_rows_give_the_same_samples_whatever_the_format(rows, tokenizer):
-    drawn = [draw(rows[kind], tokenizer) for kind in ("jsonl", "parquet", "hub")]
+    drawn = [draw(rows[kind], tokenizer) for kind in ("jsonl", "parquet", "coded", "hub")]
     assert drawn[0].shape == (8, 32)
-    assert torch.equal(drawn[0], drawn[1])
-    assert torch.equal(drawn[0], drawn[2])
+    assert all(torch.equal(drawn[0], other) for other in drawn[1:])
 
 
 def test_crops_are_those_of_the_authors_code(rows, tokenizer):
