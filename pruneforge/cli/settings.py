@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from typer.core import TyperCommand
 
-from pruneforge.cli import common
+from pruneforge.cli import common, reach
 from pruneforge.cli.fields import Fields, flags_of, options_for, options_of, take_given
 from pruneforge.cli.panels import arranged
 from pruneforge.errors import PruneForgeError, unknown_name
@@ -111,6 +111,7 @@ class SettingsCommand(TyperCommand):
                         continue
                 values[setting] = {**values.get(setting, {}), name: value}
         ctx.meta[_SETTINGS] = values
+        reach.answer_fast()
         with self._flags_in_messages(ctx):
             return super().invoke(ctx)
 

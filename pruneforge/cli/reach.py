@@ -1,0 +1,63 @@
+"""What a command does where the Hub cannot be reached."""
+
+from __future__ import annotations
+
+import functools
+import socket
+import sys
+import threading
+from typing import Any
+from urllib.request import getproxies, proxy_bypass
+
+PATIENCE = 3.0
+"""Seconds to wait for the Hub's host."""
+
+
+def answer_fast() -> None:
+    """Have the Hub's libraries use their caches as soon as the Hub's host turns out not to be reached.
+
+    By themselves they try each file again and again, for most of a minute. The host is only looked for when something
+    is about to be asked of it.
+    """
+    from huggingface_hub import constants, get_session
+
+    def check(request: Any) -> None:
+        url = request.url
+        if constants.HF_HUB_OFFLINE or _has_proxy(url.scheme, url.host) or _answers(url.host, url.port or _port(url)):
+            return
+        constants.HF_HUB_OFFLINE = True
+        print(
+            f"pruneforge: warning: {url.host} cannot be reached, so only what was downloaded before is used",
+            file=sys.stderr,
+        )
+
+    get_session().event_hooks["request"].insert(0, check)
+
+
+def _port(url: Any) -> int:
+    return 80 if url.scheme == "http" else 443
+
+
+def _has_proxy(scheme: str, host: str) -> bool:
+    """Return whether requests to a host go by way of a proxy, which may reach what this machine does not."""
+    proxies = getproxies()
+    return bool(proxies.get(scheme) or proxies.get("all")) and not proxy_bypass(host)
+
+
+@functools.cache
+def _answers(host: str, port: int) -> bool:
+    """Return whether a host takes a connection."""
+    reached = threading.Event()
+
+    def connect() -> None:
+        try:
+            socket.create_connection((host, port), timeout=PATIENCE).close()
+        except OSError:
+            return
+        reached.set()
+
+    # In a thread, since looking up a name has no limit of its own.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    return reached.is_set()
