@@ -8,7 +8,7 @@ prunes one weight too many wherever it chooses one threshold for many rows, and 
 rounding differs with the order of sums, and in float64. Writes `benchmarks/results/agreement.json`, and the page.
 
 With `--model`, Wanda on a pretrained LLaMA in float32, in batches of one sequence, as the repositories have it, and of
-the default size, at 50 % and 2:4; adds `pretrained` to the same file.
+the default size, at 50 % and 2:4, on one thread; adds `pretrained` to the same file.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 import plain_loop
 import speed_page
+import torch
 from torch import Tensor
 from workload import token_ids, write_model
 
@@ -58,6 +59,7 @@ def pretrained(model: Path, text: Path) -> dict[str, Any]:
     """Return the share of weights that both prune or keep, by pattern and by samples a batch."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    torch.set_num_threads(1)  # with more, products are split as the load of the machine has it, and round differently
     ids = AutoTokenizer.from_pretrained(model)(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids
     samples = ids[0, : SAMPLES * LENGTH].view(SAMPLES, LENGTH)
     usual = max(1, TOKENS_ON_CPU // LENGTH)
