@@ -139,9 +139,9 @@ def _pretrained(document: dict[str, Any]) -> list[str]:
     millions = document["parameters"] / 1e6
     said = (
         f"Wanda on a pretrained LLaMA of {millions:.0f} M parameters, {document['samples']} samples of "
-        f"{document['tokens']} tokens, in float32 on one thread: the share of weights that PruneForge and the repositories' "
-        "loop both keep or both prune, by samples that go through a block together. With one, as the repositories have it, "
-        "sums round as theirs do."
+        f"{document['tokens']} tokens, in float32 on one thread: the share of weights that PruneForge and the "
+        "repositories' loop both keep or both prune, by samples that go through a block together. With one, as the "
+        "repositories have it, sums round as theirs do."
     )
     return [
         *textwrap.wrap(said, 118),
