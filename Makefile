@@ -15,11 +15,20 @@ test-all: .venv/ready
 	$(BIN)/python -m pytest --cov --cov-report=
 	$(BIN)/python tests/coverage_by_room.py
 
-# With the oldest versions that pyproject.toml allows, and with the newest that there are, whatever constraints.txt says.
-test-oldest: .venv-oldest/ready
+# With the oldest versions that pyproject.toml allows, and with the newest there are, whatever constraints.txt says.
+OLDEST_PYTHON ?= python3.11
+NEWEST_PYTHON ?= python3.13
+
+test-oldest:
+	$(OLDEST_PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --upgrade uv
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct --editable '.[dev]'
 	.venv-oldest/bin/python -m pytest -m "not slow" -n auto
 
-test-newest: .venv-newest/ready
+test-newest:
+	$(NEWEST_PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade uv
+	.venv-newest/bin/uv pip install --quiet --python .venv-newest/bin/python --upgrade --editable '.[dev]'
 	.venv-newest/bin/python -m pytest -m "not slow" -n auto
 
 # Damaged and forged files, many of each kind; `make test-all` tries a few.
@@ -79,21 +88,6 @@ clean:
 
 .venv/docs: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
-	touch $@
-
-OLDEST_PYTHON ?= python3.11
-NEWEST_PYTHON ?= python3.13
-
-.venv-oldest/ready: pyproject.toml
-	$(OLDEST_PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet --upgrade pip uv
-	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct --editable '.[dev]'
-	touch $@
-
-.venv-newest/ready: pyproject.toml
-	$(NEWEST_PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install --quiet --upgrade pip uv
-	.venv-newest/bin/uv pip install --quiet --python .venv-newest/bin/python --editable '.[dev]'
 	touch $@
 
 .venv-peers/ready: benchmarks/peers.txt

@@ -69,11 +69,14 @@ def pretrained(model: Path, text: Path) -> dict[str, Any]:
         plain_loop.prune(loaded, "wanda", samples, SPARSITY, groups=groups)
         parameters = sum(parameter.numel() for parameter in loaded.parameters())
         theirs = {name: layer.weight != 0 for name, layer in plain_loop.layers(loaded.model).items()}
+        # Weights that are zero in the dense model already are pruned in both, whatever a mask says.
+        dense = AutoModelForCausalLM.from_pretrained(model, dtype="float32").model
+        there = {name: layer.weight != 0 for name, layer in plain_loop.layers(dense).items()}
         for size in (1, usual):
             asked = {"pattern": pattern} if groups else {"sparsity": float(pattern)}
             batches = samples.split(size)
-            ours = pruneforge.prune(model, "wanda", calibration=batches, dtype="float32", **asked).masks
-            pairs = [(kept, ours[f"model.{name}"]) for name, kept in theirs.items()]
+            ours = pruneforge.prune(model, "wanda", calibration=batches, dtype="float32", device="cpu", **asked).masks
+            pairs = [(kept, ours[f"model.{name}"] & there[name]) for name, kept in theirs.items()]
             same = sum(int((one == other).sum()) for one, other in pairs)
             found.setdefault(pattern, {})[str(size)] = same / sum(one.numel() for one, _ in pairs)
             print(pattern, size, found[pattern][str(size)], flush=True)
@@ -93,6 +96,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of a pretrained LLaMA, in place of a random one")
     parser.add_argument("--text", type=Path, help="file of text to calibrate it on")
     arguments = parser.parse_args()
+    if arguments.model and not arguments.text:
+        parser.error("--model needs --text")
     if arguments.model:
         known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         known["pretrained"] = pretrained(arguments.model, arguments.text)

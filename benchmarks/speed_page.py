@@ -140,8 +140,9 @@ def _pretrained(document: dict[str, Any]) -> list[str]:
     said = (
         f"Wanda on a pretrained LLaMA of {millions:.0f} M parameters, {document['samples']} samples of "
         f"{document['tokens']} tokens, in float32 on one thread: the share of weights that PruneForge and the "
-        "repositories' loop both keep or both prune, by samples that go through a block together. With one, as the "
-        "repositories have it, sums round as theirs do."
+        "repositories' loop both keep or both prune, by samples that go through a block together. Sums are rounded "
+        "in another order than theirs, with one sample a batch as with more: in the first blocks a few weights in a "
+        "million have scores so equal that it decides, and what they change is seen by all later ones."
     )
     return [
         *textwrap.wrap(said, 118),
@@ -282,8 +283,9 @@ def _costs(document: dict[str, Any]) -> list[str]:
 
 def _machine(document: dict[str, Any]) -> str:
     system, packages, rounds = document["machine"], document["versions"], document.get("rounds")
+    times = "" if rounds is None else f"{rounds} round{'s' if rounds > 1 else ''}. "
     return (
-        f"{f'{rounds} rounds. ' if rounds else ''}Machine: {system['processor']}, {system['cores']} cores, "
+        f"{times}Machine: {system['processor']}, {system['cores']} cores, "
         f"{system['threads']} threads, {', '.join(system['accelerators']) or 'no accelerator'}; "
         f"torch {packages['torch']}, transformers {packages['transformers']}, timm {packages['timm']}."
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-CUDA: Any = torch.backends.cuda  # `Any`: parts of these are missing from torch before 2.9, and from its type hints
+CUDA: Any = torch.backends.cuda  # `Any`: parts of these are missing from torch's type hints
 CUDNN: Any = torch.backends.cudnn
 MKLDNN: Any = torch.backends.mkldnn
 
@@ -22,9 +22,6 @@ NARROW = {("cpu", torch.bfloat16): "bf16"}
 CUDA's tensor cores represent bfloat16 and float16 exactly too, but round their sums toward zero. They are not used
 until masks are shown not to change (`make bench-cuda` compares them).
 """
-
-LEGACY = {"ieee": "highest", "tf32": "high", "bf16": "medium"}
-"""Names of the same precisions in torch's interface before 2.9."""
 
 
 @contextmanager
@@ -94,15 +91,7 @@ def repeatable_gradients(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _precision(backend: Any, name: str) -> Iterator[None]:
-    """Set the precision of one backend's float32 products; before torch 2.9, that of all backends."""
-    if not hasattr(torch.backends, "fp32_precision"):
-        legacy = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(LEGACY[name])
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(legacy)
-        return
+    """Set the precision of one backend's float32 products within the context."""
     # The older setters raise once a program has used the newer ones, as transformers does for its `tf32` argument.
     before = backend.fp32_precision
     backend.fp32_precision = name
@@ -121,15 +110,8 @@ def _convolutions() -> Iterator[None]:
     before = CUDNN.deterministic, CUDNN.benchmark
     CUDNN.deterministic, CUDNN.benchmark = True, False
     try:
-        if hasattr(torch.backends, "fp32_precision"):
-            with _precision(CUDNN.conv, "ieee"), _precision(CUDNN.rnn, "ieee"), _precision(MKLDNN.conv, "ieee"):
-                yield
-        else:
-            legacy, CUDNN.allow_tf32 = CUDNN.allow_tf32, False
-            try:
-                yield
-            finally:
-                CUDNN.allow_tf32 = legacy
+        with _precision(CUDNN.conv, "ieee"), _precision(CUDNN.rnn, "ieee"), _precision(MKLDNN.conv, "ieee"):
+            yield
     finally:
         CUDNN.deterministic, CUDNN.benchmark = before
 

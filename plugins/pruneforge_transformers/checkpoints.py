@@ -77,11 +77,11 @@ def load_pretrained(reference: str, auto: str, dtype: torch.dtype | None) -> Any
     """
     import transformers
 
-    arguments = {**source(reference), **(unpacked() if is_gguf(reference) else {})}
+    more = unpacked() if is_gguf(reference) else {}
     try:
-        with _without_bars(reference):
+        with _without_bars(reference), source(reference) as arguments:
             model, info = getattr(transformers, auto).from_pretrained(
-                **arguments, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False
+                **arguments, **more, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False
             )
     except Exception as error:  # hub, file formats and configurations raise many kinds of errors
         raise PruneForgeError(f"model {reference!r} cannot be loaded: {first_line(error)}") from error

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,18 +22,24 @@ def is_gguf(reference: str) -> bool:
     return Path(reference).suffix.lower() == SUFFIX and Path(reference).is_file()
 
 
-def source(reference: str) -> dict[str, str]:
-    """Return the arguments by which `from_pretrained` of transformers loads a folder, a hub id or a GGUF file.
+@contextmanager
+def source(reference: str) -> Iterator[dict[str, str]]:
+    """Yield the arguments by which `from_pretrained` of transformers loads a folder, a hub id or a GGUF file.
+
+    Of a GGUF file it takes a folder too, and prefers other files there, such as another model's tokenizer; so it is
+    given one in which nothing else lies.
 
     Raises:
         PruneForgeError: It is a GGUF file, and the package that reads them is not installed.
     """
     if not is_gguf(reference):
-        return {"pretrained_model_name_or_path": reference}
+        yield {"pretrained_model_name_or_path": reference}
+        return
     if find_spec("gguf") is None:
         raise PruneForgeError("reading a GGUF file takes the extra 'gguf' (in a clone: pip install '.[gguf]')")
-    path = Path(reference)
-    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    with tempfile.TemporaryDirectory(prefix="pruneforge-gguf-") as folder:
+        (Path(folder) / "model.gguf").symlink_to(Path(reference).resolve())
+        yield {"pretrained_model_name_or_path": folder, "gguf_file": "model.gguf"}
 
 
 def config_of_gguf(reference: str) -> Any:
@@ -44,7 +52,8 @@ def config_of_gguf(reference: str) -> Any:
 def _config(reference: str, changed: int, size: int) -> Any:
     import transformers
 
-    return transformers.AutoConfig.from_pretrained(**source(reference), trust_remote_code=False)
+    with source(reference) as arguments:
+        return transformers.AutoConfig.from_pretrained(**arguments, trust_remote_code=False)
 
 
 def unpacked() -> dict[str, Any]:
@@ -70,11 +79,11 @@ def what_lies_in(folder: Path) -> str:
 
 
 def remarks(reference: str) -> Sequence[str]:
-    """Return that a GGUF file was de-quantised, and from what; nothing of another reference."""
+    """Return that the weights come from a GGUF file, and of what types; nothing of another reference."""
     if not is_gguf(reference):
         return ()
     from gguf import GGUFReader
 
     kinds = Counter(tensor.tensor_type.name for tensor in GGUFReader(reference).tensors)
     said = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
-    return (f"the weights were de-quantised from a GGUF file, tensors by type: {said}",)
+    return (f"the weights are those of a GGUF file, de-quantised where they were packed; tensors by type: {said}",)

@@ -101,6 +101,10 @@ def tokenizer_of(reference: str) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(**source(reference), trust_remote_code=False)
-    except Exception:  # a damaged one raises whatever its library does, a bare Exception among others
+        with source(reference) as arguments:
+            return transformers.AutoTokenizer.from_pretrained(**arguments, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError):
         return None  # a text source raises an error later that says what is missing
+    except Exception as error:  # what its library raises of a damaged one
+        reason = " ".join(str(error).split())[:200]
+        raise PruneForgeError(f"the tokenizer of {reference!r} is damaged: {reason}") from error

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -18,6 +20,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 _CHUNK = 1 << 22
+_PART = 1 << 26
+"""Bytes of a piece of a tensor, a multiple of the size of every dtype."""
 
 
 class Checkpoint:
@@ -79,6 +83,20 @@ class Checkpoint:
             UnfinishedError: The file cannot be read or has become shorter.
         """
         return read_tensor(self.folder / location.file, location, pinned)
+
+    def parts(self, location: TensorLocation) -> Iterator[Tensor]:
+        """Yield a tensor's values in pieces [n], in order, so that the largest tensor takes little memory.
+
+        Args:
+            location: The tensor's location.
+
+        Raises:
+            UnfinishedError: The file cannot be read or has become shorter.
+        """
+        for start in range(0, location.size, _PART):
+            size = min(_PART, location.size - start)
+            values = (size // location.dtype.itemsize,)
+            yield self.read(replace(location, shape=values, start=location.start + start, size=size))
 
     def fingerprint(self) -> str:
         """Return a hash of the configuration and of every tensor's name, dtype, shape and bytes.

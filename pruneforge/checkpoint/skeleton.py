@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -81,10 +81,11 @@ def check_others(module: nn.Module, blocks: Sequence[Block], checkpoint: Checkpo
     for name, parameter in module.named_parameters():
         if id(parameter) in pruned or not parameter.is_floating_point():
             continue
-        location = locations.get(id(parameter))
-        value = checkpoint.read(location) if checkpoint is not None and location is not None else parameter.detach()
-        if not all_finite(value):
-            raise PruneForgeError(f"{name!r} holds values that are not finite; the checkpoint is damaged")
+        values: Iterable[Tensor] = [parameter.detach()]
+        if checkpoint is not None and id(parameter) in locations:
+            values = checkpoint.parts(locations[id(parameter)])
+        if not all(map(all_finite, values)):
+            raise PruneForgeError(f"{name!r} holds values that are not finite; the model is damaged")
 
 
 def layer_locations(

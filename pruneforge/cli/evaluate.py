@@ -39,7 +39,7 @@ class Command(SettingsCommand):
 
 def evaluate(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder or hub id of the model, pruned or dense.", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help="Folder, hub id or file of a model, dense or pruned.", metavar="MODEL")],
     output: Annotated[
         Path | None,
         typer.Option(help="JSON file for the results and the recipe that repeats them.", metavar="FILE"),

@@ -67,7 +67,7 @@ class Command(SettingsCommand):
 
 def prune(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder or hub id of the model.", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help="Folder, hub id or file of the model.", metavar="MODEL")],
     metric: Annotated[
         str,
         typer.Option(

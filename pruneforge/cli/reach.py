@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import functools
+import os
 import socket
 import sys
 import threading
 from typing import Any
 from urllib.request import getproxies, proxy_bypass
 
-PATIENCE = 3.0
-"""Seconds to wait for the Hub's host."""
+PATIENCE = 10.0
+"""Seconds after which a host counts as not reached, if nothing says so earlier."""
+
+_asked: dict[str, bool] = {}
+"""Whether each host answered."""
+
+_asking = threading.Lock()
 
 
 def answer_fast() -> None:
@@ -23,19 +28,27 @@ def answer_fast() -> None:
 
     def check(request: Any) -> None:
         url = request.url
-        if constants.HF_HUB_OFFLINE or _has_proxy(url.scheme, url.host) or _answers(url.host, url.port or _port(url)):
-            return
-        constants.HF_HUB_OFFLINE = True
+        with _asking:
+            if (
+                constants.HF_HUB_OFFLINE
+                or _has_proxy(url.scheme, url.host)
+                or _answers(url.host, url.port or _port(url))
+            ):
+                return
+            constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that are begun later
         print(
             f"pruneforge: warning: {url.host} cannot be reached, so only what was downloaded before is used",
             file=sys.stderr,
         )
 
-    get_session().event_hooks["request"].insert(0, check)
+    hooks = get_session().event_hooks["request"]
+    if not any(getattr(hook, "__qualname__", "") == check.__qualname__ for hook in hooks):
+        hooks.insert(0, check)
 
 
 def _port(url: Any) -> int:
-    return 80 if url.scheme == "http" else 443
+    return int(url.port or (80 if url.scheme == "http" else 443))
 
 
 def _has_proxy(scheme: str, host: str) -> bool:
@@ -44,20 +57,21 @@ def _has_proxy(scheme: str, host: str) -> bool:
     return bool(proxies.get(scheme) or proxies.get("all")) and not proxy_bypass(host)
 
 
-@functools.cache
 def _answers(host: str, port: int) -> bool:
     """Return whether a host takes a connection."""
-    reached = threading.Event()
+    if host not in _asked:
+        done, reached = threading.Event(), []
 
-    def connect() -> None:
-        try:
-            socket.create_connection((host, port), timeout=PATIENCE).close()
-        except OSError:
-            return
-        reached.set()
+        def connect() -> None:
+            try:
+                socket.create_connection((host, port), timeout=PATIENCE).close()
+                reached.append(host)
+            except OSError:
+                pass
+            done.set()
 
-    # In a thread, since looking up a name has no limit of its own.
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    return reached.is_set()
+        # In a thread, since looking up a name has no limit of its own.
+        threading.Thread(target=connect, daemon=True).start()
+        done.wait(PATIENCE)
+        _asked[host] = bool(reached)
+    return _asked[host]

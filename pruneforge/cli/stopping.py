@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
 from typing import Any
 
 import typer
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+SAME = 1.0
+"""Seconds within which signals count as one: schedulers and `timeout` send theirs to a process and to its group."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -28,16 +34,36 @@ def stop_in_order() -> None:
 
     What is on the disk can go on after either. Signals that whoever started the process has it ignore stay ignored.
     """
-    for number in _SIGNALS:
-        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-            signal.signal(number, _stop)
+    ours = [each for each in _SIGNALS if signal.getsignal(each) in (signal.SIG_DFL, signal.default_int_handler)]
+    for number in ours:
+        signal.signal(number, _stop)
+    # Python runs a handler between two steps of its own. A thread sees the second signal even while the first still
+    # waits for a call into a library to return, which between processes may be hours.
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=_end_at_the_second, args=(reading, ours), name="pruneforge-signals", daemon=True).start()
+
+
+def _end_at_the_second(reading: int, ours: list[signal.Signals]) -> None:
+    first: float | None = None
+    while received := os.read(reading, 1):
+        if received[0] not in ours:
+            continue
+        first = first or time.monotonic()
+        if time.monotonic() - first > SAME:
+            os._exit(128 + received[0])
 
 
 def _stop(number: int, frame: Any) -> None:
     for each in _SIGNALS:
         if signal.getsignal(each) is _stop:
-            signal.signal(each, signal.SIG_DFL)
+            signal.signal(each, _ignore)  # what ends now is not interrupted again, but for the thread's end
     raise Stopped(number)
+
+
+def _ignore(number: int, frame: Any) -> None:
+    """Do nothing; unlike with SIG_IGN the thread still hears of the signal."""
 
 
 def stopped(error: KeyboardInterrupt) -> typer.Exit:

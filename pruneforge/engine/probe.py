@@ -80,7 +80,10 @@ def probe(
                 taken, store = _probe_gradients(chain, captured[0], output, kinds)
                 seconds["gradients"] = (plain + taken) * count * blocks + 2 * reading * blocks
                 stats = streams.with_model_gradients(block, stats, dict.fromkeys(kinds, store))
-        seconds["prune"] = sum(timed(partial(_prune, each, block, stats, device))[1] for each in runs) * blocks
+        # Several runs begin with the same weights, of which a copy is kept.
+        kept = [layer.weight.clone() for layer in block.layers] if len(runs) > 1 else []
+        seconds["prune"] = timed(lambda: _prune(runs, block, stats, device))[1] * blocks
+        del kept
         if recovers_blocks(run.recovery):
             dense = {layer.name: layer.weight.clone() for layer in block.layers}
             masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in dense.items()}
@@ -98,24 +101,27 @@ def probe(
     return seconds, held * (blocks + 2 if kinds else 2)
 
 
-def _prune(run: Run, block: Block, stats: BlockStatistics, device: torch.device) -> None:
-    """Make the masks of a block, and drop them."""
+def _prune(runs: Sequence[Run], block: Block, stats: BlockStatistics, device: torch.device) -> None:
+    """Make the masks of a block for each run, and drop them."""
     # By input. Empty at each call: on a device the second call is timed, and it must compute the shared values.
     shared: dict[int, dict[Any, Any]] = {}
-    layers = reached(block.layers, stats, run.requires)
-    fresh = {
-        layer.name: LayerStatistics(dict(stats[layer.name].items()), shared.setdefault(stats[layer.name].input_key, {}))
-        for layer in layers
-    }
-    own = {name: of_layer.owned_by(run.metric) for name, of_layer in fresh.items()}
-    seed_random_numbers(run.seed, device)
-    pruned = run.metric.prune_block(layers, own, dict.fromkeys(own, run.pattern))
-    for layer in layers:
-        for refiner in run.refiners:
-            if refiner.masks_only and pruned[layer.name].weight is not None:
-                continue
-            of_layer = fresh[layer.name].owned_by(refiner)
-            pruned[layer.name] = refiner.refine(layer, of_layer, pruned[layer.name], run.pattern)
+    for run in runs:
+        layers = reached(block.layers, stats, run.requires)
+        fresh = {
+            layer.name: LayerStatistics(
+                dict(stats[layer.name].items()), shared.setdefault(stats[layer.name].input_key, {})
+            )
+            for layer in layers
+        }
+        own = {name: of_layer.owned_by(run.metric) for name, of_layer in fresh.items()}
+        seed_random_numbers(run.seed, device)
+        pruned = run.metric.prune_block(layers, own, dict.fromkeys(own, run.pattern))
+        for layer in layers:
+            for refiner in run.refiners:
+                if refiner.masks_only and pruned[layer.name].weight is not None:
+                    continue
+                of_layer = fresh[layer.name].owned_by(refiner)
+                pruned[layer.name] = refiner.refine(layer, of_layer, pruned[layer.name], run.pattern)
 
 
 def _probe_gradients(

@@ -114,6 +114,8 @@ class Adapter(Configurable, ABC):
     def remarks(self, reference: str) -> Sequence[str]:
         """Return what a user must know of how `load` made the weights from a checkpoint; reports warn of it.
 
+        Streamed models, which have the weights of their checkpoint, are not asked about.
+
         Args:
             reference: A folder, hub id or file that `declines` did not decline.
         """

@@ -21,7 +21,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = Field(description="Folder or hub id of the model.", json_schema_extra={"metavar": "MODEL"})
+    model: str = Field(description="Folder, hub id or file of the model.", json_schema_extra={"metavar": "MODEL"})
     batch_size: int | None = Field(
         None,
         ge=1,

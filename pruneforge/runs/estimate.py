@@ -22,7 +22,7 @@ from pruneforge.interfaces.run import Run
 from pruneforge.interfaces.statistics import empty_statistics, kind_of, of_model_gradients
 from pruneforge.memory import one_line_for_full_devices
 from pruneforge.numerics import exact_arithmetic
-from pruneforge.runs.job import Job, make_job
+from pruneforge.runs.job import Job, make_job, refuse_single_pattern
 from pruneforge.runs.loading import in_evaluation_mode
 from pruneforge.runs.parts import Metrics
 
@@ -106,6 +106,7 @@ def estimate_each(
     Raises:
         PruneForgeError: As `prune_each` does.
     """
+    refuse_single_pattern(settings)
     chosen = {"patterns": patterns, "output": output, "propagate": propagate, **settings}
     return _estimated(make_job(model, metric, calibration, **chosen))
 
@@ -114,6 +115,8 @@ def _estimated(job: Job) -> Estimate:
     """Estimate the pass of a job."""
     session = job.open(Group(), streamed=not isinstance(job.model, nn.Module))
     runs, loaded, batches = session.runs, session.loaded, session.data.batches
+    if loaded.checkpoint is None:
+        job.refuse_what_streams(loaded.note or "this one is not")
     blocks = runs[0].blocks
     with (
         exact_arithmetic(runs[0].seed, job.device),

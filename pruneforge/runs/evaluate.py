@@ -119,7 +119,8 @@ def evaluate(  # noqa: D417 -- the settings are described where they are declare
             results, shrunk = _in_batches_that_fit(evaluator, subject)
         finally:
             loaded.module.to(home)
-    warnings, records = [*results.pop("warnings", []), *shrunk, *changed, *loaded.remarks], results.pop("items", None)
+    records = results.pop("items", None)
+    warnings = [*results.pop("warnings", []), *shrunk, *dict.fromkeys(changed), *loaded.remarks]
     if items and records is None:
         warnings = [*warnings, f"evaluator {evaluator.name!r} keeps no record of its items, so there is none"]
     outcome = {
@@ -155,7 +156,7 @@ def _in_batches_that_fit(evaluator: Evaluator, subject: Subject) -> tuple[dict[s
                 results = evaluator.evaluate(subject)
             break
         except DeviceFullError:
-            tried = subject.batch_size or max(subject.sizes, default=1)
+            tried = subject.batch_size or (subject.sizes or [1])[-1]
             if tried == 1 or (subject.batch_size is not None and usual is None):
                 raise
         # Here, since the error holds on to everything that filled the memory.

@@ -111,7 +111,7 @@ class Job:
         """Prune as `run` says, in batches whose size is added to `sizes`."""
         streamed = self.runs[0].folder is not None and not isinstance(self.model, nn.Module)
         if not streamed:
-            self._refuse_what_streams("that takes a folder or hub id and an output")
+            self.refuse_what_streams("that takes a folder or hub id and an output")
         for run in self.runs:
             # What an unfinished run's folder holds is checked later, by its journal, once that is locked.
             unfinished = run.folder is not None and (self.resources.resume or (run.folder / JOURNAL_FILE).is_file())
@@ -131,7 +131,7 @@ class Job:
             ):
                 streams = session.loaded.checkpoint is not None
                 if not streams:
-                    self._refuse_what_streams(session.loaded.note or "this one is not")
+                    self.refuse_what_streams(session.loaded.note or "this one is not")
                 session.identify()
                 if begin is not None:
                     begin(session)
@@ -182,8 +182,15 @@ class Job:
                     "search in one, and give the others the allocation that its report holds, as a file"
                 )
 
-    def _refuse_what_streams(self, why: str) -> None:
-        """Reject what only a streamed run can do."""
+    def refuse_what_streams(self, why: str) -> None:
+        """Raise if something is asked for that only a streamed run can do.
+
+        Args:
+            why: Why this run is not streamed.
+
+        Raises:
+            PruneForgeError: Naming it.
+        """
         asked = {
             "resume": self.resources.resume,
             "memory budget": self.resources.budgets != Budgets(),
@@ -251,6 +258,17 @@ def make_job(
     streams = {name: opened(stream, {}, installed) for name, stream in given_streams.items()}
     device, _, _ = parse_device(recipe.device), parse_dtype(recipe.dtype), resources.budgets
     return Job(model, runs, data, streams, processor, device, resources, installed)
+
+
+def refuse_single_pattern(settings: Mapping[str, Any]) -> None:
+    """Raise if the settings of several runs hold a pattern of one.
+
+    Raises:
+        PruneForgeError: Naming it.
+    """
+    for name in ("sparsity", "pattern"):
+        if name in settings:
+            raise PruneForgeError(f"prune_each takes its sparsities and patterns as `patterns`, not as {name}=")
 
 
 def opened(data: Data, options: Mapping[str, Any], installed: Plugins) -> Source | RawBatches:

@@ -15,6 +15,7 @@ from torch import nn
 
 from pruneforge.checkpoint.reader import Checkpoint, check_links
 from pruneforge.checkpoint.skeleton import make_skeleton, missing_parameters
+from pruneforge.engine.guard import named
 from pruneforge.errors import PruneForgeError, unknown_name
 from pruneforge.interfaces.adapter import Adapter, LoadedModel
 from pruneforge.interfaces.registry import Registry
@@ -86,7 +87,7 @@ def load_model(
     said = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items()) or "none is installed"
     if Path(reference).is_file():
         raise PruneForgeError(
-            f"{reference!r} is a file, which no adapter takes; a model is a folder or a hub id ({said})"
+            f"{reference!r} is a file, which no adapter takes; a model is a folder, a hub id or its own file ({said})"
         )
     raise PruneForgeError(f"no adapter takes {reference!r}: {said}")
 
@@ -104,7 +105,8 @@ def _load(adapter: Adapter, reference: str, dtype: torch.dtype | None, processor
                 return LoadedModel(skeleton.module, adapter, processor or skeleton.processor, reference, checkpoint)
             note = f"the checkpoint has no tensor {missing[0]!r}, so the model was loaded whole"
     module, own_processor = adapter.load(reference, dtype)
-    remarks = tuple(adapter.remarks(reference))
+    who = f"adapter {adapter.name!r}"
+    remarks = named(who, "on what it has to say of a checkpoint", lambda: list(adapter.remarks(reference)))
     return LoadedModel(module, adapter, processor or own_processor, reference, None, note, remarks)
 
 

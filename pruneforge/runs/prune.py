@@ -21,7 +21,7 @@ from pruneforge.plugins import loaded_plugins
 from pruneforge.progress import Progress
 from pruneforge.runs import report_file as reports
 from pruneforge.runs.documented import documented
-from pruneforge.runs.job import make_job
+from pruneforge.runs.job import make_job, refuse_single_pattern
 from pruneforge.runs.loading import load_model, parse_device
 from pruneforge.runs.parts import Metrics
 from pruneforge.runs.resources import Resources
@@ -137,9 +137,7 @@ def prune_each(
         PruneForgeError: As `prune` does; also if a metric or pattern is repeated, there is none, or the model
             cannot be streamed.
     """
-    for name in ("sparsity", "pattern"):
-        if name in settings:
-            raise PruneForgeError(f"prune_each takes its sparsities and patterns as `patterns`, not as {name}=")
+    refuse_single_pattern(settings)
     job = make_job(model, metric, calibration, patterns=patterns, output=output, propagate=propagate, **settings)
     names = [run.folder.name for run in job.runs if run.folder is not None]
     return dict(zip(names, job.run(), strict=True))

@@ -15,6 +15,7 @@ from pruneforge.checkpoint.skeleton import check_others
 from pruneforge.data.calibration import Calibration
 from pruneforge.engine.guard import named
 from pruneforge.engine.processes import Group
+from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import LoadedModel
 from pruneforge.interfaces.batch import Batch
 from pruneforge.interfaces.objective import Objective
@@ -85,13 +86,21 @@ class Session:
         Raises:
             PruneForgeError: What is not pruned of it is damaged already.
         """
-        checkpoint = self.loaded.checkpoint
-        check_others(self.loaded.module, [*self.runs[0].blocks], checkpoint)
+        checkpoint, blocks = self.loaded.checkpoint, self.runs[0].blocks
         if checkpoint is None:
+            check_others(self.loaded.module, blocks, None)
             self.fingerprint = provenance.fingerprint(self.loaded.module)
             return
         with self.profile.stage("total"), self.profile.stage("fingerprint"):
-            self.fingerprint = self.group.gather(checkpoint.fingerprint() if self.group.first else "")[0]
+            error: PruneForgeError | None = None
+            found: dict[str, str] = {}
+            if self.group.first:
+                try:
+                    check_others(self.loaded.module, blocks, checkpoint)
+                    found = {"": checkpoint.fingerprint()}
+                except PruneForgeError as damaged:
+                    error = damaged
+            self.fingerprint = self.group.agree(error, found)[""]
 
     def rooms(self, runs: list[Run]) -> tuple[int, int]:
         """Return how many bytes of hidden states fit in host memory and on the device; see `Budgets`."""

@@ -14,6 +14,7 @@ from pruneforge.cli import reach
 
 @pytest.fixture
 def listener():
+    reach._asked.clear()
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
@@ -24,7 +25,7 @@ def test_a_host_that_takes_no_connection_is_found_out(listener):
     port = listener.getsockname()[1]
     assert reach._answers("127.0.0.1", port)
     listener.close()
-    reach._answers.cache_clear()
+    reach._asked.clear()
     assert not reach._answers("127.0.0.1", port)
     assert not reach._answers("no-such-host.invalid", 443)
 

@@ -112,7 +112,7 @@ def in_tensor(folder, name, value):
     tensors = load_file(folder / listed[name])
     tensors[name].view(-1)[3] = value
     save_file(tensors, folder / listed[name], {"format": "pt"})
-    return f"{name!r} holds values that are not finite; the checkpoint is damaged"
+    return f"{name!r} holds values that are not finite; the model is damaged"
 
 
 @pytest.mark.parametrize("damage", [break_ for name, break_ in sorted(globals().items()) if name.startswith("break_")])

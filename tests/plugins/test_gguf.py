@@ -59,8 +59,8 @@ def write(model: transformers.LlamaForCausalLM, path: Path, packed: bool = False
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([chr(33 + number) for number in range(config.vocab_size - 3)] + ['!"', "<s>", "</s>"])
-    writer.add_token_merges(['! "'])
+    writer.add_token_list([chr(33 + number) for number in range(config.vocab_size - 4)] + ['!"', "#$", "<s>", "</s>"])
+    writer.add_token_merges(['! "', "# $"])
     writer.add_bos_token_id(config.vocab_size - 2)
     writer.add_eos_token_id(config.vocab_size - 1)
     outside = {
@@ -101,7 +101,21 @@ def test_a_file_is_pruned_as_the_model_it_was_made_of(tmp_path: Path) -> None:
     assert getattr(loaded.config, "quantization_config", None) is None
     with torch.no_grad():
         assert torch.equal(loaded(data[0]).logits, model(data[0]).logits)
-    assert any("de-quantised from a GGUF file, tensors by type: 30 F32" in w for w in found.report["warnings"])
+    assert any("those of a GGUF file" in w and "by type: 30 F32" in w for w in found.report["warnings"])
+
+
+def test_what_lies_beside_a_file_has_no_part_in_it(tmp_path: Path) -> None:
+    file = write(tiny_llama(torch.float32), tmp_path / "tiny.gguf")
+    transformers.ByT5Tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "another"}')
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+
+    pruneforge.prune(str(file), "magnitude", sparsity=0.5, output=tmp_path / "out")
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.tokenize("abc") == ["a", "b", "c"]
+    assert tokenizer.vocab_size == 96
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").model_type == "llama"
 
 
 def test_what_was_quantised_is_de_quantised(tmp_path: Path) -> None:
