@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from pruneforge.checkpoint.journal import JOURNAL_FILE
@@ -44,8 +45,12 @@ def download(repository: str, revision: str) -> Path:
         PruneForgeError: They cannot be downloaded.
     """
     files = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md"]
+    asked: dict[str, Any] = {"revision": revision, "allow_patterns": files, "ignore_patterns": ["*/*"]}
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=files, ignore_patterns=["*/*"]))
+        try:
+            return Path(snapshot_download(repository, **asked))
+        except OfflineModeIsEnabled:  # some versions ask the Hub for the files of a commit that the cache holds
+            return Path(snapshot_download(repository, **asked, local_files_only=True))
     except Exception as error:  # hub, network and cache raise many kinds of errors
         reason = " ".join(str(error).split())[:200]
         raise PruneForgeError(
