@@ -133,6 +133,13 @@ def test_a_model_in_memory_is_named_too():
         pruneforge.prune(model, "magnitude", 0.5)
 
 
+def test_layers_that_are_excluded_are_looked_at_too(tmp_path):
+    folder = saved(tmp_path / "model")
+    said = in_tensor(folder, "model.layers.2.mlp.down_proj.weight", math.nan)
+    with pytest.raises(PruneForgeError, match=said):
+        pruneforge.prune(folder, "magnitude", 0.5, exclude=["*.down_proj"], output=tmp_path / "out")
+
+
 def test_links_within_a_folder_and_of_the_hubs_cache_are_followed(tmp_path):
     folder = saved(tmp_path / "model", shards=False)
     (folder / "model.safetensors").rename(folder / "weights")

@@ -84,6 +84,19 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(what, code, said, tmp_
     assert outcome(run.output) == expected(run, tmp_path / "whole")
 
 
+def test_one_of_two_processes_that_is_stopped_ends_the_run_which_goes_on(tmp_path):
+    run = Run(tmp_path, f'if os.environ["RANK"] == "1": {TERMINATED}', tmp_path / "out")
+    asked = ("prune", CHECKPOINT, *commands.SETTINGS, "-p", run.plugin)
+    whole, stopped = tmp_path / "whole", commands.run_together(2, *asked, "--output", run.output)
+    assert [done.returncode for done in stopped] == [2, 128 + signal.SIGTERM], [done.stderr for done in stopped]
+    assert "another process of the run ended" in stopped[0].stderr
+    run.armed.unlink()
+    for output in (run.output, whole):
+        ranks = commands.run_together(2, *asked, "--output", output, *(["--resume"] if output is run.output else []))
+        assert [done.returncode for done in ranks] == [0, 0], [done.stderr for done in ranks]
+    assert outcome(run.output) == outcome(whole)
+
+
 def test_a_disk_that_fills_leaves_a_run_that_can_go_on(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

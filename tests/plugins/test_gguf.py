@@ -104,6 +104,15 @@ def test_a_file_is_pruned_as_the_model_it_was_made_of(tmp_path: Path) -> None:
     assert any("those of a GGUF file" in w and "by type: 30 F32" in w for w in found.report["warnings"])
 
 
+def test_several_runs_which_need_streaming_are_refused_before_and_in_an_estimate(tmp_path: Path) -> None:
+    file = write(tiny_llama(torch.float32), tmp_path / "tiny.gguf")
+
+    for each in (pruneforge.prune_each, pruneforge.estimate_each):
+        with pytest.raises(PruneForgeError, match="more than one metric or pattern needs a model that is streamed"):
+            each(str(file), "magnitude", [0.3, 0.5], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_lies_beside_a_file_has_no_part_in_it(tmp_path: Path) -> None:
     file = write(tiny_llama(torch.float32), tmp_path / "tiny.gguf")
     transformers.ByT5Tokenizer().save_pretrained(tmp_path)
