@@ -312,7 +312,7 @@ def test_the_first_mistake_is_named_whatever_else_is_wrong(checkpoint, tmp_path)
         pruneforge.prune_each(checkpoint, "magnitude", [0.5], output=tmp_path / "out", plugins=[])
     with pytest.raises(pruneforge.PruneForgeError, match="an estimate is for one pattern"):
         pruneforge.estimate(checkpoint, "magnitude", patterns=[0.3, 0.5])
-    with pytest.raises(pruneforge.PruneForgeError, match="takes its sparsities and patterns as `patterns`, not as sparsity="):
+    with pytest.raises(pruneforge.PruneForgeError, match="its sparsities and patterns as `patterns`, not as sparsity="):
         pruneforge.estimate_each(checkpoint, "magnitude", [0.3], sparsity=0.5)
 
 
