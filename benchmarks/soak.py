@@ -41,21 +41,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=200, help="runs in one process")
     parser.add_argument("--pairs", type=int, default=200, help="runs of two processes")
+    parser.add_argument("--only", choices=PARTS, help="run one part, and keep what was found of the other")
     parser.add_argument("--output", type=Path, default=RESULTS)
     asked = parser.parse_args()
+    counts = {"in_one_process": asked.runs, "of_two_processes": asked.pairs}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from pruneforge.runs.provenance import machine, versions
 
     with tempfile.TemporaryDirectory(prefix="pruneforge-soak-") as folder:
-        found = {
-            "in_one_process": in_one_process(asked.runs, Path(folder)),
-            "of_two_processes": of_two_processes(asked.pairs, Path(folder)),
-            "machine": machine(),
-            "versions": versions(),
-        }
+        found: dict[str, Any] = json.loads(asked.output.read_text()) if asked.only and asked.output.exists() else {}
+        for name, part in PARTS.items():
+            if asked.only in (None, name):
+                found[name] = part(counts[name], Path(folder)) | {"machine": machine(), "versions": versions()}
     asked.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps({name: found[name] for name in ("in_one_process", "of_two_processes")}, indent=2))
-    problems = [problem for name in ("in_one_process", "of_two_processes") for problem in found[name]["problems"]]
+    print(json.dumps(found, indent=2))
+    problems = [problem for part in found.values() for problem in part["problems"]]
     if problems:
         sys.exit("; ".join(problems))
 
@@ -137,6 +137,9 @@ def of_two_processes(runs: int, folder: Path) -> dict[str, Any]:
     problems = [f"{count} ended with {code}" for code, count in ends.items() if code != "0"]
     problems += ["results differ"] if len(outcomes) > len(METRICS) else []
     return {"runs": runs, "ends": dict(ends), "problems": problems}
+
+
+PARTS = {"in_one_process": in_one_process, "of_two_processes": of_two_processes}
 
 
 if __name__ == "__main__":
