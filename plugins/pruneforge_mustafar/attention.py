@@ -43,19 +43,30 @@ def attention(model: Any, attend: Attend) -> Iterator[None]:
             [samples, heads, tokens, channels].
 
     Raises:
-        PruneForgeError: The model does not let its attention be replaced.
+        PruneForgeError: The model does not let its attention be replaced, or has one of another kind.
     """
-    before = model.config._attn_implementation
+    used = False
+
+    def counted(*args: Any, **more: Any) -> Tensor:
+        nonlocal used
+        used = True
+        if more.get("s_aux") is not None:
+            raise PruneForgeError(f"the attention of {type(model).__name__} has sinks, which are not supported")
+        return attend(*args, **more)
+
     try:
+        before = model.config._attn_implementation
         model.set_attn_implementation(NAME)
     except (AttributeError, ValueError) as error:
         raise PruneForgeError(f"the attention of {type(model).__name__} cannot be replaced: {error}") from error
-    token = _attend.set(attend)
+    token = _attend.set(counted)
     try:
         yield
     finally:
         _attend.reset(token)
         model.set_attn_implementation(before)
+    if not used:  # some old models compute it by themselves, whatever is set
+        raise PruneForgeError(f"the attention of {type(model).__name__} cannot be replaced, so its cache is not pruned")
 
 
 def plain(

@@ -187,3 +187,32 @@ def test_a_cache_says_what_it_cannot_do():
     model, cache = tiny_llama(), PrunedCache(Pruning(0.5, "output"), Pruning(0.5), 2)
     with pytest.raises(PruneForgeError, match=r"within cache\.watching"):
         decoded(model, tokens(1, 8), cache, 4)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "bloom", "gptj", "opt", "falcon", "mpt"])
+def test_other_models_are_pruned_or_refused_and_never_left_alone(kind):
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 96,
+        "word_embed_proj_dim": 32,
+    }
+    own = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "d_model": 32, "n_layers": 2, "n_heads": 4}
+    config = transformers.AutoConfig.for_model(kind, **{**sizes, **own} if kind in ("gptj", "mpt") else sizes)
+    model, ids = transformers.AutoModelForCausalLM.from_config(config).eval(), tokens(2, 20)
+    with torch.no_grad():
+        dense = model(input_ids=ids, use_cache=False).logits
+        try:
+            with attention(model, OneShot(Pruning(0.7), Pruning(0.7), 4)):
+                found = model(input_ids=ids, use_cache=False).logits
+        except PruneForgeError as error:
+            assert "cannot be replaced" in str(error)
+            return
+    assert (found[:, -1] - dense[:, -1]).abs().max() > 1e-6
+
+
+def test_models_without_text_are_refused_in_one_line():
+    with pytest.raises(PruneForgeError, match="cannot be replaced") as error:
+        pruneforge.evaluate("demo:image", "kv-perplexity", data="python-docs")
+    assert "\n" not in str(error.value)
