@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -183,7 +184,7 @@ def joined(device: torch.device) -> Iterator[Group]:
         torch.cuda.set_device(device)  # objects are exchanged through the current device
     started = not dist.is_initialized()
     if started:
-        with _others():
+        with _others(), _greetings_aside():
             if device.type == "cuda":
                 dist.init_process_group("nccl", timeout=PATIENCE, device_id=device)
             else:
@@ -198,6 +199,19 @@ def joined(device: torch.device) -> Iterator[Group]:
         raise
     if started:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _greetings_aside() -> Iterator[None]:
+    """Send what C++ prints to standard output to standard error: gloo of torch 2.9 and 2.10 would precede our JSON."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _moved(value: Any, device: torch.device) -> Any:
