@@ -35,14 +35,21 @@ def stop_in_order() -> None:
     What is on the disk can go on after either. Signals that whoever started the process has it ignore stay ignored.
     """
     ours = [each for each in _SIGNALS if signal.getsignal(each) in (signal.SIG_DFL, signal.default_int_handler)]
-    for number in ours:
-        signal.signal(number, _stop)
+    before = {number: signal.signal(number, _stop) for number in ours}
     # Python runs a handler between two steps of its own. A thread sees the second signal even while the first still
     # waits for a call into a library to return, which between processes may be hours.
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=_end_at_the_second, args=(reading, ours), name="pruneforge-signals", daemon=True).start()
+
+    def forget() -> None:
+        signal.set_wakeup_fd(-1)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    # A forked process, such as one that reads images, would tell the thread of its parent of its own signals.
+    os.register_at_fork(after_in_child=forget)
 
 
 def _end_at_the_second(reading: int, ours: list[signal.Signals]) -> None:
