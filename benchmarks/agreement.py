@@ -98,13 +98,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.model and not arguments.text:
         parser.error("--model needs --text")
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if arguments.model:
-        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         known["pretrained"] = pretrained(arguments.model, arguments.text)
         RESULTS.write_text(json.dumps(known, indent=2) + "\n")
         speed_page.write()
         return
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     document: dict[str, Any] = {"machine": machine(), "versions": versions(), "metrics": {}}
     document |= {"pretrained": known["pretrained"]} if "pretrained" in known else {}
     with tempfile.TemporaryDirectory() as scratch:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 from transformers.models.llama.modeling_llama import repeat_kv
@@ -20,13 +20,64 @@ from pruneforge_mustafar.rules import QUERIES, Pruning, query_sums
 NAME = "pruneforge_mustafar"
 """What transformers calls this attention."""
 
-Attend = Callable[..., Tensor]
+
+@dataclass(frozen=True)
+class Inputs:
+    """What an attention function of transformers is given.
+
+    Attributes:
+        layer: Number of the layer.
+        query: Queries [samples, query heads, tokens, channels].
+        key: Keys [samples, heads, seen tokens, channels].
+        value: Values, as `key`.
+        mask: What is added to the scores [samples, 1, tokens, seen tokens], or `None`.
+        scaling: What the products are multiplied by.
+        softcap: Where scores are capped, or `None`.
+    """
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float
+    softcap: float | None
+
+    def repeated(self, states: Tensor) -> Tensor:
+        """Return keys or values with a head for each query head."""
+        return repeat_kv(states, self.query.shape[1] // self.key.shape[1])
+
+    def weights(self, scores: Tensor) -> Tensor:
+        """Return the weights of attention, as transformers computes them, from products of queries and keys."""
+        scores = scores * self.scaling
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        if self.mask is not None:
+            scores = scores + self.mask[:, :, :, : scores.shape[-1]]
+        return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(self.query.dtype)
+
+
+Attend = Callable[[Inputs], Tensor]
 
 _attend: ContextVar[Attend] = ContextVar("attend")
 
 
-def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **more: Any) -> Any:
-    return _attend.get()(module, query, key, value, mask, **more).transpose(1, 2).contiguous(), None
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    if s_aux is not None:
+        raise PruneForgeError(f"attention with sinks, as {type(module).__name__} has, is not supported")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    inputs = Inputs(module.layer_idx, query, key, value, mask, scaling, softcap)
+    return _attend.get()(inputs).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, _attention)
@@ -39,27 +90,24 @@ def attention(model: Any, attend: Attend) -> Iterator[None]:
 
     Args:
         model: The model.
-        attend: Takes what transformers gives to attention functions, and returns outputs
-            [samples, heads, tokens, channels].
+        attend: Returns outputs [samples, query heads, tokens, channels] for the inputs of a layer.
 
     Raises:
         PruneForgeError: The model does not let its attention be replaced, or has one of another kind.
     """
     used = False
 
-    def counted(*args: Any, **more: Any) -> Tensor:
+    def noted(inputs: Inputs) -> Tensor:
         nonlocal used
         used = True
-        if more.get("s_aux") is not None:
-            raise PruneForgeError(f"the attention of {type(model).__name__} has sinks, which are not supported")
-        return attend(*args, **more)
+        return attend(inputs)
 
     try:
         before = model.config._attn_implementation
         model.set_attn_implementation(NAME)
     except (AttributeError, ValueError) as error:
         raise PruneForgeError(f"the attention of {type(model).__name__} cannot be replaced: {error}") from error
-    token = _attend.set(counted)
+    token = _attend.set(noted)
     try:
         yield
     finally:
@@ -69,19 +117,10 @@ def attention(model: Any, attend: Attend) -> Iterator[None]:
         raise PruneForgeError(f"the attention of {type(model).__name__} cannot be replaced, so its cache is not pruned")
 
 
-def plain(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    **_: Any,
-) -> Tensor:
-    """Return the outputs of plain attention [samples, heads, tokens, channels]."""
-    key, value = (repeat_kv(each, query.shape[1] // each.shape[1]) for each in (key, value))
-    return _weights(query @ key.transpose(2, 3), mask, query, scaling, softcap) @ value
+def plain(inputs: Inputs) -> Tensor:
+    """Return the outputs of plain attention [samples, query heads, tokens, channels]."""
+    key, value = inputs.repeated(inputs.key), inputs.repeated(inputs.value)
+    return inputs.weights(inputs.query @ key.transpose(2, 3)) @ value
 
 
 @dataclass(frozen=True)
@@ -98,28 +137,16 @@ class OneShot:
     values: Pruning
     window: int
 
-    def __call__(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        **_: Any,
-    ) -> Tensor:
-        """Return the outputs [samples, heads, tokens, channels]."""
-        sums = self._sums_at_leaving(query, key) if self.keys.rule == "output" else None
-        shares = query.shape[1] // key.shape[1]
-        pruned_key = repeat_kv(self._pruned(self.keys, key, sums), shares)
-        pruned_value = repeat_kv(self._pruned(self.values, value, None), shares)
-        key, value = repeat_kv(key, shares), repeat_kv(value, shares)
-        tokens = query.shape[2]
-        dense = self._dense(self.keys, tokens, query.device)
-        scores = torch.where(dense, query @ key.transpose(2, 3), query @ pruned_key.transpose(2, 3))
-        weights = _weights(scores, mask, query, scaling, softcap)
-        dense = self._dense(self.values, tokens, query.device)
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """Return the outputs [samples, query heads, tokens, channels]."""
+        query, tokens, device = inputs.query, inputs.query.shape[2], inputs.query.device
+        sums = self._sums_at_leaving(query, inputs.key) if self.keys.rule == "output" else None
+        pruned_key = inputs.repeated(self._pruned(self.keys, inputs.key, sums))
+        pruned_value = inputs.repeated(self._pruned(self.values, inputs.value, None))
+        key, value = inputs.repeated(inputs.key), inputs.repeated(inputs.value)
+        dense = self._dense(self.keys, tokens, device)
+        weights = inputs.weights(torch.where(dense, query @ key.transpose(2, 3), query @ pruned_key.transpose(2, 3)))
+        dense = self._dense(self.values, tokens, device)
         return (weights * dense) @ value + (weights * ~dense) @ pruned_value
 
     def _dense(self, pruning: Pruning, tokens: int, device: torch.device) -> Tensor:
@@ -140,15 +167,3 @@ class OneShot:
         before = torch.nn.functional.pad(sums, (0, 0, 1, 0))  # [..., t] is the sum of the first t queries
         leaves = (torch.arange(key.shape[2], device=key.device) + self.window).clamp(max=key.shape[2])
         return before[:, :, leaves] - before[:, :, (leaves - QUERIES).clamp(min=0)]
-
-
-def _weights(
-    scores: Tensor, mask: Tensor | None, query: Tensor, scaling: float | None, softcap: float | None
-) -> Tensor:
-    """Return the weights of attention, as transformers computes them, from products of queries and keys."""
-    scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None:
-        scores = scores + mask[:, :, :, : scores.shape[-1]]
-    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)

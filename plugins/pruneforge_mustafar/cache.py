@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from pruneforge import PruneForgeError
 from pruneforge_mustafar import bitmap
-from pruneforge_mustafar.attention import attention, plain
+from pruneforge_mustafar.attention import Inputs, attention, plain
 from pruneforge_mustafar.rules import QUERIES, Pruning, query_sums
 
 
@@ -93,7 +93,7 @@ class PrunedCache(Cache):
     """A cache for `generate(past_key_values=...)` and `forward` of any transformers model with plain attention.
 
     Pruned entries are zero; to hold fewer bytes takes kernels for the bitmap format, whose size `nbytes` counts.
-    Mustafar (Joo et al., 2025), section 3: per token and head, keys after their rotation, the latest 32 tokens dense.
+    Mustafar (Joo et al., 2025): per token and head, keys after their rotation, the latest 32 tokens dense.
     """
 
     def __init__(self, keys: Pruning, values: Pruning, window: int = 32) -> None:
@@ -118,11 +118,11 @@ class PrunedCache(Cache):
         Args:
             model: The model that the cache is for.
         """
+        layers: list[Any] = self.layers
 
-        def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **more: Any) -> Tensor:
-            layers: list[Any] = self.layers
-            layers[module.layer_idx].see(query)
-            return plain(module, query, key, value, mask, **more)
+        def attend(inputs: Inputs) -> Tensor:
+            layers[inputs.layer].see(inputs.query)
+            return plain(inputs)
 
         with attention(model, attend):
             yield

@@ -12,8 +12,8 @@ from urllib.request import getproxies, proxy_bypass
 PATIENCE = 10.0
 """Seconds after which a host counts as not reached, if nothing says so earlier."""
 
-_asked: dict[str, bool] = {}
-"""Whether each host answered."""
+_asked: dict[tuple[str, int], bool] = {}
+"""Whether each host answered, by port."""
 
 _asking = threading.Lock()
 
@@ -29,11 +29,7 @@ def answer_fast() -> None:
     def check(request: Any) -> None:
         url = request.url
         with _asking:
-            if (
-                constants.HF_HUB_OFFLINE
-                or _has_proxy(url.scheme, url.host)
-                or _answers(url.host, url.port or _port(url))
-            ):
+            if constants.HF_HUB_OFFLINE or _has_proxy(url.scheme, url.host) or _answers(url.host, _port(url)):
                 return
             constants.HF_HUB_OFFLINE = True
         os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that are begun later
@@ -59,13 +55,13 @@ def _has_proxy(scheme: str, host: str) -> bool:
 
 def _answers(host: str, port: int) -> bool:
     """Return whether a host takes a connection."""
-    if host not in _asked:
-        done, reached = threading.Event(), []
+    if (host, port) not in _asked:
+        done, reached = threading.Event(), threading.Event()
 
         def connect() -> None:
             try:
                 socket.create_connection((host, port), timeout=PATIENCE).close()
-                reached.append(host)
+                reached.set()
             except OSError:
                 pass
             done.set()
@@ -73,5 +69,5 @@ def _answers(host: str, port: int) -> bool:
         # In a thread, since looking up a name has no limit of its own.
         threading.Thread(target=connect, daemon=True).start()
         done.wait(PATIENCE)
-        _asked[host] = bool(reached)
-    return _asked[host]
+        _asked[host, port] = reached.is_set()
+    return _asked[host, port]

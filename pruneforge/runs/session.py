@@ -15,7 +15,6 @@ from pruneforge.checkpoint.skeleton import check_others
 from pruneforge.data.calibration import Calibration
 from pruneforge.engine.guard import named
 from pruneforge.engine.processes import Group
-from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import LoadedModel
 from pruneforge.interfaces.batch import Batch
 from pruneforge.interfaces.objective import Objective
@@ -92,14 +91,14 @@ class Session:
             self.fingerprint = provenance.fingerprint(self.loaded.module)
             return
         with self.profile.stage("total"), self.profile.stage("fingerprint"):
-            error: PruneForgeError | None = None
+            error: Exception | None = None
             found: dict[str, str] = {}
             if self.group.first:
                 try:
                     check_others(self.loaded.module, blocks, checkpoint)
                     found = {"": checkpoint.fingerprint()}
-                except PruneForgeError as damaged:
-                    error = damaged
+                except Exception as failed:  # of any kind: the other processes wait for what comes of it
+                    error = failed
             self.fingerprint = self.group.agree(error, found)[""]
 
     def rooms(self, runs: list[Run]) -> tuple[int, int]:

@@ -113,6 +113,19 @@ def test_several_runs_which_need_streaming_are_refused_before_and_in_an_estimate
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("kind", "kept"), [("Q4_0", 1), ("Q5_0", 1), ("Q8_0", 1), ("Q4_1", 0), ("Q5_1", 0)])
+def test_which_formats_keep_zeros(kind: str, kept: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 256, generator=generator)
+    zero = torch.rand(weight.shape, generator=generator) < 0.5
+    weight[zero] = 0
+    number = gguf.GGMLQuantizationType[kind]
+
+    back = torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), number), number))
+
+    assert bool((back[zero] == 0).all()) == bool(kept)
+
+
 def test_what_lies_beside_a_file_has_no_part_in_it(tmp_path: Path) -> None:
     file = write(tiny_llama(torch.float32), tmp_path / "tiny.gguf")
     transformers.ByT5Tokenizer().save_pretrained(tmp_path)

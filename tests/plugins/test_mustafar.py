@@ -106,7 +106,7 @@ def test_a_prompt_is_seen_whole_and_pruned_when_the_next_token_comes():
     assert (keys[:, :, 17:] != 0).all()
 
 
-def test_models_generate_with_it(tmp_path):
+def test_models_generate_with_it():
     model = transformers.AutoModelForCausalLM.from_pretrained(CHECKPOINT)
     ids = torch.tensor([[5, 80, 200, 33]])
     for beams in (1, 2):
