@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries below ar
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("PRUNEFORGE_QUIET", "1")  # messages are compared without the lines that tell of progress
+# What commands write is compared, and where plugin files lie is Python's own cache of them not their doing.
+os.environ["PYTHONDONTWRITEBYTECODE"], sys.dont_write_bytecode = "1", True
 os.environ.setdefault("COLUMNS", "200")  # tables are as wide as the terminal was when the console was made
 # Tiny models gain nothing from threads, which wait for one another as soon as something else runs on the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

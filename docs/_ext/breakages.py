@@ -110,7 +110,11 @@ def unpack(repository: Path, revision: str, folder: Path) -> None:
     command = ["git", "-C", str(repository), "archive", revision, PACKAGE]
     archive = subprocess.run(command, capture_output=True, check=True).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as opened:
-        opened.extractall(folder, filter="data")
+        # Python before 3.11.4 has no filters; the archive is git's own of this repository.
+        if hasattr(tarfile, "data_filter"):
+            opened.extractall(folder, filter="data")
+        else:
+            opened.extractall(folder)
 
 
 def check(repository: Path, revision: str | None = None) -> int:
