@@ -5,7 +5,7 @@ The named data sets are stored as files. `HF_HOME`, `HF_TOKEN` and `HF_DATASETS_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -13,6 +13,39 @@ from pydantic import Field
 from pruneforge import PruneForgeError, TextSource
 from pruneforge.data.text import Part
 from pruneforge_text.slices import Slice, split_slice
+
+
+def load_rows(source: str, location: Mapping[str, Any], columns: Sequence[str]) -> Any:
+    """Download a data set, or read it from the cache.
+
+    Args:
+        source: What messages call it.
+        location: Arguments of `datasets.load_dataset`.
+        columns: The columns that it must have.
+
+    Returns:
+        Its rows, a `datasets.Dataset`.
+
+    Raises:
+        PruneForgeError: It cannot be loaded, or lacks a column.
+    """
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(**location)
+    except Exception as error:
+        # datasets, its download backends and its file readers raise many kinds of errors.
+        reason = " ".join(str(error).split())[:300]
+        raise PruneForgeError(
+            f"source {source!r} cannot be loaded ({location['path']}): {reason}; "
+            "give a local file with `calibration` or `data` instead, or try again"
+        ) from error
+    lacking = next((name for name in columns if name not in rows.column_names), None)
+    if lacking is not None:
+        raise PruneForgeError(
+            f"source {source!r} ({location['path']}) has no column {lacking!r}; it has {', '.join(rows.column_names)}"
+        )
+    return rows
 
 
 class _HubText(TextSource):
@@ -38,23 +71,8 @@ class _HubText(TextSource):
         Raises:
             PruneForgeError: They cannot be loaded, or have no such column.
         """
-        import datasets
-
         location = self.location(part)
-        try:
-            rows = datasets.load_dataset(**location)
-        except Exception as error:
-            # datasets, its download backends and its file readers raise many kinds of errors.
-            reason = " ".join(str(error).split())[:300]
-            raise PruneForgeError(
-                f"source {self.name!r} cannot be loaded ({location['path']}): {reason}; "
-                "give a local file with `calibration` or `data` instead, or try again"
-            ) from error
-        if self.field not in rows.column_names:
-            raise PruneForgeError(
-                f"source {self.name!r} ({location['path']}) has no column {self.field!r}; "
-                f"it has {', '.join(rows.column_names)}"
-            )
+        rows = load_rows(self.name, location, [self.field])
         kind = getattr(rows.features[self.field], "dtype", "list")
         if kind not in ("string", "large_string"):
             raise PruneForgeError(

@@ -125,8 +125,8 @@ class Evaluator(Configurable, ABC):
 
         With `subject.items`, an `items` entry has a record of each item that was measured (an image, a window of text,
         a question): lists by column, each with an entry for each item, in an order that does not vary. The column `id`
-        has a text that no other item has, and the others have numbers. Where the measure is a mean over items, the
-        column of its name has that of each item.
+        has a text that no other item has, and each of the others has numbers alone, or texts alone. Where the measure
+        is a mean over items, the column of its name has that of each item.
 
         Raises:
             PruneForgeError: The data or the model does not fit the task.

@@ -125,8 +125,9 @@ def items_are_one_record_each(case: Case) -> None:
     assert all(isinstance(name, str) for name in names), "an item's `id` is no text"
     assert len(set(names)) == len(names), "several items have the same `id`"
     for name, column in items.items():
-        numbers = name == "id" or all(isinstance(value, int | float) and math.isfinite(value) for value in column)
-        assert numbers, f"column {name!r} of the items holds something that is no finite number"
+        numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in column)
+        texts = all(isinstance(value, str) for value in column)
+        assert numbers or texts, f"column {name!r} of the items holds neither finite numbers alone nor texts alone"
     measure = case.evaluator.measure
     if measure in items:
         mean = math.fsum(items[measure]) / len(names)

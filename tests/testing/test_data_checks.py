@@ -271,7 +271,12 @@ class Itemised(Steady):
         return {**results, "items": self.items(results["loss"])} if subject.items else results
 
     def items(self, loss):
-        return {"id": ["a", "b", "c", "d"], "loss": [loss + off for off in (0.5, -0.5, 1, -1)], "right": [1, 0, 1, 1]}
+        return {
+            "id": ["a", "b", "c", "d"],
+            "loss": [loss + off for off in (0.5, -0.5, 1, -1)],
+            "right": [1, 0, 1, 1],
+            "said": ["no", "yes", "", "no"],
+        }
 
 
 class Ragged(Itemised):
@@ -296,7 +301,7 @@ class Repeated(Itemised):
 
 class Worded(Itemised):
     def items(self, loss):
-        return {**super().items(loss), "right": ["yes", "no", "yes", "yes"]}
+        return {**super().items(loss), "right": ["yes", 0, "yes", "yes"]}
 
 
 class Astray(Itemised):
