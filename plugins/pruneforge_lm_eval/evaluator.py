@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,7 +65,7 @@ class LMEval(Evaluator):
         if model.processor is None:
             raise PruneForgeError("the model came without a tokenizer, which lm-eval needs; pass processor=")
         names = self._names()
-        manager = _task_manager(include)
+        manager = _task_manager(include, tuple(names))
         _check_known(names, manager)
         # The harness has bars of its own, shown where ours are. What else it prints must not stand among the results.
         shown = sys.stderr if subject.progress.shown else io.StringIO()
@@ -163,11 +164,33 @@ def _items(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[dict[str
 
 
 @functools.cache
-def _task_manager(include_path: str | None) -> Any:
-    """Return lm-eval's index of tasks, which takes ten seconds to make."""
-    from lm_eval.tasks import TaskManager
+def _task_manager(include_path: str | None, names: tuple[str, ...]) -> Any:
+    """Return lm-eval's index of tasks: of all, which takes ten seconds, or where that is enough, of some folders."""
+    from lm_eval import tasks
 
-    return TaskManager(include_path=include_path)
+    folders = None if include_path else _folders(Path(tasks.__file__).parent, names)
+    if folders:
+        return tasks.TaskManager(include_defaults=False, include_path=folders)
+    return tasks.TaskManager(include_path=include_path)
+
+
+def _folders(root: Path, names: Sequence[str]) -> list[str | Path]:
+    """Return the folders of lm-eval's own tasks with these names.
+
+    Returns:
+        None of them if a name is not that of exactly one task with a file of its own. Groups, tags and names that are
+        made when they are read need the whole index.
+    """
+    found: dict[str, list[Path]] = {name: [] for name in names}
+    for file in root.glob("**/*.yaml"):
+        match = re.search(
+            rb"^(task|group):[ \t]*[\"']?([\w.-]+)[\"']?[ \t]*(#.*)?\r?$", file.read_bytes(), re.MULTILINE
+        )
+        if match and (name := match[2].decode()) in found:
+            found[name] += [file] if match[1] == b"task" else [file, file]
+    if any(len(files) != 1 for files in found.values()):
+        return []
+    return sorted({files[0].parent for files in found.values()})
 
 
 def _check_known(names: list[str], manager: Any) -> None:

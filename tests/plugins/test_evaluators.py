@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -296,8 +297,24 @@ def test_the_seven_zero_shot_tasks_are_the_published_ones_and_known_to_lm_eval()
     tasks = ["boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
     for spec in ("zero-shot-7", "lm-eval:zero-shot-7"):
         assert loaded_plugins().registry.create("evaluator", spec)._names() == tasks
-    manager = _task_manager(None)
+    manager = _task_manager(None, tuple(tasks))
     assert all(manager.match_tasks([task]) == [task] for task in tasks)
+
+
+def test_the_folders_of_tasks_that_are_named_hold_what_the_whole_index_has():
+    """Groups and names that no file has as its own need the whole index."""
+    from lm_eval import tasks
+
+    from pruneforge_lm_eval.evaluator import ZERO_SHOT_7, _folders, _task_manager
+
+    names = (*ZERO_SHOT_7, "gsm8k", "wikitext", "piqa")
+    some, every = _task_manager(None, names), _task_manager(None, ("mmlu",))
+    assert len(some.all_tasks) < len(every.all_tasks) / 10
+    for name in names:
+        assert some._index[name].yaml_path == every._index[name].yaml_path
+    root = Path(tasks.__file__).parent
+    for name in ("mmlu", "glue", "super-glue-lm-eval-v1", "nothing"):
+        assert _folders(root, [name, "boolq"]) == []
 
 
 @pytest.mark.parametrize(
