@@ -27,14 +27,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pruneforge.runs.provenance import machine, versions
 from pruneforge_leaf.distillation import distillation_loss
 from pruneforge_leaf.samples import Sample, padded
-from pruneforge_leaf.scores import confounding, gap, sensitivities
+from pruneforge_leaf.scores import confounding, sensitivities
 from pruneforge_leaf.spans import pruned
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "leaf.json", ROOT / "docs" / "results" / "leaf.md"
 TOKENS, CLASSES, CAUSAL = 14, 4, 32
 CONFOUNDERS, CAUSES, FILLER, VOCABULARY = 1 + CLASSES, 1 + 2 * CLASSES, 1 + 2 * CLASSES + CAUSAL, 96
-CHANCE = {"A LLaMA that classifies": 1 / TOKENS, "A ViT that reads digits": 1 / 16}
 NAMES = {"teacher": "the teacher", "before": "before distillation", "LeaF": "LeaF: without what is flagged"}
 HEAD = """# LeaF: leaving out what distracts a student
 
@@ -124,7 +123,7 @@ def flagged(teacher: Any, student: Any, asked: Sequence[Question]) -> list[Tenso
     """Return the tokens of each question that LeaF flags."""
     samples = [sample for sample, _, _ in asked]
     pairs = zip(sensitivities(teacher, samples), sensitivities(student, samples), strict=True)
-    return [confounding(gap(of_teacher, of_student)) for of_teacher, of_student in pairs]
+    return [confounding(of_teacher, of_student) for of_teacher, of_student in pairs]
 
 
 def only(place: int) -> Tensor:
@@ -168,7 +167,7 @@ def measured(seed: int) -> dict[str, Any]:
 
         found[name] = accuracy(trained(student, 300, 1e-3, loss), test)
     print(seed, f"precision {precision:.2f} causal {causal:.3f}", {k: f"{v:.1%}" for k, v in found.items()}, flush=True)
-    return {"precision": precision, "causal": causal, "accuracy": found}
+    return {"precision": precision, "chance": 1 / TOKENS, "causal": causal, "accuracy": found}
 
 
 def page(document: dict[str, Any]) -> str:
@@ -179,7 +178,7 @@ def page(document: dict[str, Any]) -> str:
         lines += [
             f"## {task}",
             "",
-            f"Share of flagged tokens that are the confounder: {precision} (by chance {CHANCE[task]:.2f}).",
+            f"Share of flagged tokens that are the confounder: {precision} (by chance {runs[0]['chance']:.2f}).",
         ]
         if "causal" in runs[0]:
             causal = ", ".join(f"{run['causal']:.1%}" for run in runs)

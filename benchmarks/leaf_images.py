@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pruneforge_demo import digits
 from pruneforge_leaf.distillation import divergence
-from pruneforge_leaf.scores import gap, gradient_norms
+from pruneforge_leaf.scores import confounding, gradient_norms
 
 PATCH, SIDE, CLASSES = 2, digits.SIZE // 2, 10
 PATTERNS = 2 + torch.rand(CLASSES, PATCH, PATCH, generator=torch.Generator().manual_seed(0))
@@ -88,17 +88,19 @@ def _divergence(teacher: nn.Module, student: nn.Module, pixels: Tensor) -> Tenso
 
 
 def flagged(teacher: nn.Module, student: nn.Module, given: Images) -> Tensor:
-    """Return the patch of each image that LeaF flags, int64 [images]; black ones are never flagged."""
+    """Return the patch of each image that LeaF flags, int64 [images]; black ones, like white space, are not."""
     norms = []
     for model in (teacher, student):
         loss = lambda model=model: F.cross_entropy(model(given.pixels), given.labels, reduction="sum")  # noqa: E731
         norms.append(gradient_norms(model.patch_embed, loss))
-    seen = given.pixels.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).flatten(2, 3).amax((1, 3, 4)) > 0
-    found = []
-    for of_teacher, of_student, candidates in zip(*norms, seen, strict=True):
-        gaps = gap(of_teacher, of_student).masked_fill(~candidates, torch.inf)
-        found.append(int(gaps.argmin()))
-    return torch.tensor(found)
+    share = 0.5 / SIDE**2  # one patch alone
+    rows = zip(*norms, not_black(given), strict=True)
+    return torch.stack([confounding(*pair, share, candidates).int().argmax() for *pair, candidates in rows])
+
+
+def not_black(given: Images) -> Tensor:
+    """Return the patches of each image that hold anything, bool [images, patches]."""
+    return given.pixels.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).flatten(2, 3).amax((1, 3, 4)) > 0
 
 
 @torch.no_grad()
@@ -124,13 +126,14 @@ def measured(seed: int) -> dict[str, object]:
     kinds = {
         "distillation alone": None,
         "LeaF": places,
-        "at random (control)": torch.randint(SIDE * SIDE, places.shape, generator=chance),
+        "at random (control)": torch.multinomial(not_black(seen).float(), 1, generator=chance)[:, 0],
         "the confounder (oracle)": seen.places,
     }
     found = {"teacher": accuracy(teacher, test), "before": accuracy(before, test)}
     for name, gone in kinds.items():
         found[name] = accuracy(distilled(teacher, copy.deepcopy(before), seen, gone, seed), test)
-    return {"precision": (places == seen.places).double().mean().item(), "accuracy": found}
+    by_chance = (1 / not_black(seen).sum(1)).mean().item()
+    return {"precision": (places == seen.places).double().mean().item(), "chance": by_chance, "accuracy": found}
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m pruneforge_reasoning.train_sums --output models/adder
     python benchmarks/reasoning.py models/adder
 
-Prunes the small LLaMA that does sums with each metric at each sparsity, and asks it 200 sums of one, three and six
-steps. Writes `benchmarks/results/reasoning.json` and `docs/results/reasoning.md`.
+Prunes the small LLaMA that does sums with each metric at each sparsity, and asks it sums of one, three and six steps.
+Writes `benchmarks/results/reasoning.json` and `docs/results/reasoning.md`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ SHORT, LONG = "1 step", "3 steps"
 HEAD = """# Reasoning under compression: sums
 
 Made by `python benchmarks/reasoning.py`. A LLaMA of 0.34 M parameters (`python -m pruneforge_reasoning.train_sums`)
-does sums of digits step by step, `3+9+4=` being answered `3+9=12;12+4=16`. It is asked 200 sums of each length
-(`pruneforge eval MODEL --task reasoning --data sums`). After Zhang et al., When Reasoning Meets Compression (2025), who
-found that harder tasks collapse earlier. A model this small shows nothing about their tasks (AIME 2024, FOLIO, temporal
-sequences, MuSiQue), which the same evaluator asks.
+does sums of digits step by step, `3+9+4=` being answered `3+9=12;12+4=16`. It is asked 200 sums of three and of six
+steps that it was not trained on, and the hundred sums of one step, which it was (`pruneforge eval MODEL --task
+reasoning --data sums`). After Zhang et al., When Reasoning Meets Compression (2025), who found that harder tasks
+collapse earlier. A model this small shows nothing about their tasks (AIME 2024, FOLIO, temporal sequences, MuSiQue),
+which the same evaluator asks.
 
 Share of right answers, and the mean tokens of an answer in parentheses. At random is the control.
 """

@@ -134,7 +134,7 @@ def texts(path: Path) -> list[str]:
     return [node.value for node in constants if isinstance(node.value, str)]
 
 
-PROGRAMS = {"train_text.py", "train_images.py"}
+PROGRAMS = {"train_text.py", "train_images.py", "train_sums.py"}
 """Files of plugins that have a command line of their own."""
 
 

@@ -36,13 +36,17 @@ def sample_loss(teacher: Any, student: Any, samples: Sequence[Sample]) -> Tensor
     Returns:
         The loss, scalar.
     """
-    device = next(student.parameters()).device
-    batch = padded(samples, device)
-    inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
-    predicts = batch.response[:, 1:]
     with torch.no_grad():
-        wanted = teacher(**inputs).logits[:, :-1][predicts]
-    return divergence(wanted, student(**inputs).logits[:, :-1][predicts]).mean()
+        wanted = _response_logits(teacher, samples)
+    found = _response_logits(student, samples)
+    return divergence(wanted.to(found.device), found).mean()
+
+
+def _response_logits(model: Any, samples: Sequence[Sample]) -> Tensor:
+    """Return what predicts the tokens of the responses [tokens, vocabulary]."""
+    batch = padded(samples, next(model.parameters()).device)
+    logits: Tensor = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+    return logits[:, :-1][batch.response[:, 1:]]
 
 
 def distillation_loss(

@@ -14,17 +14,28 @@ class Sample:
     """An instruction and the response to it.
 
     Attributes:
-        instruction: Token ids, int64 [tokens].
-        response: Token ids, int64 [tokens].
+        instruction: Token ids, int64 [tokens], of one token or more.
+        response: Token ids, int64 [tokens], of one token or more.
+
+    Raises:
+        ValueError: One of them is empty.
     """
 
     instruction: Tensor
     response: Tensor
 
+    def __post_init__(self) -> None:
+        for name in ("instruction", "response"):
+            if not len(getattr(self, name)):
+                raise ValueError(f"the {name} of a sample has no token")
+
     def with_response(self, tokens: int) -> Sample:
         """Return the sample with the first tokens of the response as part of the instruction.
 
         Of these, tokens are then flagged as well: what the paper calls response level.
+
+        Raises:
+            ValueError: Nothing would be left of the response.
         """
         instruction = torch.cat([self.instruction, self.response[:tokens]])
         return Sample(instruction, self.response[tokens:])

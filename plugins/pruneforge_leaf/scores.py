@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from pruneforge_leaf.samples import Sample, padded
 
 SHARE = 0.05
-"""Share of tokens to flag, at most: the published 5 % for mathematics; code has 10 %."""
+"""Quantile of the gaps up to which tokens are flagged: the published 5 % for mathematics; code has 10 %."""
 
 HIGHEST = 0.5
 """No token is flagged whose difference, scaled to 0 to 1, is above this."""
@@ -58,8 +58,8 @@ def sensitivities(model: Any, samples: Sequence[Sample]) -> list[Tensor]:
         samples: Instructions with their responses.
 
     Returns:
-        A tensor [tokens] for each sample: norms of gradients, as `gradient_norms` has them, of the mean loss a token of
-        the response.
+        A tensor [tokens] for each sample, on the CPU: norms of gradients, as `gradient_norms` has them, of the mean
+        loss a token of the response.
     """
     device = next(model.parameters()).device
     batch = padded(samples, device)
@@ -71,7 +71,7 @@ def sensitivities(model: Any, samples: Sequence[Sample]) -> list[Tensor]:
         response = batch.response[:, 1:]
         return ((losses * response).sum(1) / response.sum(1)).sum()
 
-    norms = gradient_norms(model.get_input_embeddings(), loss)
+    norms = gradient_norms(model.get_input_embeddings(), loss).cpu()
     return [row[: len(sample.instruction)] for row, sample in zip(norms, samples, strict=True)]
 
 
@@ -83,25 +83,33 @@ def gap(teacher: Tensor, student: Tensor) -> Tensor:
     return _scaled(_scaled(teacher) - _scaled(student))
 
 
-def confounding(gaps: Tensor, share: float = SHARE, candidates: Tensor | None = None) -> Tensor:
+def confounding(teacher: Tensor, student: Tensor, share: float = SHARE, candidates: Tensor | None = None) -> Tensor:
     """Return which tokens distract the student: those whose gap is lowest.
 
     Args:
-        gaps: As `gap` returns them [tokens].
-        share: Quantile of the gaps up to which tokens are flagged, unless they are above `HIGHEST`.
-        candidates: Tokens that may be flagged, bool [tokens]; by default all. White space should not be.
+        teacher: The teacher's sensitivities [tokens].
+        student: The student's [tokens].
+        share: Quantile of the gaps up to which tokens are flagged, unless they are above `HIGHEST`. The lowest one is
+            flagged in any case.
+        candidates: The tokens that are compared and may be flagged, bool [tokens]; by default all.
 
     Returns:
         bool [tokens]. Where all gaps are the same, none distracts more than another, and none is flagged.
     """
-    flags = gaps <= min(torch.quantile(gaps, share).item(), HIGHEST)
-    flags &= gaps.min() < gaps.max()
-    return flags if candidates is None else flags & candidates
+    flags = torch.zeros(len(teacher), dtype=torch.bool, device=teacher.device)
+    compared = torch.ones_like(flags) if candidates is None else candidates.to(flags.device)
+    if compared.any():
+        gaps = gap(teacher[compared], student[compared])
+        quantile = gaps.sort().values[min(int(share * len(gaps)), len(gaps) - 1)]  # as in the authors' script
+        flags[compared] = (gaps <= quantile) & (gaps <= HIGHEST) & (gaps.min() < gaps.max())
+    return flags
 
 
-def not_blank(tokenizer: Any, ids: Tensor) -> Tensor:
-    """Return which tokens are more than white space, bool [tokens]."""
-    return torch.tensor([bool(tokenizer.decode([token]).strip()) for token in ids.tolist()], dtype=torch.bool)
+def words(tokenizer: Any, ids: Tensor) -> Tensor:
+    """Return which tokens are neither white space nor special, bool [tokens]."""
+    special = set(tokenizer.all_special_ids)
+    found = [token not in special and bool(tokenizer.decode([token]).strip()) for token in ids.tolist()]
+    return torch.tensor(found, dtype=torch.bool)
 
 
 def _scaled(values: Tensor) -> Tensor:

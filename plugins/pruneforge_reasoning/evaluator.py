@@ -11,9 +11,10 @@ from pydantic import Field
 from torch import Tensor
 
 from pruneforge import Evaluator, PruneForgeError, Subject
-from pruneforge_reasoning.answers import best, extract, f1, right
+from pruneforge_reasoning.answers import THOUGHT, extract
 from pruneforge_reasoning.generation import Written, generate
 from pruneforge_reasoning.questions import Question, QuestionSource
+from pruneforge_reasoning.scores import best, f1, right
 
 LONGEST = 32768
 """Tokens that an answer may have where the model's context holds as many: the limit of the published evaluations."""
@@ -25,7 +26,8 @@ class Reasoning(Evaluator):
     After Zhang et al., When Reasoning Meets Compression (2025), whose code has no scorer. The model is asked each
     question by its tokenizer's chat template and goes on with the likeliest token until it ends. What it answers is
     read as `pruneforge_reasoning.answers.extract` says. An answer that does not end within `max_new_tokens` counts only
-    if it is marked as the answer, and the unfinished ones are counted.
+    if it is marked as the answer, and the unfinished ones are counted. The prompts are not the paper's, word by word:
+    compare models asked the same, not with its table.
     """
 
     measure = "accuracy"
@@ -59,15 +61,18 @@ class Reasoning(Evaluator):
                 f"source {source.name!r} gives no questions; some that do are aime-2024, sums and questions:FILE"
             )
         _check_writes(subject)
-        questions = source.questions()[: asked.limit]
+        all_questions = source.questions()
+        questions = all_questions[: asked.limit]
         if not questions:
             raise PruneForgeError(f"source {source.name!r} holds no question")
-        prompts = [self._prompt(subject.model.processor, question) for question in questions]
+        texts = [self._prompt(subject.model.processor, question) for question in questions]
+        prompts = [_tokens(subject, text, not self._in_chat(subject.model.processor)) for text in texts]
         longest, warnings = self._longest(subject, prompts)
         written = generate(subject, prompts, longest)
-        records = [_record(*pair) for pair in zip(questions, written, strict=True)]
-        if asked.limit:
-            warnings.append(f"only the first {asked.limit} questions were asked")
+        begun = [self.options.opening or (THOUGHT if text.rstrip().endswith(THOUGHT) else "") for text in texts]
+        records = [_record(*row) for row in zip(questions, begun, written, strict=True)]
+        if len(questions) < len(all_questions):
+            warnings.append(f"only the first {len(questions)} of {len(all_questions)} questions were asked")
         unfinished = sum(record["unfinished"] for record in records)
         if unfinished:
             warnings.append(f"{unfinished} of {len(records)} answers did not end within {longest} tokens")
@@ -83,16 +88,18 @@ class Reasoning(Evaluator):
             **({"items": {name: [record[name] for record in records] for name in records[0]}} if subject.items else {}),
         }
 
-    def _prompt(self, tokenizer: Any, question: Question) -> Tensor:
-        """Return the token ids of what the model is asked, int64 [tokens]."""
-        text, special = question.text, True
-        if self.options.chat_template and getattr(tokenizer, "chat_template", None):
+    def _in_chat(self, tokenizer: Any) -> bool:
+        return self.options.chat_template and bool(getattr(tokenizer, "chat_template", None))
+
+    def _prompt(self, tokenizer: Any, question: Question) -> str:
+        """Return what the model is asked, and what its answer begins with."""
+        text = question.text
+        if self._in_chat(tokenizer):
             message = [{"role": "user", "content": question.text}]
             text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-            special = False  # the template has them
         if not text.rstrip().endswith(self.options.opening.rstrip()):  # templates of such models may have it
             text += self.options.opening
-        return torch.tensor(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"], dtype=torch.int64)
+        return text
 
     def _longest(self, subject: Subject, prompts: Sequence[Tensor]) -> tuple[int, list[str]]:
         """Return how many tokens an answer may have, and warnings if that is less than was asked for.
@@ -128,8 +135,21 @@ def _check_writes(subject: Subject) -> None:
         raise PruneForgeError("the model came without a tokenizer, which questions need; pass processor=")
 
 
-def _record(question: Question, written: Written) -> dict[str, Any]:
-    found = extract(written.text, question.kind, written.ended)
+def _tokens(subject: Subject, text: str, special: bool) -> Tensor:
+    """Return the token ids of a prompt, int64 [tokens].
+
+    Raises:
+        PruneForgeError: The model has no such tokens, or not as many places.
+    """
+    model = subject.model
+    ids = model.processor(text, add_special_tokens=special, verbose=False)["input_ids"]  # a chat template has its own
+    prompt = torch.tensor(ids, dtype=torch.int64)
+    model.adapter.batch(prompt[None], model.module)
+    return prompt
+
+
+def _record(question: Question, begun: str, written: Written) -> dict[str, Any]:
+    found = extract(begun + written.text, question.kind, written.ended)
     in_words = question.kind == "text"
     return {
         "id": question.id,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,7 @@ from pruneforge import PruneForgeError, TextSource
 from pruneforge.data.text import Part
 from pruneforge.documents import parse_json, read_text
 from pruneforge_reasoning.answers import KINDS, Kind
-from pruneforge_reasoning.questions import Question, QuestionSource
-
-_INTEGER = re.compile(r"-?[0-9]{1,18}")
+from pruneforge_reasoning.questions import Question, QuestionSource, distinct, truth
 
 
 class QuestionFile(QuestionSource):
@@ -42,34 +39,54 @@ class QuestionFile(QuestionSource):
         Raises:
             PruneForgeError: It cannot be read, a line is no question, or two have the same `id`.
         """
+        if "{question}" not in self.options.prompt:
+            raise PruneForgeError(
+                f"the prompt {self.options.prompt!r} has no {{question}}, so that all are asked the same"
+            )
         path = self.options.path
         lines = read_text(Path(path), "file of questions").split("\n")
-        found = [self._question(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-        names = [question.id for question in found]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise PruneForgeError(f"two questions of {path!r} have the id {twice!r}")
-        return found
+        try:
+            return distinct(
+                [self._question(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+            )
+        except ValueError as error:
+            raise PruneForgeError(f"{path!r} holds no questions as expected: {error}") from error
 
     def _question(self, number: int, line: str) -> Question:
-        path = self.options.path
+        """Return the question of a line.
+
+        Raises:
+            ValueError: It is none.
+        """
+        kind = self.options.kind
         try:
             row = parse_json(line, "line")
-            text, answer = row["question"], row["answer"]
-            name, difficulty = str(row.get("id", number)), str(row.get("difficulty", "all"))
+            text, given = row["question"], row["answer"]
+            name, difficulty = (str(row.get(key, usual)) for key, usual in (("id", number), ("difficulty", "all")))
         except (PruneForgeError, KeyError, TypeError, AttributeError):
-            text, answer, name, difficulty = None, None, "", ""
-        answers = tuple(str(each).strip() for each in (answer if isinstance(answer, list) else [answer]))
-        if not (isinstance(text, str) and text.strip() and answers and all(answers)) or answer is None:
-            raise PruneForgeError(f"line {number} of {path!r} is not a JSON object with `question` and `answer`")
-        if self.options.kind == "integer" and not all(_INTEGER.fullmatch(each) for each in answers):
-            raise PruneForgeError(
-                f"line {number} of {path!r} has the answer {answers[0]!r}, which is no whole number; other kinds of "
-                f"answers are {', '.join(kind for kind in KINDS if kind != 'integer')}: `source_options` kind=KIND"
-            )
-        return Question(name, self.options.prompt.replace("{question}", text), answers, self.options.kind, difficulty)
+            raise ValueError(f"line {number} is no JSON object with `question` and `answer`") from None
+        try:
+            answers = tuple(_answer(each, kind) for each in (given if isinstance(given, list) else [given]))
+            asked = self.options.prompt.replace("{question}", text) if isinstance(text, str) and text.strip() else ""
+            return Question(name, asked, answers, kind, difficulty)
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error} (`source_options` kind={'|'.join(KINDS)})") from error
 
     def describe(self, part: Part) -> dict[str, Any]:
         """Return the name and hash of the file."""
         path = Path(self.options.path)
         return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def _answer(given: Any, kind: Kind) -> str:
+    """Return an answer as `extract` spells it.
+
+    Raises:
+        ValueError: It is neither text nor number.
+    """
+    if (isinstance(given, bool) and kind != "truth") or not isinstance(given, str | int | float):
+        raise ValueError(f"the answer {given!r} is neither text nor number")
+    text = str(given).strip()
+    if kind == "truth":
+        return truth(text)
+    return text.strip("()").upper() if kind == "letter" else text

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from pruneforge import PruneForgeError, Subject
 
+TOGETHER = 16
+"""Questions answered together unless another number is asked for; where memory is full, fewer are tried."""
+
 
 @dataclass(frozen=True)
 class Written:
@@ -43,8 +46,19 @@ def generate(subject: Subject, prompts: Sequence[Tensor], longest: int) -> list[
     """
     model, tokenizer = subject.model.module, subject.model.processor
     config = _greedy(model, tokenizer, longest)
+    own = model.generation_config
+    try:
+        # `generate` fills in what a config does not set from the model's own, which may draw, penalise or forbid.
+        model.generation_config = type(own)()
+        return _written(subject, prompts, config)
+    finally:
+        model.generation_config = own
+
+
+def _written(subject: Subject, prompts: Sequence[Tensor], config: Any) -> list[Written]:
+    model, tokenizer = subject.model.module, subject.model.processor
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))  # alike lengths need little padding
-    size = subject.samples_a_batch(len(prompts[order[0]]) + longest)
+    size = subject.batch_size_or(TOGETHER)
     found: dict[int, Written] = {}
     for some in subject.progress.track([order[i : i + size] for i in range(0, len(order), size)], "answering"):
         ids, mask = _padded([prompts[place] for place in some], config.pad_token_id)
@@ -57,24 +71,19 @@ def generate(subject: Subject, prompts: Sequence[Tensor], longest: int) -> list[
 
 
 def _greedy(model: Any, tokenizer: Any, longest: int) -> Any:
-    """Return a config that takes the likeliest token, and ends where the model's own does, or at the tokenizer's end.
-
-    `generate` fills in from the model's own config what is not set here; that may draw, or penalise repetitions.
-    """
+    """Return a config that takes the likeliest token, and ends at the tokenizer's end and those of the model."""
     from transformers import GenerationConfig
 
     own = model.generation_config.eos_token_id
     named = [tokenizer.eos_token_id, *(own if isinstance(own, Sequence) else [own])]
-    ends = [token for token in named if token is not None]
+    known = model.get_input_embeddings().weight.shape[0]
+    ends = [token for token in named if token is not None and token < known]
     if not ends:
         raise PruneForgeError(
             f"neither {type(model).__name__} nor its tokenizer names a token that ends an answer; set `eos_token_id` "
             "in generation_config.json"
         )
-    plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-    return GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=longest, eos_token_id=ends, pad_token_id=ends[0], **plain
-    )
+    return GenerationConfig(do_sample=False, max_new_tokens=longest, eos_token_id=ends, pad_token_id=ends[0])
 
 
 def _padded(prompts: Sequence[Tensor], padding: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -11,7 +12,7 @@ from pydantic import Field
 from pruneforge import PruneForgeError, TextSource
 from pruneforge.data.text import Part
 from pruneforge_reasoning.answers import Kind
-from pruneforge_reasoning.questions import Question, QuestionSource
+from pruneforge_reasoning.questions import Question, QuestionSource, distinct, truth
 from pruneforge_text.hub import load_rows
 
 
@@ -43,7 +44,8 @@ class _HubQuestions(QuestionSource):
     def location(self) -> dict[str, Any]:
         """Return the arguments of `datasets.load_dataset`."""
         path = self.options.path or self.path
-        return {"path": path, "name": self.config, "split": self.split, "revision": self.options.revision}
+        config = None if Path(path).is_dir() else self.config  # a folder holds one set
+        return {"path": path, "name": config, "split": self.split, "revision": self.options.revision}
 
     def questions(self) -> Sequence[Question]:
         """Download the questions, or read them from the cache.
@@ -59,7 +61,10 @@ class _HubQuestions(QuestionSource):
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 place = f"row {number} of source {self.name!r} ({self.location()['path']})"
                 raise PruneForgeError(f"{place} is no question as expected: {error}") from error
-        return found
+        try:
+            return distinct(found)
+        except ValueError as error:
+            raise PruneForgeError(f"source {self.name!r} ({self.location()['path']}): {error}") from error
 
     @abstractmethod
     def question(self, number: str, row: Mapping[str, Any]) -> Question:
@@ -86,7 +91,8 @@ class AIME2024(_HubQuestions):
         """Return a problem, difficult by the third of its examination."""
         place = int(row["ID"].rpartition("-")[2])
         first = 1 + (place - 1) // 5 * 5
-        text = f"{row['Problem']}\n\nReason step by step, and put the final answer, a whole number, within \\boxed{{}}."
+        told = "Reason step by step, and put the final answer, a whole number, within \\boxed{}."
+        text = f"{_text(row['Problem'])}\n\n{told}"
         return Question(row["ID"], text, (str(int(row["Answer"])),), self.kind, f"problems {first} to {first + 4}")
 
 
@@ -108,10 +114,10 @@ class FOLIO(_HubQuestions):
         text = (
             "Use logic to decide whether the conclusion is true, false or uncertain, given the premises. Reason step "
             "by step, and end with one of the three words.\n\n"
-            f"Premises:\n{premises.strip()}\n\nConclusion:\n{row['conclusion'].strip()}"
+            f"Premises:\n{premises.strip()}\n\nConclusion:\n{_text(row['conclusion'])}"
         )
         difficulty = "up to 5 premises" if count <= 5 else "6 premises or more"
-        return Question(number, text, (_truth(row["label"]),), self.kind, difficulty)
+        return Question(number, text, (truth(row["label"]),), self.kind, difficulty)
 
 
 class TemporalSequences(_HubQuestions):
@@ -154,14 +160,12 @@ class MuSiQue(_HubQuestions):
         return Question(row["id"], text, answers, self.kind, f"{hops} hops")
 
 
-def _truth(label: str) -> str:
-    """Return a label in one spelling.
+def _text(value: Any) -> str:
+    """Return a text without the blanks around it.
 
     Raises:
-        ValueError: It is none of the three.
+        ValueError: It is none, or empty.
     """
-    known = {"true": "true", "false": "false", "uncertain": "uncertain", "unknown": "uncertain"}
-    try:
-        return known[label.strip().lower()]
-    except KeyError:
-        raise ValueError(f"label {label!r} is neither true, false nor uncertain") from None
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{value!r} is no text")
+    return value.strip()

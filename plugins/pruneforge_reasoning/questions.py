@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pruneforge import PruneForgeError, TextSource
 from pruneforge.data.text import Part
 from pruneforge_reasoning.answers import Kind
+
+_SHAPES: Mapping[Kind, re.Pattern[str]] = {
+    "integer": re.compile(r"-?[0-9]{1,18}"),
+    "letter": re.compile(r"[A-Z]"),
+    "truth": re.compile(r"true|false|uncertain"),
+    "text": re.compile(r"(?s).+"),
+}
+"""What answers of each kind look like."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +32,9 @@ class Question:
         answers: Each of them is right.
         kind: What the answer is.
         difficulty: What questions as difficult as this one have in common.
+
+    Raises:
+        ValueError: The text or an answer is empty, or an answer is not of its kind.
     """
 
     id: str
@@ -29,6 +42,40 @@ class Question:
     answers: tuple[str, ...]
     kind: Kind
     difficulty: str
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.text, str) and self.text.strip()):
+            raise ValueError("the question is no text")
+        if not self.answers or not all(isinstance(answer, str) and answer.strip() for answer in self.answers):
+            raise ValueError("the answer is no text")
+        wrong = next((answer for answer in self.answers if not _SHAPES[self.kind].fullmatch(answer)), None)
+        if wrong is not None:
+            raise ValueError(f"the answer {wrong!r} is not of kind {self.kind!r}")
+
+
+def distinct(questions: Sequence[Question]) -> Sequence[Question]:
+    """Return the questions.
+
+    Raises:
+        ValueError: Two have the same id.
+    """
+    name, count = Counter(question.id for question in questions).most_common(1)[0] if questions else ("", 0)
+    if count > 1:
+        raise ValueError(f"{count} questions have the id {name!r}")
+    return questions
+
+
+def truth(label: str) -> str:
+    """Return a label in one spelling.
+
+    Raises:
+        ValueError: It is none of the three.
+    """
+    known = {"true": "true", "false": "false", "uncertain": "uncertain", "unknown": "uncertain"}
+    try:
+        return known[label.strip().lower()]
+    except KeyError:
+        raise ValueError(f"label {label!r} is neither true, false nor uncertain") from None
 
 
 class QuestionSource(TextSource):

@@ -1,7 +1,8 @@
 """Train a small LLaMA that does sums step by step.
 
 Run `python -m pruneforge_reasoning.train_sums --output DIR`; it takes some minutes on two CPU cores and needs no
-network. Each character is a token. The sums have one to six steps, and are drawn anew in each batch.
+network. Each character is a token. The sums have one to six steps, are drawn anew in each batch, and are never
+among those that `sums` asks, but for those of one step.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def train(output: Path, steps: int, batch: int, seed: int) -> None:
     """Train for `steps` steps of `batch` sums each, and save model and tokenizer to `output`."""
+    output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     draw, characters = random.Random(f"training {seed}"), tokenizer()
     config = LlamaConfig(
@@ -82,12 +84,20 @@ def _batch(draw: random.Random, count: int, characters: PreTrainedTokenizerFast)
     return ids, labels
 
 
+def positive(text: str) -> int:
+    """Return a number of one or more, from the command line."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=64, help="sums a step")
+    parser.add_argument("--steps", type=positive, default=1500)
+    parser.add_argument("--batch", type=positive, default=64, help="sums a step")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     train(arguments.output, arguments.steps, arguments.batch, arguments.seed)

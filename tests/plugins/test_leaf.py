@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pruneforge_leaf.distillation import distillation_loss, divergence, sample_loss
 from pruneforge_leaf.samples import Sample, padded
-from pruneforge_leaf.scores import confounding, gap, gradient_norms, not_blank, sensitivities
+from pruneforge_leaf.scores import confounding, gap, gradient_norms, sensitivities, words
 from pruneforge_leaf.spans import pruned, runs
 
 
@@ -90,26 +90,47 @@ def test_what_moves_the_student_alone_is_flagged():
     teacher = torch.tensor([1.0, 5.0, 1.0, 2.0, 1.0])
     student = torch.tensor([3.0, 3.0, 9.0, 3.0, 1.0])
     # scaled: teacher 0, 1, 0, .25, 0; student .25, .25, 1, .25, 0; their difference -.25, .75, -1, 0, 0
-    gaps = gap(teacher, student)
-    assert gaps.tolist() == pytest.approx([0.75 / 1.75, 1, 0, 1 / 1.75, 1 / 1.75])
-    assert confounding(gaps).tolist() == [False, False, True, False, False]
-    assert confounding(gaps, share=0.4).tolist() == [True, False, True, False, False]
-    assert confounding(gaps, share=1.0).tolist() == [True, False, True, False, False]  # none above a half
-    assert confounding(gaps, candidates=torch.tensor([True, True, False, True, True])).any().item() is False
+    assert gap(teacher, student).tolist() == pytest.approx([0.75 / 1.75, 1, 0, 1 / 1.75, 1 / 1.75])
+    assert confounding(teacher, student).tolist() == [False, False, True, False, False]
+    assert confounding(teacher, student, share=0.2).tolist() == [True, False, True, False, False]
+    assert confounding(teacher, student, share=1.0).tolist() == [True, False, True, False, False]  # none above a half
+
+
+def test_tokens_that_are_no_candidates_have_no_part():
+    teacher, student = torch.tensor([9.0, 1.0, 5.0, 1.0, 2.0, 1.0]), torch.tensor([0.0, 3.0, 3.0, 9.0, 3.0, 1.0])
+    candidates = torch.tensor([False, True, True, True, True, True])
+    assert confounding(teacher, student, candidates=candidates).tolist() == [False, False, False, True, False, False]
+    alone = confounding(teacher[1:], student[1:], share=0.2)
+    assert confounding(teacher, student, share=0.2, candidates=candidates).tolist() == [False, *alone.tolist()]
+    assert not confounding(teacher, student, candidates=torch.zeros(6, dtype=torch.bool)).any()
+
+
+@pytest.mark.parametrize(("count", "flagged"), [(14, 1), (20, 2), (100, 6)])
+def test_as_many_are_flagged_as_by_the_authors_quantile(count, flagged):
+    """The authors take the value at place int(0.05 n) of those sorted, and all up to it."""
+    student = torch.arange(float(count))
+    assert confounding(torch.zeros(count), student, share=0.05).sum() == flagged
 
 
 def test_tokens_that_all_matter_as_much_are_no_difference():
-    gaps = gap(torch.ones(4), torch.full((4,), 7.0))
-    assert gaps.tolist() == [0, 0, 0, 0]
-    assert not confounding(gaps).any()
+    assert gap(torch.ones(4), torch.full((4,), 7.0)).tolist() == [0, 0, 0, 0]
+    assert not confounding(torch.ones(4), torch.full((4,), 7.0)).any()
 
 
-def test_white_space_is_no_candidate():
+def test_white_space_and_special_tokens_are_no_words():
     loaded = transformers.AutoTokenizer.from_pretrained(CHECKPOINT)
-    ids = torch.tensor(loaded("a word\n\n  b")["input_ids"])
-    expected = [any(letter not in " \n" for letter in loaded.decode([token])) for token in ids.tolist()]
-    assert not_blank(loaded, ids).tolist() == expected
+    ids = torch.tensor([*loaded("a word\n\n  b")["input_ids"], loaded.eos_token_id])
+    expected = [any(letter not in " \n" for letter in loaded.decode([token])) for token in ids.tolist()[:-1]]
+    assert words(loaded, ids).tolist() == [*expected, False]
     assert 0 < sum(expected) < len(expected)
+
+
+def test_samples_without_a_token_are_refused():
+    empty, some = torch.tensor([], dtype=torch.int64), torch.tensor([1, 2])
+    with pytest.raises(ValueError, match="the instruction of a sample has no token"):
+        Sample(empty, some)
+    with pytest.raises(ValueError, match="the response of a sample has no token"):
+        Sample(some, some).with_response(2)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -190,9 +211,8 @@ def test_both_kinds_of_samples_are_weighed():
 
 def test_one_step_on_the_loss_lowers_it():
     teacher, student = tiny_llama(), tiny_llama(seed=5)
-    flags = [
-        confounding(gap(*pair)) for pair in zip(*(sensitivities(m, samples()) for m in (teacher, student)), strict=True)
-    ]
+    norms = zip(*(sensitivities(model, samples()) for model in (teacher, student)), strict=True)
+    flags = [confounding(*pair) for pair in norms]
     without = [each for sample, flag in zip(samples(), flags, strict=True) for each in pruned(sample, flag)]
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
     before = distillation_loss(teacher, student, samples(), without)
