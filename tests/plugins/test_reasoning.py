@@ -413,7 +413,7 @@ def test_files_that_hold_no_questions_are_one_line(tmp_path, line, options, said
         ("text", {"data": "questions:nowhere.jsonl"}, "file of questions 'nowhere.jsonl' does not exist"),
         ("text", {"data": "sums", "limit": 0}, "limit"),
         ("text", {"data": "sums", "max_new_tokens": 0}, "max_new_tokens"),
-        ("text", {"data": "sums", "source_options": {"steps": [400]}}, "802 tokens long, and the model's context is 256"),
+        ("text", {"data": "sums", "source_options": {"steps": [400]}}, "802 tokens long, and the model's context"),
         ("text", {"data": "sums", "source_options": {"steps": []}}, "steps"),
         ("text", {"data": "sums", "source_options": {"steps": [0]}}, "steps"),
         ("text", {"data": "musique"}, "source 'musique' cannot be loaded"),
