@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-PLACE = "        {settings}\n"
-"""The line, among a docstring's arguments, that the settings take the place of."""
+PLACE = "    {settings}\n"
+"""The line, among a docstring's arguments, that the settings take the place of, without the function's indentation."""
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -20,12 +20,12 @@ def documented(*models: type[BaseModel]) -> Callable[[F], F]:
     descriptions = {name: field.description for model in models for name, field in model.model_fields.items()}
 
     def decorate(function: F) -> F:
-        doc = function.__doc__
-        if doc is None:  # python -OO
+        if function.__doc__ is None:  # python -OO
             return function
-        names = [name for name in inspect.signature(function).parameters if f"        {name}: " not in doc]
+        doc = inspect.cleandoc(function.__doc__)  # as Python 3.13 keeps it, and those before do not
+        names = [name for name in inspect.signature(function).parameters if f"\n    {name}: " not in doc]
         entries = [f"{name}: {descriptions[name]}" for name in names if name in descriptions]
-        lines = [textwrap.fill(entry, 112, initial_indent=" " * 8, subsequent_indent=" " * 12) for entry in entries]
+        lines = [textwrap.fill(entry, 112, initial_indent=" " * 4, subsequent_indent=" " * 8) for entry in entries]
         function.__doc__ = doc.replace(PLACE, "".join(f"{line}\n" for line in lines))
         return function
 
