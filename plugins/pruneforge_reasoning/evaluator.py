@@ -61,7 +61,7 @@ class Reasoning(Evaluator):
                 f"source {source.name!r} gives no questions; some that do are aime-2024, sums and questions:FILE"
             )
         _check_writes(subject)
-        all_questions = source.questions()
+        all_questions, described = source.questions(), source.describe("evaluation")
         questions = all_questions[: asked.limit]
         if not questions:
             raise PruneForgeError(f"source {source.name!r} holds no question")
@@ -82,7 +82,7 @@ class Reasoning(Evaluator):
             "by_difficulty": {
                 name: _summary([record for record in records if record["difficulty"] == name]) for name in difficulties
             },
-            "data": {"source": asked.data, **source.describe("evaluation")},
+            "data": {"source": asked.data, **described},
             "max_new_tokens": longest,
             "warnings": warnings,
             **({"items": {name: [record[name] for record in records] for name in records[0]}} if subject.items else {}),
