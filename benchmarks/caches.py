@@ -9,14 +9,13 @@ tokens. Writes `benchmarks/results/caches.json` and `docs/results/caches.md`.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from outcome import made_on, with_machine, write
 
 import pruneforge
-from pruneforge.runs.provenance import machine, versions
 from pruneforge_mustafar.bitmap import compress
 from pruneforge_mustafar.rules import Pruning
 
@@ -75,12 +74,8 @@ def page(document: dict[str, Any]) -> str:
             cells = [f"{value:.2f} ({value / found['dense'] - 1:+.1%})" for value in values.values()]
             lines.append(f"| {rule} | {' | '.join(cells)} |")
         lines.append("")
-    system, packages = document["machine"], document["versions"]
     lines += [BYTES, *(f"- {name}: {share:.1%}" for name, share in document["bytes"].items()), ""]
-    lines.append(
-        f"Machine: {system['processor']}, {system['cores']} cores; torch {packages['torch']}, transformers "
-        f"{packages['transformers']}."
-    )
+    lines.append(made_on(document, "torch", "transformers"))
     return "\n".join(lines) + "\n"
 
 
@@ -98,9 +93,8 @@ def main() -> None:
     states = torch.randn(1, 8, 1024, 128, generator=torch.Generator().manual_seed(0))
     pruned = Pruning(0.7).prune(states).half()
     shares = {name: compress(pruned, along).nbytes / pruned.nbytes for name, along in (("keys", 2), ("values", 3))}
-    document = {"models": models, "bytes": shares, "machine": machine(), "versions": versions()}
-    RESULTS.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    PAGE.write_text(page(document), encoding="utf-8")
+    document = with_machine({"models": models, "bytes": shares})
+    write(document, RESULTS, page(document), PAGE)
 
 
 if __name__ == "__main__":

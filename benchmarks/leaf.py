@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -20,11 +19,11 @@ from typing import Any
 
 import leaf_images
 import torch
+from outcome import made_on, with_machine, write
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pruneforge.runs.provenance import machine, versions
 from pruneforge_leaf.distillation import distillation_loss
 from pruneforge_leaf.samples import Sample, padded
 from pruneforge_leaf.scores import confounding, sensitivities
@@ -190,11 +189,7 @@ def page(document: dict[str, Any]) -> str:
             cells = [f"{value:.1%}" for value in [*values, fmean(values)]]
             lines.append(f"| {NAMES.get(name, name)} | {' | '.join(cells)} |")
         lines.append("")
-    system, packages = document["machine"], document["versions"]
-    lines.append(
-        f"Machine: {system['processor']}, {system['cores']} cores; torch {packages['torch']}, transformers "
-        f"{packages['transformers']}, timm {packages['timm']}."
-    )
+    lines.append(made_on(document, "torch", "transformers", "timm"))
     return "\n".join(lines) + "\n"
 
 
@@ -205,9 +200,8 @@ def main() -> None:
     seeds = range(parser.parse_args().seeds)
     results = {"A LLaMA that classifies": [measured(seed) for seed in seeds]}
     results["A ViT that reads digits"] = [leaf_images.measured(seed) for seed in seeds]
-    document = {"results": results, "machine": machine(), "versions": versions()}
-    RESULTS.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    PAGE.write_text(page(document), encoding="utf-8")
+    document = with_machine({"results": results})
+    write(document, RESULTS, page(document), PAGE)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ Writes `benchmarks/results/reasoning.json` and `docs/results/reasoning.md`.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from outcome import made_on, with_machine, write
+
 import pruneforge
-from pruneforge.runs.provenance import machine, versions
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "reasoning.json", ROOT / "docs" / "results" / "reasoning.md"
@@ -92,11 +92,7 @@ def page(document: dict[str, Any]) -> str:
             label = name if name == "dense" else f"{float(name):.0%}"
             lines.append(f"| {label} | {' | '.join(cells)} | {unfinished} |")
         lines.append("")
-    system, packages = document["machine"], document["versions"]
-    lines.append(
-        f"Machine: {system['processor']}, {system['cores']} cores; torch {packages['torch']}, transformers "
-        f"{packages['transformers']}."
-    )
+    lines.append(made_on(document, "torch", "transformers"))
     return "\n".join(lines) + "\n"
 
 
@@ -106,9 +102,8 @@ def main() -> None:
     parser.add_argument("model", help="folder that train_sums wrote")
     parser.add_argument("--count", type=int, default=200, help="sums of each length")
     asked = parser.parse_args()
-    document = {"results": measured(asked.model, asked.count), "machine": machine(), "versions": versions()}
-    RESULTS.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    PAGE.write_text(page(document), encoding="utf-8")
+    document = with_machine({"results": measured(asked.model, asked.count)})
+    write(document, RESULTS, page(document), PAGE)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class LMEval(Evaluator):
         if model.processor is None:
             raise PruneForgeError("the model came without a tokenizer, which lm-eval needs; pass processor=")
         names = self._names()
-        manager = _task_manager(include, tuple(names))
+        manager = _task_manager(include, names)
         _check_known(names, manager)
         # The harness has bars of its own, shown where ours are. What else it prints must not stand among the results.
         shown = sys.stderr if subject.progress.shown else io.StringIO()
@@ -163,18 +163,25 @@ def _items(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[dict[str
     return {"id": list(right), "acc": list(right.values())}, [task for task in samples if task not in with_accuracy]
 
 
-@functools.cache
-def _task_manager(include_path: str | None, names: tuple[str, ...]) -> Any:
+def _task_manager(include_path: str | None, names: Sequence[str]) -> Any:
     """Return lm-eval's index of tasks: of all, which takes ten seconds, or where that is enough, of some folders."""
     from lm_eval import tasks
 
-    folders = None if include_path else _folders(Path(tasks.__file__).parent, names)
+    folders = () if include_path else tuple(_folders(Path(tasks.__file__).parent, names))
+    return _index(include_path, folders)
+
+
+@functools.cache
+def _index(include_path: str | None, folders: tuple[str, ...]) -> Any:
+    """Return the index of some folders alone, or of lm-eval's own and those of a path."""
+    from lm_eval.tasks import TaskManager
+
     if folders:
-        return tasks.TaskManager(include_defaults=False, include_path=folders)
-    return tasks.TaskManager(include_path=include_path)
+        return TaskManager(include_defaults=False, include_path=list(folders))
+    return TaskManager(include_path=include_path)
 
 
-def _folders(root: Path, names: Sequence[str]) -> list[str | Path]:
+def _folders(root: Path, names: Sequence[str]) -> list[str]:
     """Return the folders of lm-eval's own tasks with these names.
 
     Returns:
@@ -190,7 +197,7 @@ def _folders(root: Path, names: Sequence[str]) -> list[str | Path]:
             found[name] += [file] if match[1] == b"task" else [file, file]
     if any(len(files) != 1 for files in found.values()):
         return []
-    return sorted({files[0].parent for files in found.values()})
+    return sorted({str(files[0].parent) for files in found.values()})
 
 
 def _check_known(names: list[str], manager: Any) -> None:

@@ -13,7 +13,7 @@ from pruneforge import PruneForgeError, TextSource
 from pruneforge.data.text import Part
 from pruneforge.documents import parse_json, read_text
 from pruneforge_reasoning.answers import KINDS, Kind
-from pruneforge_reasoning.questions import Question, QuestionSource, distinct, truth
+from pruneforge_reasoning.questions import Question, QuestionSource, check_distinct, truth
 
 
 class QuestionFile(QuestionSource):
@@ -46,11 +46,11 @@ class QuestionFile(QuestionSource):
         path = self.options.path
         lines = read_text(Path(path), "file of questions").split("\n")
         try:
-            return distinct(
-                [self._question(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-            )
+            found = [self._question(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
         except ValueError as error:
             raise PruneForgeError(f"{path!r} holds no questions as expected: {error}") from error
+        check_distinct(found, repr(path))
+        return found
 
     def _question(self, number: int, line: str) -> Question:
         """Return the question of a line.

@@ -12,7 +12,7 @@ from pydantic import Field
 from pruneforge import PruneForgeError, TextSource
 from pruneforge.data.text import Part
 from pruneforge_reasoning.answers import Kind
-from pruneforge_reasoning.questions import Question, QuestionSource, distinct, truth
+from pruneforge_reasoning.questions import Question, QuestionSource, check_distinct, truth
 from pruneforge_text.hub import load_rows
 
 
@@ -61,10 +61,8 @@ class _HubQuestions(QuestionSource):
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 place = f"row {number} of source {self.name!r} ({self.location()['path']})"
                 raise PruneForgeError(f"{place} is no question as expected: {error}") from error
-        try:
-            return distinct(found)
-        except ValueError as error:
-            raise PruneForgeError(f"source {self.name!r} ({self.location()['path']}): {error}") from error
+        check_distinct(found, f"source {self.name!r} ({self.location()['path']})")
+        return found
 
     @abstractmethod
     def question(self, number: str, row: Mapping[str, Any]) -> Question:

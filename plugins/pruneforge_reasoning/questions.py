@@ -7,7 +7,6 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pruneforge import PruneForgeError, TextSource
 from pruneforge.data.text import Part
@@ -53,16 +52,15 @@ class Question:
             raise ValueError(f"the answer {wrong!r} is not of kind {self.kind!r}")
 
 
-def distinct(questions: Sequence[Question]) -> Sequence[Question]:
-    """Return the questions.
+def check_distinct(questions: Sequence[Question], place: str) -> None:
+    """Check that no two questions of a place have the same id.
 
     Raises:
-        ValueError: Two have the same id.
+        PruneForgeError: Two have.
     """
-    name, count = Counter(question.id for question in questions).most_common(1)[0] if questions else ("", 0)
-    if count > 1:
-        raise ValueError(f"{count} questions have the id {name!r}")
-    return questions
+    for name, count in Counter(question.id for question in questions).most_common(1):
+        if count > 1:
+            raise PruneForgeError(f"{place}: {count} questions have the id {name!r}")
 
 
 def truth(label: str) -> str:
@@ -100,7 +98,3 @@ class QuestionSource(TextSource):
                 f"source {self.name!r} has questions for evaluation alone; calibrate on another text, such as c4"
             )
         return [question.text for question in self.questions()]
-
-    def describe(self, part: Part) -> dict[str, Any]:
-        """Return what identifies the questions."""
-        return {}

@@ -267,10 +267,8 @@ def test_several_processes_are_refused_before_anything_is_loaded(checkpoint, tmp
 )
 def test_recoveries_win_back_what_the_papers_say_of_what_magnitude_lost(recover, options, share, checkpoint):
     asked = (checkpoint, "magnitude", 0.6, None, "python-docs")
-    data = {
-        "samples": 96,
-        "seqlen": 128,
-    }  # with fewer it learns them by heart, and the text is another Python's elsewhere
+    # With fewer samples it learns them by heart, and another Python brings another text.
+    data = {"samples": 96, "seqlen": 128}
 
     def perplexity(model):
         return pruneforge.evaluate(model, "perplexity", data="python-docs", window=128, limit=30)["perplexity"]

@@ -93,6 +93,7 @@ def test_a_layer_that_would_lose_by_it_keeps_its_weights():
     found = refiner.refine(made.layer(), made.statistics((Gram,)), start, Unstructured(0.67))
     assert torch.equal(found.mask, start.mask)
     assert found.weight is None
+    assert found.permutation is None
     assert found.notes == ("updated weights had a higher error: left as given",)
 
 
