@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 import shutil
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from commands import invoke
 from PIL import Image
 
 import pruneforge
+from pruneforge import PruneForgeError
 from pruneforge.runs.card import model_card
 
 ROOT = Path(__file__).parents[1]
+CHECKPOINTS = ROOT / "plugins" / "pruneforge_demo" / "checkpoints"
 SOURCES = sorted(path for folder in ("pruneforge", "plugins") for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -92,7 +95,82 @@ def test_names_in_an_archive_lead_nowhere(tmp_path):
     before = sorted(tmp_path.rglob("*"))
     settings = {"sparsity": 0.5, "samples": 3, "source_options": {"path": str(inside / "images.zip")}}
     pruneforge.prune("demo:image", "wanda", calibration="images", **settings)
+    with tarfile.open(inside / "images.tar", "w") as archive:
+        for name in ("../../0/0.png", f"{tmp_path}/1/1.png", "2/2.png"):
+            archive.add(tmp_path / "image.png", name)
+        link = tarfile.TarInfo("3/secret.png")
+        link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path / "image.png")
+        archive.addfile(link)
+    before = sorted(tmp_path.rglob("*"))
+    settings["source_options"] = {"path": str(inside / "images.tar")}
+    pruneforge.prune("demo:image", "wanda", calibration="images", **settings)
+    with pytest.raises(PruneForgeError, match="has 3 readable images and 4 were asked for"):  # not what the link names
+        pruneforge.prune("demo:image", "wanda", calibration="images", **{**settings, "samples": 4})
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_pickled_checkpoint_of_timm_runs_nothing(tmp_path):
+    model = shutil.copytree(CHECKPOINTS / "image", tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    for dump in (pickle.dumps, None):
+        file = model / "pytorch_model.bin"
+        content = {"head.weight": Evil(tmp_path / "ran")}
+        if dump is None:
+            torch.save(content, file)
+        else:
+            file.write_bytes(dump(content))
+        done = invoke("prune", model, "--metric", "magnitude", "--output", tmp_path / "out")
+        assert done.exit_code == 2, done.exception
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "ran").exists()
+
+
+TASK = """
+task: evil
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: !function code.run
+doc_to_choice: [a, b]
+doc_to_target: 0
+metric_list:
+  - metric: acc
+"""
+
+
+@pytest.mark.parametrize("how", ["flag", "assigned", "recipe", "options", "search"])
+def test_a_folder_of_tasks_runs_only_if_it_is_typed(how, checkpoint, tmp_path):
+    folder, ran = tmp_path / "tasks", tmp_path / "ran"
+    folder.mkdir()
+    (tmp_path / "data.jsonl").write_text('{"question": "x"}\n' * 2)
+    (folder / "evil.yaml").write_text(TASK.replace("DATA", str(tmp_path / "data.jsonl")))
+    (folder / "code.py").write_text(
+        f"import pathlib\npathlib.Path({str(ran)!r}).touch()\ndef run(doc):\n    return 'x'\n"
+    )
+    recipe = tmp_path / "recipe.yaml"
+    evaluate = ("eval", checkpoint, "--task", "lm-eval:evil", "--limit", 2)
+    if how == "flag":
+        done = invoke(*evaluate, "--include-path", folder)
+    elif how == "assigned":
+        done = invoke(*evaluate, "--option", f"include_path={folder}")
+    elif how == "recipe":
+        recipe.write_text(f"include_path: {folder}\n")
+        done = invoke(*evaluate, "--config", recipe)
+    elif how == "options":
+        recipe.write_text(f"options: {{include_path: {folder}}}\n")
+        done = invoke(*evaluate, "--config", recipe)
+        assert done.exit_code == 2
+        done = invoke("eval", folder, "--task", "lm-eval:evil", "--config", recipe)  # typed, but as the model
+    else:
+        task = f"{{task: 'lm-eval:evil', task_options: {{include_path: {folder}}}, trials: 1}}"
+        recipe.write_text(f"metric: magnitude\nallocator: search\nallocator_options: {task}\n")
+        done = invoke("prune", checkpoint, "--config", recipe, "--output", tmp_path / "out")
+    typed = how in ("flag", "assigned")
+    assert (done.exit_code == 0) is typed, (done.output, done.exception)
+    assert ran.exists() is typed
+    if not typed:
+        assert "which may run code" in done.stderr or "no adapter takes" in done.stderr
 
 
 def test_the_card_escapes_what_it_is_told(tmp_path):

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import io
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -44,7 +43,9 @@ class LMEval(Evaluator):
         """Options of the lm-eval evaluator."""
 
         tasks: str = Field(description="names of tasks, separated by commas")
-        include_path: str | None = Field(None, description="folder of local task definitions")
+        include_path: str | None = Field(
+            None, description="folder of local task definitions", json_schema_extra={"runs_code": True}
+        )
         num_fewshot: int | None = Field(None, ge=0, description="examples in the prompt; by default the task's own")
         limit: int | None = Field(None, ge=1, description="only the first so many documents of each task")
 
@@ -56,27 +57,25 @@ class LMEval(Evaluator):
         Items are the questions of tasks that have an accuracy, as TASK/NUMBER: whether each is right (1) or wrong (0).
         """
         import lm_eval
-        from lm_eval.models.huggingface import HFLM
+
+        from pruneforge_lm_eval.harness import Harness
 
         include = self.options.include_path
         if include is not None and not Path(include).is_dir():
             raise PruneForgeError(f"include-path {include!r} is no folder")
-        model = subject.model
-        if model.processor is None:
+        if subject.model.processor is None:
             raise PruneForgeError("the model came without a tokenizer, which lm-eval needs; pass processor=")
         names = self._names()
         manager = _task_manager(include, names)
         _check_known(names, manager)
-        # The harness has bars of its own, shown where ours are. What else it prints must not stand among the results.
-        shown = sys.stderr if subject.progress.shown else io.StringIO()
+        printed = io.StringIO()  # bars and advice of lm-eval's and its libraries' own
         try:
-            with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
-                harness = HFLM(
-                    pretrained=model.module,
-                    tokenizer=model.processor,
-                    batch_size=subject.batch_size or usual_batch_size(subject.device),
-                    device=str(subject.device),
-                )
+            with (
+                subject.progress.stage(f"lm-eval: {', '.join(names)}"),
+                contextlib.redirect_stdout(printed),
+                contextlib.redirect_stderr(printed),
+            ):
+                harness = Harness(subject, subject.batch_size or usual_batch_size(subject.device))
                 outcome = lm_eval.simple_evaluate(
                     model=harness,
                     tasks=names,

@@ -22,15 +22,17 @@ PluginFiles = Annotated[
     list[str] | None,
     typer.Option("--plugin", "-p", help="Load a Python file as a plugin; repeatable.", metavar="FILE"),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", envvar="PRUNEFORGE_QUIET", help="Show no progress.")]
+QUIET = "PRUNEFORGE_QUIET"
+Quiet = Annotated[bool, typer.Option("--quiet", envvar=QUIET, help="Show no progress.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where in the program an error arose.")]
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a hub model, as OWNER/NAME@REVISION.", metavar="NAME")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
-# As wide as its tables need where nobody sees the edge: in a pipe or a file they are not cut.
-console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 1000)
+# As wide as its tables need where nobody sees the edge: in a pipe or a file they are not cut. Names and messages are
+# shown as they are: what looks like markup in one is somebody's text.
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 1000, markup=False, emoji=False)
 
 
 @dataclass
@@ -67,14 +69,18 @@ def load_plugin_files(files: list[str] | None) -> None:
             warn([f"plugin {plugin.name!r} ({plugin.origin} {plugin.version}) failed to load: {last}"])
 
 
-def quieten() -> None:
-    """Keep the libraries' own progress bars and advice out of pipes and log files.
+def quieten(quiet: bool) -> None:
+    """Keep the libraries' own advice away, and their progress bars out of pipes and log files.
 
     Through their environment variables, so that none is imported for it; what the user set stays.
+
+    Args:
+        quiet: Whether to keep the bars off a terminal too, as the environment may say as well.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not sys.stderr.isatty():
+    asked = os.environ.get(QUIET, "").lower() in ("1", "true", "yes", "on")
+    if quiet or asked or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from pruneforge.cli import common, studies
 from pruneforge.cli.fields import Fields
@@ -78,6 +79,13 @@ def compare(
             metavar="GLOB|PART",
         ),
     ] = None,
+    trust: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Let an option of the study run code, written as it stands there: include_path=DIR. Repeatable.",
+            metavar="NAME=VALUE",
+        ),
+    ] = None,
     executor: studies.Executor = "local",
     workers: studies.Workers = None,
     address: studies.Address = None,
@@ -119,7 +127,10 @@ def compare(
         chosen = chosen_cells(every, only)
         failed = studies.warn_of_failed(chosen, output)
         done = len(chosen) - failed
-        print(f"{done} of {len(every)} cells are finished in {output}; without --cells comes the report")
+        if as_json:
+            print(json.dumps({"finished": done, "failed": failed, "cells": len(every)}, indent=2))
+        else:
+            print(f"{done} of {len(every)} cells are finished in {output}; without --cells comes the report")
         raise typer.Exit(studies.SOME_FAILED if failed else 0)
     rows = write_report(study, every, output)
     failed = studies.warn_of_failed(every, output)
@@ -174,6 +185,6 @@ def _table(shown: StudyTable) -> Table:
         texts = []
         for pattern in shown.patterns:
             text = cell_text(line[pattern], shown.share) if pattern in line else ""
-            texts.append(f"[bold]{text}[/bold]" if method in shown.best[pattern] else text)
+            texts.append(Text(text, style="bold" if method in shown.best[pattern] else ""))
         table.add_row(method, *texts)
     return table

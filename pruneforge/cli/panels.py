@@ -15,7 +15,7 @@ PANELS = {
     "Output": "output items force as_json dry_run details profile observe observe_options quiet",
     "Resources": "device batch_size memory_budget device_memory_budget gradient_cache resume executor workers address "
     "num_cpus num_gpus",
-    "Other": "seed config plugins debug help",
+    "Other": "seed config plugins trust debug help",
 }
 """Names of the options of each group, in the order of the help."""
 

@@ -14,13 +14,16 @@ from typing import Any, ClassVar
 
 from typer.core import TyperCommand
 
+from pruneforge import trust
 from pruneforge.cli import common, reach
 from pruneforge.cli.fields import Fields, flags_of, options_for, options_of, take_given
 from pruneforge.cli.panels import arranged
+from pruneforge.cli.typed import typed_options
 from pruneforge.errors import PruneForgeError, unknown_name
 
 _PLUGIN_OPTIONS = "pruneforge.plugin_options"
 _SETTINGS = "pruneforge.settings"
+_TYPED = "pruneforge.typed"
 
 
 OF_RUN = {
@@ -33,8 +36,8 @@ OF_RUN = {
 """Settings of a run that name a plugin: the plugin's kind, and the setting that takes its options."""
 
 
-OF_ONE_CALL = {"config", "help", "as_json", "quiet", "debug"}
-"""What a recipe file cannot say."""
+OF_ONE_CALL = {"config", "help", "as_json", "quiet", "debug", "force"}
+"""What a recipe file cannot say: what is shown, and that files which are not ours may be replaced."""
 
 
 class SettingsCommand(TyperCommand):
@@ -72,11 +75,12 @@ class SettingsCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the recipe file, and make options of what plugins declare, before anything is parsed."""
-        common.quieten()
         own = self.get_params(ctx)
         ctx.ignore_unknown_options = True  # whose they are shows once it is known which plugins are named
         given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
         ctx.ignore_unknown_options = False
+        ctx.meta[_TYPED] = set(typed_options(args))
+        common.quieten(bool(given.get("quiet")))  # before a plugin imports the libraries
         file = given.get("config")
         config = _read_config(Path(file)) if file else {}
         known = {parameter.name for parameter in own}
@@ -112,7 +116,7 @@ class SettingsCommand(TyperCommand):
                 values[setting] = {**values.get(setting, {}), name: value}
         ctx.meta[_SETTINGS] = values
         reach.answer_fast()
-        with self._flags_in_messages(ctx):
+        with trust.typed(ctx.meta[_TYPED]), self._flags_in_messages(ctx):
             return super().invoke(ctx)
 
     @functools.cached_property

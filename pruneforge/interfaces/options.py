@@ -10,12 +10,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import PydanticUndefined
 
 from pruneforge.errors import PruneForgeError, unknown_name
+from pruneforge.trust import check_typed
 
 
 class Options(BaseModel):
     """Base of every plugin's options: one annotated field an option, unknown names refused.
 
     Texts from a command line are read as the declared type (`"100"` as a float, `"yes"` as a bool).
+
+    An option whose value is code to run, such as a folder of definitions, is declared with
+    `json_schema_extra={"runs_code": True}`: a command takes it as typed, and not from a recipe or study alone.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False)
@@ -59,19 +63,25 @@ def parse_options(cls: type[Configurable], values: Mapping[str, Any], name: str)
         name: What to call the plugin in a message.
 
     Raises:
-        PruneForgeError: Naming the option, and either the nearest known one or what is wrong.
+        PruneForgeError: Naming the option, and either the nearest known one or what is wrong; or its value is code,
+            which nobody typed.
     """
     for key in values:
         if key not in cls.Options.model_fields:
             raise unknown_name(f"option of {name}", key, cls.Options.model_fields)
     try:
-        return cls.Options(**values)
+        made = cls.Options(**values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "options"
         value = f"={first['input']!r}" if first["type"] != "missing" else ""
         reason = first["msg"].removeprefix("Value error, ")
         raise PruneForgeError(f"option {key}{value} of {name}: {reason[:1].lower()}{reason[1:]}") from None
+    for key in made.model_fields_set:
+        extra = cls.Options.model_fields[key].json_schema_extra
+        if isinstance(extra, dict) and extra.get("runs_code"):
+            check_typed(key, str(getattr(made, key)))
+    return made
 
 
 def describe_options(cls: type[Configurable]) -> list[dict[str, Any]]:
