@@ -64,7 +64,8 @@ class Journal:
             wanted = json.loads(json.dumps({"format": FORMAT, **run}))
             if not lines:
                 self.append(wanted)
-                sync(folder)
+                with writing(folder):
+                    sync(folder)
             other = difference(lines[0], wanted) if lines else ""
             if other:
                 raise PruneForgeError(f"the unfinished run in {str(folder)!r} is another one: {other}")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from pruneforge.checkpoint.durable import PARTIAL
 from pruneforge.checkpoint.tensors import TensorLocation, read_header, read_tensor
 from pruneforge.documents import read_json
 from pruneforge.errors import PruneForgeError, UnfinishedError
@@ -46,7 +47,7 @@ class Checkpoint:
             PruneForgeError: The folder has no such checkpoint, or a file is missing, truncated or damaged, or a
                 link out of the folder.
         """
-        check_links(folder)
+        check_within(folder)
         self.folder = folder
         self.prefix = prefix
         # Given both a single file and an index, the libraries load the single file.
@@ -144,20 +145,22 @@ class Checkpoint:
 
 
 def _weights(path: Path) -> bool:
-    """Return whether a file holds weights, or is an index of them."""
-    weights = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
+    """Return whether a file holds weights, or is an index of them, or bears the name of one that is being written."""
+    weights = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json", PARTIAL)
     return path.name.endswith(weights)
 
 
-def check_links(folder: Path) -> None:
-    """Raise if something in a model's folder is a link out of it, or a pipe or device.
+def check_within(folder: Path) -> None:
+    """Raise if something in a model's folder leads out of it: a link, or a name in an index. Pipes are refused too.
 
-    What a link leads to would be read, and copied as a file of the model. The links of the Hub's cache lead to its own
+    What it leads to would be read, and copied as a file of the model. The links of the Hub's cache lead to its own
     files, and are allowed.
 
     Raises:
         PruneForgeError: Naming it.
     """
+    for index in sorted(folder.glob("*.index.json")):
+        _listed(index)
     home = folder.resolve()
     blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else None
     for path in folder.iterdir():
@@ -175,14 +178,26 @@ def check_links(folder: Path) -> None:
 
 def _index(path: Path) -> dict[str, str]:
     """Read an index: the file name of each tensor, by tensor name."""
-    content = read_json(path, "index")
-    listed = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(listed, dict) or not listed:
+    listed = _listed(path)
+    if not listed:
         raise PruneForgeError(f"index {str(path)!r} is damaged: its weight_map is empty")
     for file in listed.values():
-        # Paths are refused: an index must not make us read or write outside the folder.
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise PruneForgeError(
-                f"index {str(path)!r} names {file!r}, which is not the name of a safetensors file in the folder"
-            )
+        if not file.endswith(".safetensors"):
+            raise PruneForgeError(f"index {str(path)!r} names {file!r}, which is no safetensors file")
+    return listed
+
+
+def _listed(path: Path) -> dict[str, str]:
+    """Return the file name of each tensor that an index of any format lists.
+
+    Raises:
+        PruneForgeError: It is damaged, or names a path: an index must not make us read or write outside the folder.
+    """
+    content = read_json(path, "index")
+    listed = content.get("weight_map", {}) if isinstance(content, dict) else None
+    if not isinstance(listed, dict):
+        raise PruneForgeError(f"index {str(path)!r} is damaged: its weight_map is no mapping")
+    for file in listed.values():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise PruneForgeError(f"index {str(path)!r} names {file!r}, which is not the name of a file in the folder")
     return listed

@@ -18,6 +18,7 @@ from pruneforge.checkpoint import masks
 from pruneforge.checkpoint.durable import PARTIAL, open_for_writing, sync, write_all, writing
 from pruneforge.checkpoint.reader import Checkpoint
 from pruneforge.checkpoint.tensors import TensorLocation, as_bytes, read_header, read_tensor
+from pruneforge.errors import PruneForgeError
 
 
 class Rewrite:
@@ -143,9 +144,11 @@ class Rewrite:
             target: Folder for all of them, on the same disk; by default the folder that they were written to.
 
         Raises:
+            PruneForgeError: Somebody removed a file.
             UnfinishedError: The disk is full or cannot be written.
         """
         target = target or self.folder
+        self.check_there([target])
         with writing(self.folder):
             target.mkdir(exist_ok=True)
             for file in [*self.source.files, masks.MASKS_FILE]:
@@ -160,6 +163,19 @@ class Rewrite:
                     shutil.copyfile(path, copy)
                     copy.replace(target / path.name)
             sync(target)
+
+    def check_there(self, complete: Sequence[Path]) -> None:
+        """Raise unless each file is there: unfinished, or under its final name in one of some folders.
+
+        Raises:
+            PruneForgeError: Naming the one that somebody removed.
+        """
+        for file in [*self.source.files, masks.MASKS_FILE]:
+            if not self._partial(file).is_file() and not any((folder / file).is_file() for folder in complete):
+                raise PruneForgeError(
+                    f"{file + PARTIAL!r} was removed from {str(self.folder)!r} while it was being written; empty the "
+                    "folder and start again"
+                )
 
     def _partial(self, file: str) -> Path:
         return self.folder / (file + PARTIAL)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pruneforge.checkpoint.reader import Checkpoint, check_links
+from pruneforge.checkpoint.reader import Checkpoint, check_within
 from pruneforge.checkpoint.skeleton import make_skeleton, missing_parameters
 from pruneforge.engine.guard import named
 from pruneforge.errors import PruneForgeError, unknown_name
@@ -62,7 +62,7 @@ def load_model(
     if not isinstance(model, nn.Module):
         check_place(reference)
         if Path(reference).is_dir():
-            check_links(Path(reference))
+            check_within(Path(reference))
     asked = reference
     repository, revision = split_revision(reference)
     if revision is not None and not isinstance(model, nn.Module):

@@ -112,21 +112,30 @@ def save_report(report: Mapping[str, Any], folder: Path) -> None:
     write_text(json.dumps(report, indent=2) + "\n", folder / REPORT_FILE)
 
 
+def is_pruned(folder: Path) -> bool:
+    """Return whether a folder holds a report of ours, and not another file of its name."""
+    try:
+        return load_report(folder) is not None
+    except PruneForgeError:
+        return False
+
+
 def record_evaluation(folder: Path, outcome: Mapping[str, Any]) -> str | None:
     """Add an evaluation to the report in `folder`, replacing an earlier one of the same recipe.
 
     Returns:
-        The reason if the report cannot be written, else `None`.
+        The reason if the report cannot be read or written, else `None`: what was evaluated is not lost for that.
     """
-    report = load_report(folder)
-    if report is None:
-        return None
-    others = [known for known in report["evaluation"] if known["recipe"] != outcome["recipe"]]
-    report["evaluation"] = [*others, dict(outcome)]
     try:
+        report = load_report(folder)
+        if report is None:
+            return None
+        others = [known for known in report["evaluation"] if known["recipe"] != outcome["recipe"]]
+        report["evaluation"] = [*others, dict(outcome)]
         save_report(report, folder)
-    except OSError as error:
-        return f"the evaluation could not be added to {str(folder / REPORT_FILE)!r}: {error.strerror}"
+    except (PruneForgeError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        return f"the evaluation could not be added to {str(folder / REPORT_FILE)!r}: {reason}"
     return None
 
 

@@ -33,7 +33,7 @@ from pruneforge.runs import recipe_file as recipes
 from pruneforge.runs import report_file as reports
 from pruneforge.runs.card import CARD_FILE
 from pruneforge.runs.loading import parse_dtype
-from pruneforge.runs.recovering import PRUNED, Training, forget_recovery, give_up, keep_facts
+from pruneforge.runs.recovering import COMPLETE, PRUNED, Training, forget_recovery, give_up, keep_facts
 from pruneforge.runs.session import Session
 
 OWN_FILES = frozenset(
@@ -121,6 +121,7 @@ class StreamedOutput(Output):
             if not self._journal.entries:
                 self.rewrite.prepare()
                 self._journal.append({"prepared": True})
+            self.rewrite.check_there([self.folder, self.folder / PRUNED, self.folder / COMPLETE])
             self._forget_waiting()
         entries = self._session.group.gather(self._journal.entries[1:] if self._journal is not None else [])[0]
         for entry in entries:
@@ -271,7 +272,7 @@ class StreamedOutput(Output):
 
 def _left_out(checkpoint: Checkpoint) -> list[str]:
     """Return a warning about what a pruned model does not take over from its checkpoint, if there is anything."""
-    ours = (checkpoint.folder / reports.REPORT_FILE).is_file()  # pruned before: its files are replaced by newer ones
+    ours = reports.is_pruned(checkpoint.folder)  # before: its files are replaced by newer ones
     own = [] if ours else [path for path in checkpoint.companions() if path.name in OWN_FILES - {CARD_FILE}]
     names = [path.name for path in [*own, *checkpoint.left_out()] if not (ours and path.name == masks.FORMER)]
     if not names:

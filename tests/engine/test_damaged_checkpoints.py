@@ -62,23 +62,23 @@ def rewrite_one(folder, change, said):
 
 
 def break_index_with_a_path(folder):
-    return in_index(folder, "../elsewhere.safetensors")
+    return in_index(folder, "../elsewhere.safetensors", "is not the name of a file in the folder")
 
 
 def break_index_with_another_file(folder):
-    return in_index(folder, "config.json")
+    return in_index(folder, "config.json", "is no safetensors file")
 
 
 def break_index_with_a_number(folder):
-    return in_index(folder, 7)
+    return in_index(folder, 7, "names 7, which is not the name of a file in the folder")
 
 
-def in_index(folder, file):
+def in_index(folder, file, said):
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     content["weight_map"]["lm_head.weight"] = file
     index.write_text(json.dumps(content))
-    return "is not the name of a safetensors file in the folder"
+    return said
 
 
 def break_with_a_link(folder):

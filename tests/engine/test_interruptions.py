@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import signal
 import subprocess
@@ -9,7 +11,13 @@ from pathlib import Path
 
 import commands
 import pytest
-from conftest import CHECKPOINT, outcome
+import torch
+from conftest import CHECKPOINT, outcome, tiny_llama
+
+import pruneforge
+from pruneforge import Checkpoint, PruneForgeError, hookimpl
+from pruneforge.errors import UnfinishedError
+from pruneforge.plugins import loaded_plugins
 
 PLUGIN = """
 import os, shutil, signal, subprocess
@@ -129,3 +137,54 @@ def test_an_output_that_is_taken_away_is_one_line_and_no_success(what, tmp_path)
     done = run.go_on()
     assert done.returncode == 0, done.stderr
     assert outcome(run.output) == expected(run, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stops", [False, True], ids=["at once", "resumed"])
+def test_a_shard_that_is_taken_away_is_no_success(stops, tmp_path):
+    """Of several files the one that holds the embeddings is laid out first, and never written again."""
+    tiny_llama(torch.float32).save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    held = Checkpoint(tmp_path / "model").tensors["model.embed_tokens.weight"].file
+    asked = {"metric": "magnitude", "sparsity": 0.5, "output": tmp_path / "out"}
+
+    class Takes:
+        @hookimpl
+        def pruneforge_block_pruned(self, result):
+            if result.index == 1:
+                (tmp_path / "out" / f"{held}.partial").unlink()
+                if stops:
+                    raise KeyboardInterrupt
+
+    observer, said = Takes(), f"'{held}.partial' was removed from .*; empty the folder and start again"
+    loaded_plugins().register(observer)
+    try:
+        with pytest.raises(KeyboardInterrupt if stops else PruneForgeError, match=None if stops else said):
+            pruneforge.prune(tmp_path / "model", **asked)
+    finally:
+        loaded_plugins().unregister(observer)
+    if stops:
+        with pytest.raises(PruneForgeError, match=said):
+            pruneforge.prune(tmp_path / "model", **asked, resume=True)
+    else:
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("call", range(6))
+def test_a_flush_that_fails_is_one_line_and_the_run_goes_on(call, tmp_path, monkeypatch):
+    tiny_llama(torch.float32).save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    asked = {"metric": "magnitude", "sparsity": 0.5, "output": tmp_path / "out"}
+    pruneforge.prune(tmp_path / "model", **{**asked, "output": tmp_path / "whole"})
+    calls, flush = [], os.fsync
+
+    def fails(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 3 + 4 * call:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        flush(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fails)
+        with pytest.raises(UnfinishedError, match=r"cannot be written: Input/output error; .* `resume`") as error:
+            pruneforge.prune(tmp_path / "model", **asked)
+    assert "\n" not in str(error.value)
+    pruneforge.prune(tmp_path / "model", **asked, resume=(tmp_path / "out").exists())
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")

@@ -116,3 +116,24 @@ def test_the_command_writes_items(checkpoint, tmp_path):
     assert "items" not in json.loads(done.output)
     done = invoke("eval", checkpoint, *task, "--items", tmp_path / "nowhere" / "items.jsonl")
     assert (done.exit_code, "cannot write" in done.output) == (2, True)
+
+
+@pytest.mark.parametrize("content", ["{", '{"format": 0}'])
+def test_an_evaluation_is_not_lost_for_a_report_that_was_damaged_meanwhile(content, checkpoint, tmp_path):
+    folder, output = tmp_path / "pruned", tmp_path / "results.json"
+    pruneforge.prune(checkpoint, "magnitude", 0.5, output=folder)
+
+    class Damages(Evaluator):
+        def evaluate(self, subject):
+            (folder / "pruneforge.json").write_text(content)
+            return {"value": 1.5}
+
+    loaded_plugins().registry.evaluator("damages", Damages)
+    try:
+        found = pruneforge.evaluate(folder, "damages", output=output)
+    finally:
+        loaded_plugins.cache_clear()
+    assert found["value"] == 1.5
+    (warning,) = found["warnings"]
+    assert warning.startswith(f"the evaluation could not be added to {str(folder / 'pruneforge.json')!r}: ")
+    assert json.loads(output.read_text()) == found
