@@ -50,15 +50,22 @@ def one_line_for_full_devices() -> Iterator[None]:
         reason = str(error).partition(". ")[0]
         raise DeviceFullError(
             f"the device has no room left: {reason}; free some of it and run again (with `resume` if there is an "
-            "unfinished output), or use a smaller `batch_size` or `device_memory_budget`"
+            "unfinished output), or begin anew with a smaller `batch_size` or `device_memory_budget`"
         ) from error
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):  # torch has no class for it
+        if not is_full_memory(error):
             raise
         raise DeviceFullError(
             "the host has no memory left; free some of it and run again (with `resume` if there is an unfinished "
-            "output), or use a smaller `batch_size` or `memory_budget`"
+            "output), or begin anew with a smaller `batch_size` or `memory_budget`"
         ) from error
+
+
+def is_full_memory(error: BaseException) -> bool:
+    """Return whether an error says that the memory of the host or a device is full."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)  # torch has no class for it
 
 
 def free_memory(device: torch.device) -> None:

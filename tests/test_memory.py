@@ -172,3 +172,27 @@ def test_a_model_in_memory_is_not_pruned_twice(hungry):
     model = pruneforge.prune("demo:text", "magnitude", 0.0).model
     with pytest.raises(UnfinishedError, match="the device has no room left"):
         pruneforge.prune(model, "hungry", 0.5, None, [torch.ones(8, 32, dtype=torch.int64)])
+
+
+@pytest.mark.parametrize("full", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate")])
+def test_a_plugin_that_meets_a_full_host_leaves_a_run_that_goes_on(full, tmp_path):
+    class Hungry(pruneforge.Metric):
+        room = False
+
+        def score(self, layer, stats):
+            if ".3." in layer.name and not self.room:
+                raise full
+            return layer.weight.abs()
+
+    loaded_plugins().registry.metric("hungry", Hungry)
+    try:
+        with pytest.raises(UnfinishedError, match=r"the host has no memory left; .* \(with `resume`"):
+            pruneforge.prune("demo:text", "hungry", 0.5, output=tmp_path / "out")
+        assert (tmp_path / "out" / "journal.jsonl").is_file()
+        Hungry.room = True
+        pruneforge.prune("demo:text", "hungry", 0.5, output=tmp_path / "out", resume=True)
+    finally:
+        loaded_plugins.cache_clear()
+    whole = pruneforge.prune("demo:text", "magnitude", 0.5, options={"scope": "row"}, output=tmp_path / "whole")
+    masks = pruneforge.load(tmp_path / "out").masks
+    assert all(torch.equal(mask, whole.masks[name]) for name, mask in masks.items())

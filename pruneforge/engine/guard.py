@@ -17,6 +17,7 @@ from pruneforge.interfaces.metric import Pruned, measures_scores
 from pruneforge.interfaces.patterns import Pattern, Unstructured
 from pruneforge.interfaces.run import Run
 from pruneforge.interfaces.statistics import LayerStatistics
+from pruneforge.memory import is_full_memory
 from pruneforge.numerics import all_finite, seed_random_numbers
 
 T = TypeVar("T")
@@ -101,9 +102,11 @@ def named(who: str, where: str, work: Callable[[], T]) -> T:
     """
     try:
         return work()
-    except (PruneForgeError, torch.OutOfMemoryError):
+    except PruneForgeError:
         raise
     except (Exception, SystemExit) as error:  # a plugin may fail in any way
+        if is_full_memory(error):  # nothing of the plugin's: smaller batches are tried, and the run can go on
+            raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
         raise PruneForgeError(f"{who} failed {where}: {reason}") from error
 
@@ -192,22 +195,24 @@ def check_share(run: Run, layers: Sequence[Layer], masks: Mapping[str, Tensor], 
 def _versions(layer: Layer, stats: LayerStatistics, weights: bool) -> dict[str, Any]:
     """Return what tells whether the weight, or a statistic, was changed in place since."""
     versions: dict[str, Any] = (
-        {"the weight": (_version(layer.parameter), _sum_of_bits(layer.parameter))} if weights else {}
+        {"the weight": (_version(layer.parameter), _sums_of_bits(layer.parameter))} if weights else {}
     )
     for kind, statistic in stats.items():
         versions[f"statistic {kind.__name__}"] = _version(statistic.total)
     return versions
 
 
-def _sum_of_bits(parameter: Tensor) -> int:
-    """Return a sum over a parameter's bits, which also tells of changes that torch does not count, through `.data`.
+def _sums_of_bits(parameter: Tensor) -> bytes:
+    """Return sums over a parameter's bits, which also tell of changes that torch does not count, through `.data`.
 
-    On the CPU alone: with a device the host would wait for it at each layer.
+    Sums by the first dimension and by the last one tell of values that changed places too. On the CPU alone: with a
+    device the host would wait for it at each layer.
     """
     if parameter.device.type != "cpu":
-        return 0
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
-    return int(parameter.detach().view(bits).sum(dtype=torch.int64))
+        return b""
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
+    bits = parameter.detach().view(kind).flatten(1) if parameter.dim() > 1 else parameter.detach().view(kind)[None]
+    return b"".join(bits.sum(dimension, dtype=torch.int64).numpy().tobytes() for dimension in (0, 1))
 
 
 def _version(tensor: Tensor) -> int:

@@ -43,6 +43,11 @@ def past_torchs_count(layer, stats):
     return layer.weight.abs()
 
 
+def by_places(layer, stats):
+    layer.parameter.data.copy_(layer.parameter.data.flip(0, 1))
+    return layer.weight.abs()
+
+
 def statistic_in_place(layer, stats):
     return layer.weight.abs() * stats[ColumnSquares].total.sqrt_()
 
@@ -58,6 +63,7 @@ def fails(layer, stats):
 WRONG = [
     (scoring(in_place), f"metric 'mine' changed the weight of layer {LAYER} in place"),
     (scoring(past_torchs_count), f"metric 'mine' changed the weight of layer {LAYER} in place"),
+    (scoring(by_places), f"metric 'mine' changed the weight of layer {LAYER} in place"),
     (scoring(statistic_in_place), f"metric 'mine' changed statistic ColumnSquares of layer {LAYER} in place"),
     (scoring(fails), f"metric 'mine' failed on layer {LAYER}: ValueError: no such thing"),
     (scoring(leaves), f"metric 'mine' failed on layer {LAYER}: SystemExit: 3"),
