@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
@@ -17,13 +18,7 @@ EVERY = 30.0
 
 
 class Progress:
-    """Iterates without showing anything.
-
-    Attributes:
-        shown: Whether bars are visible; other libraries' bars are switched on or off accordingly.
-    """
-
-    shown = False
+    """Iterates without showing anything."""
 
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
         """Yield `items`, showing progress.
@@ -35,11 +30,19 @@ class Progress:
         """
         yield from items
 
+    @contextmanager
+    def stage(self, description: str) -> Iterator[None]:
+        """Show that something which cannot be counted goes on within the context.
+
+        Args:
+            description: Description of the step, for users.
+        """
+        for _ in self.track((None,), description):
+            yield
+
 
 class BarProgress(Progress):
     """Shows a bar for each running step on standard error, which is a terminal."""
-
-    shown = True
 
     def __init__(self) -> None:
         from rich import progress
@@ -52,7 +55,7 @@ class BarProgress(Progress):
             progress.TimeElapsedColumn(),
             progress.TextColumn("left"),
             progress.TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=Console(file=sys.stderr),  # that of now: what is redirected later is other libraries' output
             transient=True,
         )
         self._running = 0
@@ -84,6 +87,8 @@ class _Step:
     done: int = 0
 
     def __str__(self) -> str:
+        if self.total == 1:
+            return self.description
         count = f"{self.done:,}" + ("" if self.total is None else f" of {self.total:,}")
         text = f"{self.description}, {count}"
         if self.total and self.done:
@@ -103,6 +108,7 @@ class LineProgress(Progress):
         """
         self._every = every
         self._begun = time.monotonic()
+        self._stream = sys.stderr  # that of now: what is redirected later is other libraries' output
         self._steps: list[_Step] = []
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -128,7 +134,7 @@ class LineProgress(Progress):
         steps = "; ".join(map(str, list(self._steps)))
         if steps:
             passed = timedelta(seconds=int(time.monotonic() - self._begun))
-            print(f"[{passed}] {steps}", file=sys.stderr, flush=True)
+            print(f"[{passed}] {steps}", file=self._stream, flush=True)
 
     def _start(self) -> None:
         self.report()

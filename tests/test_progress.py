@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import sys
 import threading
@@ -26,7 +28,6 @@ def test_what_is_shown_depends_on_where_it_goes(monkeypatch):
     assert type(as_progress(False)) is Progress
     monkeypatch.setattr(sys, "stderr", Terminal(False))
     assert isinstance(as_progress(True), LineProgress)
-    assert not as_progress(True).shown  # other libraries' bars stay out of files
     monkeypatch.setattr(sys, "stderr", Terminal(True))
     assert isinstance(as_progress(True), BarProgress)
     mine = Progress()
@@ -73,3 +74,22 @@ def test_an_error_within_a_step_ends_its_lines():
     with pytest.raises(KeyError):
         fails()
     assert lines._steps == []
+
+
+def test_a_stage_is_a_line_without_a_count_and_ends_with_an_error(capsys):
+    lines = LineProgress()
+    with lines.stage("loading the model"):
+        lines.report()
+    with pytest.raises(KeyError), lines.stage("loading another"):
+        raise KeyError
+    assert lines._steps == []
+    said = [line.split("] ")[1] for line in capsys.readouterr().err.splitlines()]
+    assert said == ["loading the model", "loading the model", "loading another"]
+
+
+def test_lines_are_not_lost_in_what_redirects_other_libraries(capsys):
+    lines = LineProgress()
+    with contextlib.redirect_stderr(io.StringIO()) as aside, lines.stage("evaluating"):
+        print("chatter", file=sys.stderr)
+    assert aside.getvalue() == "chatter\n"
+    assert capsys.readouterr().err.endswith("] evaluating\n")

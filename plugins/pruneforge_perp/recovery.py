@@ -75,7 +75,7 @@ class Perp(Recovery):
             trained.load(state["trained"])
             optimizer.load_state_dict(state["optimizer"])
         batches = site.batches(first * options.accumulate)
-        for step in range(first, options.steps):
+        for step in site.progress.track(range(first, options.steps), f"steps of {self.name}"):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * rate(step, options.steps)
             together = list(islice(batches, options.accumulate))

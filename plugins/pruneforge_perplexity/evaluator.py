@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from pydantic import Field
 
 from pruneforge import Evaluator, PruneForgeError, Subject, TextSource
 from pruneforge.data.evaluation import text_windows
+
+LARGEST_LOSS = math.log(sys.float_info.max)
+"""Loss a token whose perplexity is the largest float."""
 
 
 class Perplexity(Evaluator):
@@ -47,9 +51,10 @@ class Perplexity(Evaluator):
         windows, warnings = text_windows(subject, source, self.options.window, self.options.limit)
         losses = self._losses(subject, windows)
         mean = losses.mean().item()
-        if not math.isfinite(mean):
+        if not mean < LARGEST_LOSS:
             raise PruneForgeError(
-                f"the model's loss on {self.options.data!r} is not finite; check its weights and dtype"
+                f"the model's loss on {self.options.data!r} is {mean:.6g}, too large for a perplexity; check the "
+                "model's weights and dtype"
             )
         return {
             "perplexity": math.exp(mean),

@@ -79,7 +79,7 @@ def load_pretrained(reference: str, auto: str, dtype: torch.dtype | None) -> Any
 
     more = unpacked() if is_gguf(reference) else {}
     try:
-        with _without_bars(reference), source(reference) as arguments:
+        with _without_bars(), source(reference) as arguments:
             model, info = getattr(transformers, auto).from_pretrained(
                 **arguments, **more, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False
             )
@@ -96,14 +96,18 @@ def load_pretrained(reference: str, auto: str, dtype: torch.dtype | None) -> Any
 
 
 @contextmanager
-def _without_bars(reference: str) -> Iterator[None]:
-    """Keep transformers' bars off within the context, unless there may be something to download."""
+def _without_bars() -> Iterator[None]:
+    """Keep transformers' own bars off within the context; those of downloads stay."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 
-    if not Path(reference).exists() or not logging.is_progress_bar_enabled():
+    if not logging.is_progress_bar_enabled():
         yield
         return
-    logging.disable_progress_bar()
+    downloads = not are_progress_bars_disabled()
+    logging.disable_progress_bar()  # and the Hub's with them
+    if downloads:
+        enable_progress_bars()
     try:
         yield
     finally:

@@ -6,7 +6,6 @@ import json
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from pruneforge.cli import common
@@ -36,6 +35,7 @@ def check(
     from pruneforge.interfaces.options import describe_options
     from pruneforge.interfaces.registry import KINDS
     from pruneforge.plugins import loaded_plugins
+    from pruneforge.progress import as_progress
     from pruneforge.testing import checked_kinds, run_checks
 
     registry = loaded_plugins().registry
@@ -54,7 +54,8 @@ def check(
         if set(needed) - set(given):
             wanted = " ".join(f"--option {each}=VALUE" for each in needed)
             raise PruneForgeError(f"{kind} {name!r} is checked with the options that it needs: {wanted}")
-    results = list(run_checks(registry.create(kind, name, given) for kind in named))
+    shown = as_progress(common.progress())
+    results = list(shown.track(run_checks(registry.create(kind, name, given) for kind in named), "checks"))
     failed = [said for _, said in results if said is not None]
     if as_json:
         print(
@@ -67,7 +68,7 @@ def check(
         table.add_column("result", overflow="fold")
         for each, said in results:
             passed = "passes" if each.skip is None else f"left out: {each.skip}"
-            table.add_row(each.name, passed if said is None else escape(said))
+            table.add_row(each.name, passed if said is None else said)
         common.console.print(table)
     if failed:
         raise typer.Exit(FAILED)

@@ -23,6 +23,7 @@ from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.objective import Objective
 from pruneforge.interfaces.recovery import ModelSite, Recovery
 from pruneforge.numerics import all_finite, repeatable_gradients
+from pruneforge.progress import Progress
 
 PART = 0x5EED
 """Position of recovery among the parts of a run, which gives it random numbers of its own."""
@@ -66,6 +67,7 @@ class PrunedModel(ModelSite):
         seed: int = 0,
         objective: Objective | None = None,
         state: Path | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """Describe the model; nothing is changed or moved yet.
 
@@ -78,6 +80,7 @@ class PrunedModel(ModelSite):
             seed: Seed of every random choice.
             objective: The loss; by default the adapter's.
             state: File that an interrupted recovery goes on from; `None` if it cannot be resumed.
+            progress: Shows progress; by default nothing.
 
         Raises:
             PruneForgeError: The masks are of another model, or a pruned weight is not zero.
@@ -85,6 +88,7 @@ class PrunedModel(ModelSite):
         layers = [layer for block in adapter.blocks(module) for layer in block.layers]
         self.module, self.head, self.batch_count = module, adapter.head(module), len(batches)
         self.layers = [layer for layer in layers if layer.name in masks]
+        self.progress = progress or Progress()
         self._left_dense = [layer for layer in layers if layer.name not in masks]
         self._adapter, self._objective, self._given = adapter, objective, masks
         self._batches, self._device, self._seed, self._state = batches, device, seed, state

@@ -14,6 +14,7 @@ from pruneforge.interfaces.adapter import Block
 from pruneforge.interfaces.batch import Batch
 from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.statistics import LayerStatistics, Requirement
+from pruneforge.progress import Progress
 
 Targets = Literal["dense", "pruned"]
 """Which outputs of the dense block a pruned block is compared with: those in the dense model, or those on the inputs
@@ -107,6 +108,7 @@ class ModelSite(ABC):
         masks: Boolean [out, in] by layer name, on the device; `True` keeps.
         head: The layer outside of the blocks that makes the logits, or `None` if the adapter does not say which it is.
         batch_count: Number of batches of calibration data.
+        progress: Shows progress: go through the steps by its `track`.
     """
 
     module: nn.Module
@@ -114,6 +116,7 @@ class ModelSite(ABC):
     masks: Mapping[str, Tensor]
     head: Layer | None
     batch_count: int
+    progress: Progress
 
     @abstractmethod
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -84,7 +84,8 @@ def evaluate(  # noqa: D417 -- the settings are described where they are declare
     if isinstance(model, PruneResult):
         loaded, report, folder = model.loaded, model.report, None
     else:
-        loaded = load_model(model, dtype, processor, installed.registry)
+        with as_progress(progress).stage("loading the model"):
+            loaded = load_model(model, dtype, processor, installed.registry)
         folder = Path(loaded.reference) if Path(loaded.reference).is_dir() else None
         report = ({} if isinstance(model, nn.Module) else reports.find_report(loaded.reference)) or {}
     recipe = validated(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from pruneforge.checkpoint.folder import check_output
 from pruneforge.checkpoint.journal import JOURNAL_FILE
 from pruneforge.data.calibration import Calibration, Data, RawBatches, collect
 from pruneforge.engine.budget import Budgets
-from pruneforge.engine.processes import Group, joined
+from pruneforge.engine.processes import Group, joined, process_count
 from pruneforge.errors import DeviceFullError, PruneForgeError, unknown_name
 from pruneforge.interfaces.allocator import searches
 from pruneforge.interfaces.recipe import PruneRecipe
@@ -103,7 +102,7 @@ class Job:
         chosen = len(sizes) <= 1 and self.runs[0].recipe.batch_size is not None
         begun = any(run.folder is not None and (run.folder / JOURNAL_FILE).is_file() for run in self.runs)
         # A model in memory may have changed already, and several processes would have to agree.
-        alone = not isinstance(self.model, nn.Module) and int(os.environ.get("WORLD_SIZE", "1")) == 1
+        alone = not isinstance(self.model, nn.Module) and process_count() == 1
         return bool(sizes) and sizes[-1] > 1 and not chosen and not begun and alone
 
     @one_line_for_full_devices()
@@ -151,7 +150,7 @@ class Job:
         recipe, registry = self.runs[0].recipe, self.plugins.registry
         progress = as_progress(self.resources.progress) if group.first else Progress()
         peak, profile = PeakMemory(self.device), Profile(self.device, self.resources.profile)
-        with profile.stage("load"):
+        with profile.stage("load"), progress.stage("loading the model"):
             loaded = load_model(self.model, recipe.dtype, self.processor, registry, recipe.adapter_options, streamed)
         blocks, excluded = split_excluded(loaded.adapter.blocks(loaded.module), recipe.exclude)
         data, streams = Calibration([], {}), {}

@@ -33,6 +33,7 @@ from pruneforge.runs.documented import documented
 from pruneforge.runs.job import opened
 from pruneforge.runs.loading import load_model, parse_device, parse_dtype
 from pruneforge.runs.parts import described, make_objective, make_recovery
+from pruneforge.runs.places import check_place
 from pruneforge.runs.provenance import fingerprint, plugin_sources, recovery_identity, versions
 from pruneforge.runs.recipe_file import RECIPE_FILE, validated
 from pruneforge.runs.recovering import Training, check_processes, forget_recovery
@@ -123,7 +124,7 @@ class _Asked:
             one_line_for_full_devices(),
         ):
             check_processes(self.recovery, group)
-            training, entry, warnings = self._prepared(device)
+            training, entry, warnings = self._prepared(device, profile)
             if self.resume and self._is_finished(entry["identity"]):
                 return PruneResult(load_report(self.folder) or {}, self.folder, dtype=dtype)
             with held(self.folder, entry["identity"], self.resume, self._is_started, self._forget) as journal:
@@ -140,12 +141,14 @@ class _Asked:
                     sync(self.folder)
         return PruneResult(report, self.folder, dtype=dtype, profile=profile)
 
-    def _prepared(self, device: torch.device) -> tuple[Training, dict[str, Any], list[str]]:
+    def _prepared(self, device: torch.device, profile: Profile) -> tuple[Training, dict[str, Any], list[str]]:
         """Return the training, its entry in the report, and warnings about the data; no weights stay in memory."""
         recipe, registry = self.recipe, loaded_plugins().registry
-        loaded = load_model(self.source, recipe.dtype, None, registry, recipe.adapter_options, on_disk=True)
+        with profile.stage("load"), self.progress.stage("loading the model"):
+            loaded = load_model(self.source, recipe.dtype, None, registry, recipe.adapter_options, on_disk=True)
         tokens = Budgets().tokens_a_batch(loaded.adapter.blocks(loaded.module), device)
-        seen = collect(self.data, recipe.calibration, recipe, loaded, tokens, self.progress)
+        with profile.stage("data"):
+            seen = collect(self.data, recipe.calibration, recipe, loaded, tokens, self.progress)
         pruned = loaded.checkpoint.fingerprint() if loaded.checkpoint else fingerprint(loaded.module)
         parts: list[Configurable] = [self.recovery, loaded.adapter]
         plugins = plugin_sources(parts if self.objective is None else [*parts, self.objective])
@@ -159,8 +162,8 @@ class _Asked:
             "plugins": plugins,
             "identity": recovery_identity(recipe, plugins, pruned, masks, seen.description, device),
         }
-        loss, seed = self.objective, recipe.seed
-        return Training(self.recovery, loaded.adapter, seen.batches, device, seed, loss), entry, seen.warnings
+        given = (seen.batches, device, recipe.seed, self.objective, self.progress)
+        return Training(self.recovery, loaded.adapter, *given), entry, seen.warnings
 
     def _is_finished(self, identity: dict[str, Any]) -> bool:
         """Return whether the output holds this very recovery, finished.
@@ -221,6 +224,7 @@ def _asked(
         **described({"recover": recover, "objective": objective}, {"recover": made, "objective": loss}, options),
         **{name: value for name, value in settings.items() if value is not None},
     )
+    check_place(str(model))
     load_masks(source)
     report = load_report(source)
     if report is None or (source / JOURNAL_FILE).is_file():

@@ -26,6 +26,7 @@ from pruneforge.interfaces.objective import Objective
 from pruneforge.interfaces.recovery import Recovery, recovers_models
 from pruneforge.interfaces.run import Run
 from pruneforge.numerics import all_finite
+from pruneforge.progress import Progress
 from pruneforge.runs.loading import in_evaluation_mode
 from pruneforge.runs.session import Session
 
@@ -112,6 +113,7 @@ class Training:
         device: Where to compute.
         seed: Seed of every random choice.
         objective: The loss; by default the adapter's.
+        progress: Shows progress.
     """
 
     recovery: Recovery
@@ -120,13 +122,14 @@ class Training:
     device: torch.device
     seed: int
     objective: Objective | None
+    progress: Progress
 
     @classmethod
     def of_run(cls, session: Session, run: Run) -> Training:
         """Return the recovery that a run asks for."""
         assert run.recovery is not None
-        adapter, batches = session.loaded.adapter, session.data.batches
-        return cls(run.recovery, adapter, batches, session.device, run.seed, run.objective)
+        adapter, batches, progress = session.loaded.adapter, session.data.batches, session.progress
+        return cls(run.recovery, adapter, batches, session.device, run.seed, run.objective, progress)
 
     def recover(self, module: nn.Module, masks: Mapping[str, Tensor], state: Path | None = None) -> Recovered:
         """Recover a model in memory, and go on from a state that an earlier process left.
@@ -136,7 +139,8 @@ class Training:
             masks: Boolean [out, in] by layer name.
             state: The file of the state; `None` to keep none.
         """
-        site = PrunedModel(module, self.adapter, masks, self.batches, self.device, self.seed, self.objective, state)
+        given = (self.batches, self.device, self.seed, self.objective, state, self.progress)
+        site = PrunedModel(module, self.adapter, masks, *given)
         with in_evaluation_mode(module):
             return site.recover(self.recovery)
 

@@ -17,6 +17,7 @@ import pruneforge
 from pruneforge import Example, PruneForgeError
 from pruneforge.errors import UnfinishedError
 from pruneforge.plugins import loaded_plugins
+from pruneforge.progress import LineProgress, Progress
 from pruneforge.testing import run_checks
 from pruneforge.testing.evaluator import Case
 
@@ -241,6 +242,40 @@ def test_lm_eval_gives_examples_in_the_prompt(checkpoint, local_task):
     shown = [f"{shot['question']} {shot['choices'][shot['answer']]}\n\n" for shot in sums(range(20, 22))]
     assert found["items"]["acc"] == right_answers(checkpoint, "".join(shown))
     assert found["shots"] == {"sums": 2}
+
+
+class Told(Progress):
+    """Counts what is gone through, and prints it while everything else is redirected."""
+
+    def __init__(self):
+        self.steps = {}
+
+    def track(self, items, description, total=None):
+        self.steps[description] = [0, total]
+        for item in items:
+            yield item
+            self.steps[description][0] += 1
+
+
+@pytest.mark.parametrize(("task", "requests"), [("sums", 9 * 3), ("said", 9)])
+def test_lm_eval_says_how_many_requests_are_done(task, requests, checkpoint, local_task, capsys):
+    told = Told()
+    pruneforge.evaluate(checkpoint, f"lm-eval:{task}", include_path=local_task, progress=told)
+    assert told.steps["requests"] == [requests, requests]
+    assert told.steps[f"lm-eval: {task}"][0] == 1
+    pruneforge.evaluate(checkpoint, f"lm-eval:{task}", include_path=local_task, limit=1, progress=LineProgress())
+    assert f"] lm-eval: {task}\n" in capsys.readouterr().err
+
+
+def test_a_loss_beyond_any_perplexity_is_named(checkpoint, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    text = tmp_path / "text.txt"
+    text.write_text("The parrot is no more. " * 50)
+    with pytest.raises(PruneForgeError, match=r"loss on .* is [0-9.e+]+, too large for a perplexity"):
+        pruneforge.evaluate(model, "perplexity", data=str(text), window=32, processor=tokenizer)
 
 
 def test_questions_without_an_accuracy_are_no_items(checkpoint, local_task):
