@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import multiprocessing
 import os
+import re
 import socket
 import tempfile
 import threading
@@ -214,7 +215,7 @@ def _check_address(address: str | None) -> None:
     if address is not None and address.startswith("ray://"):
         raise ValueError("a client's address does not serve; run this on a node of the cluster, with HOST:PORT")
     host, colon, port = (address or "").rpartition(":")
-    if colon and port.isdigit():
+    if colon and re.fullmatch("[0-9]{1,5}", port):
         socket.create_connection((host, int(port)), timeout=10).close()
 
 

@@ -24,6 +24,9 @@ CELL_FILE = "cell.json"
 MEASURED_FILE = "measured.json"
 """What differs between two runs of a cell: times and memory."""
 
+LOCK = ".lock"
+"""Name of the file that processes hold locked while they look for what others left."""
+
 WORK, LOCK_FILE = ".work-", "lock"
 """Beginning of the names of folders that processes work in, and the file in each that its process holds locked."""
 
@@ -58,6 +61,10 @@ class StudyFolder:
         """Return what the dense model gave on one of its tasks, or why it failed; `None` if it was not tried."""
         return _read(self.path / dense_place(model, task))
 
+    def fingerprint(self, model: str) -> str | None:
+        """Return the fingerprint of a model that was pruned or evaluated here before, or `None`."""
+        return (_read(self.path / model_place(model)) or {}).get("fingerprint")
+
     def lacks(self, cell: Cell) -> bool:
         """Return whether something is not there that the study wants to keep of a finished cell."""
         wanted = [self.masks(cell)] if "masks" in cell.keeps else []
@@ -86,21 +93,21 @@ class StudyFolder:
     def work(self) -> Iterator[Path]:
         """Return a folder for what a pass writes; it is removed afterwards, and so are those of killed processes."""
         self.sweep()
-        with _locked(self.path / ".lock", wait=True):  # no other process looks while this one makes its own
+        with _locked(self.path / LOCK, wait=True):  # no other process looks while this one makes its own
             made = Path(tempfile.mkdtemp(prefix=WORK, dir=self.path))
             held = os.open(made / LOCK_FILE, os.O_RDWR | os.O_CREAT)
             fcntl.flock(held, fcntl.LOCK_EX)
         try:
             yield made
         finally:
-            with _locked(self.path / ".lock", wait=True):
+            with _locked(self.path / LOCK, wait=True):
                 shutil.rmtree(made, ignore_errors=True)
             os.close(held)
 
     def sweep(self) -> None:
         """Remove what killed processes have left; what is locked is of a process that lives."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with _locked(self.path / ".lock", wait=True):
+        with _locked(self.path / LOCK, wait=True):
             for left in self.path.glob(f"{WORK}*"):
                 with _locked(left / LOCK_FILE) as dead:
                     if dead:
@@ -115,6 +122,11 @@ def place_of(cell: Cell, name: str) -> str:
 def dense_place(model: str, task: int) -> str:
     """Return where the dense model's outcome of a task is below the study's folder."""
     return f"dense/{model}/{task}.json"
+
+
+def model_place(model: str) -> str:
+    """Return where the fingerprint of a model is below the study's folder."""
+    return f"dense/{model}/model.json"
 
 
 def items_file(task: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -17,10 +17,12 @@ from pruneforge.plugins import loaded_plugins
 from pruneforge.progress import Progress, as_progress
 from pruneforge.runs.job import make_job
 from pruneforge.runs.loading import load_model
+from pruneforge.runs.places import STUDY_FILE
 from pruneforge.runs.plan import split_excluded
+from pruneforge.runs.provenance import fingerprint
 from pruneforge.studies.cells import DenseEvaluation, arguments, passes
 from pruneforge.studies.executors import Executor, Local
-from pruneforge.studies.folder import CELL_FILE, StudyFolder, as_json, place_of
+from pruneforge.studies.folder import CELL_FILE, LOCK, StudyFolder, as_json, model_place, place_of
 from pruneforge.studies.plan import Cell, cells_of
 from pruneforge.studies.published import published_numbers
 from pruneforge.studies.study import Study, save_study
@@ -56,14 +58,17 @@ def run_study(
             )
     cells = cells_of(study, [plugin.origin for plugin in loaded_plugins().loaded if plugin.from_file])
     chosen = chosen_cells(cells, only)
-    check(study, cells)
+    fingerprints = check(study, cells)
     _check_folder(folder)
     held, executor = StudyFolder(folder), executor or Local(workers=1)
     _check_device(study, executor)
+    _check_unchanged(fingerprints, held)
     missing = [cell for cell in chosen if not _is_finished(held, cell)]
     with writing(folder, "study folder"):
         held.sweep()
         save_study(study, folder)
+    for name, found in fingerprints.items():
+        held.keep(model_place(name), as_json({"fingerprint": found}))
     dense = list(_dense_evaluations(study, held, {cell.model for cell in chosen}))
     _run(dense, missing, held, executor, as_progress(progress))
     return cells
@@ -99,7 +104,7 @@ def chosen_cells(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
         return list(cells)
     chosen: set[str] = set()
     for asked in only:
-        part = re.fullmatch(r"(\d+)/(\d+)", asked)
+        part = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", asked)
         if part:
             number, count = int(part[1]), int(part[2])
             if not 1 <= number <= count:
@@ -115,14 +120,18 @@ def chosen_cells(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
     return [cell for cell in cells if cell.key in chosen]
 
 
-def check(study: Study, cells: Sequence[Cell]) -> None:
+def check(study: Study, cells: Sequence[Cell]) -> dict[str, str]:
     """Raise if a cell cannot run, as far as that shows without loading a model whole.
+
+    Returns:
+        The fingerprint of each model, by name.
 
     Raises:
         PruneForgeError: Naming the model or the cell.
     """
     published_numbers()  # the report needs them
     registry = loaded_plugins().registry
+    fingerprints = {}
     for name, model in study.models.items():
         try:
             loaded = load_model(model.model, model.dtype, None, registry, model.adapter_options, on_disk=True)
@@ -133,6 +142,8 @@ def check(study: Study, cells: Sequence[Cell]) -> None:
                     parse_pattern(None, text, "row").check(layer.name, layer.shape[1])
             for task in model.tasks:
                 registry.create("evaluator", task.task, task.options)
+            checkpoint = loaded.checkpoint
+            fingerprints[name] = checkpoint.fingerprint() if checkpoint else fingerprint(loaded.module)
         except PruneForgeError as error:
             raise PruneForgeError(f"model {name!r}: {error}") from error
     for cell in cells:
@@ -140,6 +151,23 @@ def check(study: Study, cells: Sequence[Cell]) -> None:
             make_job(**arguments(cell))
         except PruneForgeError as error:
             raise PruneForgeError(f"cell {cell.key}: {error}") from error
+    return fingerprints
+
+
+def _check_unchanged(fingerprints: Mapping[str, str], held: StudyFolder) -> None:
+    """Raise if a model is another one than what its cells were made of.
+
+    Raises:
+        PruneForgeError: Naming it.
+    """
+    for name, found in fingerprints.items():
+        before = held.fingerprint(name)
+        if before is not None and before != found:
+            raise PruneForgeError(
+                f"model {name!r} has changed since {str(held.path)!r} was begun (its fingerprint was {before[:12]} and "
+                f"is {found[:12]}); name another folder, or remove {str(held.path / 'cells' / name)!r} and "
+                f"{str(held.path / 'dense' / name)!r}"
+            )
 
 
 def _is_finished(held: StudyFolder, cell: Cell) -> bool:
@@ -182,7 +210,9 @@ def _check_folder(folder: Path) -> None:
     parent = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise PruneForgeError(f"{str(folder)!r} cannot be written: {str(parent)!r} is no folder, or is read-only")
-    if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).exists() for name in ("cells", ".lock")):
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    begun = STUDY_FILE in names and names & {"cells", LOCK}
+    if not begun and any(not name.startswith(".") for name in names):  # hidden: of a run that ended at once
         raise PruneForgeError(f"{str(folder)!r} holds other files than a study's; name a folder of its own")
 
 

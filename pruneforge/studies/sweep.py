@@ -21,6 +21,9 @@ from pruneforge.studies.study import Study, StudyModel, make_study
 PATTERNS = ("1:4", "2:4", "4:8")
 """N:M patterns beside the curve, where nothing else is asked for."""
 
+MOST_SPARSITIES = 1_000
+"""Sparsities of a sweep; each is a run."""
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -56,7 +59,10 @@ def sparsities_between(start: float, stop: float, step: float) -> list[float]:
     if not 0 < step < 1:
         raise PruneForgeError(f"`step` {step} must lie between 0 and 1, such as 0.05")
     first, last, each = (Fraction(repr(float(value))) for value in (start, stop, step))
-    found = [float(first + number * each) for number in range(int((last - first) / each) + 1)]
+    count = int((last - first) / each) + 1
+    if count > MOST_SPARSITIES:
+        raise PruneForgeError(f"`step` {step} makes {count:,} sparsities, and a sweep has {MOST_SPARSITIES:,} at most")
+    found = [float(first + number * each) for number in range(count)]
     if found[-1] == 0:
         raise PruneForgeError(f"a sweep from {start} to {stop} by {step} prunes nothing; end it above 0")
     return [sparsity for sparsity in found if sparsity > 0]

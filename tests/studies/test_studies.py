@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+import shutil
 import statistics
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from small_study import finished_in, read, values
 
 import pruneforge
@@ -25,6 +27,8 @@ from pruneforge.studies.plan import cells_of
 from pruneforge.studies.report import write_report
 from pruneforge.studies.run import run_study
 from pruneforge.studies.study import make_study
+
+CHECKPOINTS = Path(__file__).parents[2] / "plugins" / "pruneforge_demo" / "checkpoints"
 
 
 def test_every_cell_is_what_a_run_of_its_own_gives(unbroken):
@@ -163,10 +167,30 @@ def test_a_folder_of_something_else_stays_as_it_is(tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "study.yaml").write_text("# mine")
-    for place, said in (("file", "is no folder"), ("file/below", "is no folder"), ("full", "holds other files")):
+    (tmp_path / "alike" / "cells").mkdir(parents=True)
+    (tmp_path / "alike" / "results.csv").write_text("mine")
+    said_of = {"file": "is no folder", "file/below": "is no folder", "full": "holds other files"}
+    for place, said in (said_of | {"alike": "holds other files"}).items():
         with pytest.raises(PruneForgeError, match=said):
             run_study(make_study(values()), tmp_path / place)
     assert (tmp_path / "full" / "study.yaml").read_text() == "# mine"
+    assert (tmp_path / "alike" / "results.csv").read_text() == "mine"
+
+
+def test_a_model_that_has_changed_since_is_not_mixed_with_what_it_was(tmp_path):
+    model, folder = shutil.copytree(CHECKPOINTS / "image", tmp_path / "model"), tmp_path / "out"
+    digits = {**values()["models"]["digits"], "model": str(model)}
+    asked = values(models={"digits": digits}, methods={"magnitude": {"metric": "magnitude"}}, controls=False)
+    run_study(make_study({**asked, "patterns": [0.5]}), folder)
+    weights = load_file(model / "model.safetensors")
+    save_file({**weights, "head.bias": weights["head.bias"] + 1}, model / "model.safetensors")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(PruneForgeError, match=r"model 'digits' has changed since .* was begun"):
+        run_study(make_study({**asked, "patterns": [0.5, 0.6]}), folder)
+    assert sorted(folder.rglob("*")) == before
+    for place in ("cells", "dense"):
+        shutil.rmtree(folder / place / "digits")
+    run_study(make_study({**asked, "patterns": [0.5, 0.6]}), folder)
 
 
 def test_what_is_kept_of_each_cell(unbroken, tmp_path):
