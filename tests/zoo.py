@@ -40,6 +40,9 @@ RECIPES = {
     "streams2.yaml": "streams: {a: 5}",
     "plug.yaml": "plugins: 5",
     "plug2.yaml": "plugins: [evil.py]",
+    "force.yaml": "task: perplexity\noptions: {data: t.txt}\noutput: file\nforce: true",
+    "include.yaml": "task: lm-eval\noptions: {tasks: t, include_path: model}",
+    "include2.yaml": "task: lm-eval:t\ninclude_path: empty",
 }
 
 PLUGINS = {
@@ -82,6 +85,11 @@ STUDIES = {
     "s_bad_metric": MODELS + "methods: {w: {metric: nonsense}}\npatterns: [0.5]\n",
     "s_bad_seed": MODELS + METHODS + "patterns: [0.5]\nseeds: [-1]\n",
     "s_hugeseed": MODELS + METHODS + "patterns: [0.5]\nseeds: [100000000000000000000]\n",
+    "s_code": MODELS.replace(
+        "perplexity, options: {data: t.txt, window: 16}", "lm-eval:t, options: {include_path: empty}"
+    )
+    + METHODS
+    + "patterns: [0.5]\n",
     "s_twice": "models: {a: {model: model}, a: {model: model}}\n",
     "s_laughs": "a: &a0 [1, 1]\n" + "".join(f"b{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)),
 }
@@ -134,6 +142,9 @@ def _models(folder: Path) -> None:
     _variant(folder, "overlapping", WEIGHTS, _overlapping(weights))
     _variant(folder, "index", WEIGHTS, None)
     (folder / "index" / f"{WEIGHTS}.index.json").write_text("{")
+    for name, index in (("outside", f"{WEIGHTS}.index.json"), ("outside_bin", "pytorch_model.bin.index.json")):
+        _variant(folder, name, WEIGHTS, None)
+        (folder / name / index).write_text(json.dumps({"weight_map": {"lm_head.weight": f"../model/{WEIGHTS}"}}))
     _variant(folder, "linked", "tokenizer.json", None)
     (folder / "linked" / "tokenizer.json").symlink_to(folder / "file")
     _variant(folder, "piped", "tokenizer.json", None)
@@ -180,8 +191,10 @@ def _images(folder: Path) -> None:
         (folder / "imgs" / name).mkdir(parents=True)
         for number in range(3):
             Image.new("RGB", (8, 8), (number * 20, 0, 0)).save(folder / "imgs" / name / f"{number}.png")
-    shutil.copytree(folder / "imgs", folder / "imgfifo")
-    os.mkfifo(folder / "imgfifo" / "a" / "p.png")
+    for number, name in enumerate("ab"):
+        shutil.copytree(folder / "imgs" / name, folder / "numbered" / str(number))
+    shutil.copytree(folder / "numbered", folder / "imgfifo")
+    os.mkfifo(folder / "imgfifo" / "0" / "p.png")
     (folder / "trunc.zip").write_bytes(b"PK\x03\x04aaaa")
     (folder / "trunc.tar").write_bytes(b"x" * 600)
     (folder / "trunc.tgz").write_bytes(b"\x1f\x8b\x08\x00")

@@ -59,7 +59,7 @@ class ImageNet(Evaluator):
 
         data: str = Field("imagenet", description="source or path of the labelled images")
         limit: int | None = Field(None, ge=1, description="only so many images, spread evenly over the data")
-        workers: int | None = Field(None, ge=0, description="processes that read images; by default by cores")
+        workers: int | None = Field(None, ge=0, le=1_000, description="processes that read images; by default by cores")
         amp: bool = Field(False, description="compute in bfloat16 by torch.autocast, sums in float32")
         real_labels: str | None = Field(
             None, description="JSON list of the right classes of each image, by name's order"

@@ -21,6 +21,9 @@ ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 DAMAGED = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)
 """What a truncated or damaged archive raises."""
 
+LARGEST = 1 << 28
+"""Bytes of an image in an archive, unpacked; more may be meant to fill the memory."""
+
 
 class ImageFiles(ImageSource):
     """A folder, zip or tar in ImageNet's layout: each class is a folder of images.
@@ -154,13 +157,17 @@ class _Archive(_Files):
             is_zip = self.path.name.lower().endswith(".zip")
             opened = zipfile.ZipFile(self.path) if is_zip else tarfile.open(self.path)  # noqa: SIM115
             self._handle = (os.getpid(), opened)
-        archive = self._handle[1]
-        if isinstance(archive, zipfile.ZipFile):
-            return archive.read(name)
-        member = archive.extractfile(self._members[name])
+        archive: Any = self._handle[1]
+        zipped = isinstance(archive, zipfile.ZipFile)
+        size = archive.getinfo(name).file_size if zipped else self._members[name].size
+        if size > LARGEST:
+            raise OSError(f"it has {size:,} bytes, and {LARGEST:,} are the most")
+        member = archive.open(name) if zipped else archive.extractfile(self._members[name])
         if member is None:
             raise OSError("it is not a regular file in the archive")
-        return member.read()
+        with member:
+            content: bytes = member.read(LARGEST)
+        return content
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handle": None}

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from pruneforge import PruneForgeError
 
+LONGEST = 18
+"""Digits of the largest number that a slice needs; more rows than that has nothing."""
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -33,7 +36,7 @@ class Slice:
 
 def split_slice(text: str) -> tuple[str, Slice]:
     """Split a path from the slice after it; without one, the slice takes all rows."""
-    match = re.fullmatch(r"(.+)\[(\d*%?):(\d*%?)\]", text, re.DOTALL)
+    match = re.fullmatch(r"(.+)\[([0-9]*%?):([0-9]*%?)\]", text, re.DOTALL)
     return (match[1], Slice(match[2], match[3])) if match else (text, Slice())
 
 
@@ -41,4 +44,6 @@ def _position(text: str, rows: int, default: int) -> int:
     """Return the row of one end of a slice, at most `rows`; `default` if it is empty."""
     if not text.strip("%"):
         return default
+    if len(text.lstrip("0")) > LONGEST:
+        return rows
     return min(rows, rows * int(text[:-1]) // 100 if text.endswith("%") else int(text))

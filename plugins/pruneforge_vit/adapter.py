@@ -148,9 +148,13 @@ def _class_names(config: Any) -> tuple[list[str], list[list[str]]]:
     """Return the configuration's class names, for an ImageNet head WordNet ids, and other names of the classes."""
     names = [config.id2label[index] for index in range(config.num_labels)]
     info = ImageNetInfo()
-    if len(names) == info.num_classes() and names[0] == info.index_to_description(0):
-        return info.label_names(), [names, list(info.label_descriptions())]
-    return names, []
+    described = list(info.label_descriptions())
+    if len(names) != len(described):
+        return names, []
+    # Some spell a class otherwise. None has the name of another class: its head would be in another order.
+    agree = sum(name == known for name, known in zip(names, described, strict=True))
+    others = sum(name in described for name in names) - agree
+    return (info.label_names(), [names, described]) if agree > len(names) // 2 and not others else (names, [])
 
 
 @dataclass(frozen=True)

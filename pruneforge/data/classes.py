@@ -101,7 +101,7 @@ def _heads_classes(class_names: Sequence[str], processor: ImageProcessor, mappin
         position = {name: index for index, name in enumerate(known) if name in of_one}
         if of_one.issuperset(class_names):
             return [position[name] for name in class_names]
-    if all(name.isdecimal() for name in class_names):
+    if all(name.isdecimal() and len(name) < 10 for name in class_names):
         numbers = [int(name) for name in class_names]
         if max(numbers) < processor.classes:
             return numbers

@@ -113,10 +113,11 @@ def image_batches(
         PruneForgeError: The model takes no images, or one is corrupt and `strict` is true.
     """
     processor = image_processor(subject.model.processor)
-    workers = max(1, _cores() - 1) if workers is None else workers
+    workers, size = max(1, _cores() - 1) if workers is None else workers, subject.batch_size_or(IMAGES_A_BATCH)
+    workers = min(workers, -(-len(chosen) // size))  # each reads whole batches
     loader = DataLoader(
         _Preprocessed(images, processor, chosen),
-        subject.batch_size_or(IMAGES_A_BATCH),
+        size,
         num_workers=workers,
         collate_fn=list,
         prefetch_factor=2 if workers else None,

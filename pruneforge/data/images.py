@@ -17,6 +17,7 @@ from pruneforge.data.classes import class_indices, read_mapping
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces import options
 from pruneforge.interfaces.source import Request, Source
+from pruneforge.memory import is_full_memory
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class ImageSource(Source):
         """Yield batches `{"pixel_values": float [samples, channels, height, width], "labels": int64 [samples]}`.
 
         Images are drawn without replacement and preprocessed by the checkpoint's evaluation transform. Batches have
-        labels only if all their images do.
+        labels only if all their images do; a warning counts the images without.
 
         Raises:
             PruneForgeError: There are too few images, or one is corrupt and `strict` is set.
@@ -126,6 +127,7 @@ class ImageSource(Source):
         images = self.images("calibration")
         order = draw_order(images, request.seed, self.options.balanced)
         labels = self.labels(images, processor)
+        self._check_enough(len(images), request.samples)  # before any is decoded
         self.reading = Reading()
         drawn: list[tuple[Tensor, int | None]] = []
         for index in request.progress.track(order, "reading images", request.samples):
@@ -135,11 +137,9 @@ class ImageSource(Source):
             self.reading.note(images.name(index), loaded, processor.mode, self.options.strict)
             if loaded.pixels is not None:
                 drawn.append((loaded.pixels, labels[index]))
-        if len(drawn) < request.samples:
-            raise PruneForgeError(
-                f"source {self.name!r} has {len(drawn)} readable images and {request.samples} were asked for; "
-                "use fewer `samples`"
-            )
+        self._check_enough(len(drawn), request.samples)
+        without = sum(label is None for _, label in drawn)
+        self.reading.unlabelled = without if without < len(drawn) else 0
         for start in range(0, len(drawn), request.batch_size):
             chunk = drawn[start : start + request.batch_size]
             batch = {"pixel_values": torch.stack([pixels for pixels, _ in chunk])}
@@ -147,8 +147,15 @@ class ImageSource(Source):
                 batch["labels"] = torch.tensor([label for _, label in chunk])
             yield batch
 
+    def _check_enough(self, count: int, samples: int) -> None:
+        """Raise if there are fewer images than samples."""
+        if count < samples:
+            raise PruneForgeError(
+                f"source {self.name!r} has {count} readable images and {samples} were asked for; use fewer `samples`"
+            )
+
     def warnings(self) -> list[str]:
-        """Return warnings about images that the last draw left out or converted."""
+        """Return warnings about images that the last draw left out or converted, or that alone have no label."""
         return self.reading.warnings()
 
 
@@ -165,15 +172,17 @@ def image_processor(processor: Any) -> ImageProcessor:
 
 @dataclass
 class Reading:
-    """A record of the images that could not be read or were converted.
+    """A record of the images that could not be read, were converted, or lack a label that others have.
 
     Attributes:
         corrupt: Names of images that could not be read.
         converted: Names of images in another colour mode than the model's, by "MODE to MODE".
+        unlabelled: Number of images without a label, where others have one.
     """
 
     corrupt: list[str] = field(default_factory=list)
     converted: dict[str, list[str]] = field(default_factory=dict)
+    unlabelled: int = 0
 
     def note(self, name: str, loaded: Loaded, wanted: str, strict: bool) -> None:
         """Record an image that should have colour mode `wanted`.
@@ -195,6 +204,8 @@ class Reading:
             lines.append(f"{len(self.corrupt)} corrupt images were left out: {_first_few(self.corrupt)}")
         for modes, names in sorted(self.converted.items()):
             lines.append(f"{len(names)} images were converted from colour mode {modes}: {_first_few(names)}")
+        if self.unlabelled:
+            lines.append(f"{self.unlabelled} images have no label, so their batches count as without labels")
         return lines
 
 
@@ -224,6 +235,8 @@ def load_image(images: ImageSet, index: int, processor: ImageProcessor) -> Loade
         image = images.open(index)
         converted = image.convert(processor.mode)
     except Exception as error:  # for damaged files, archives and PIL raise many kinds of errors
+        if is_full_memory(error):
+            raise
         return Loaded(None, error=f"{type(error).__name__}: {error}")
     return Loaded(processor.transform(converted), image.mode)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from pruneforge.engine.processes import ON_THIS_MACHINE, process_count
 from pruneforge.engine.transfers import bytes_in_host_memory
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.adapter import Block, LoadedModel
@@ -65,7 +67,7 @@ class Budgets:
         Free memory is ignored on purpose: another batch size would round differently, and so change masks.
         """
         usual = usual_tokens_a_batch(device)
-        on_cpu = None if self.host is None else self.host // _sharing()
+        on_cpu = None if self.host is None else self.host // process_count(ON_THIS_MACHINE)
         budget = on_cpu if device.type == "cpu" else self.device
         if budget is None:
             return usual
@@ -103,7 +105,7 @@ class Budgets:
             whole = sum(each.numel() * each.element_size() for each in model.module.parameters())
             working = max(working, whole - weights)
         resident = resident_bytes()
-        here = _sharing()
+        here = process_count(ON_THIS_MACHINE)
         host = resident + SHARE_OF_FREE * free_bytes() / here if self.host is None else self.host / here
         # A finished block stays in host memory until it is written; pinned, it takes up to twice as much.
         pinned = device.type == "cuda"
@@ -202,11 +204,6 @@ def free_on_device(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def _sharing() -> int:
-    """Return how many processes of the run share this machine's memory, as torchrun says."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 def _left(budget: float, needed: int, what: str, given: int | None) -> int:
     """Return what a budget leaves, 0 at least; raise if the user gave one that is too small."""
     if budget < needed and given is not None:
@@ -219,6 +216,6 @@ def _parse(value: str | int | None, what: str) -> int | None:
     if value is None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", str(value).lower())
-    if not match or not float(match[1]):
+    if not match or not 0 < float(match[1]) < math.inf:
         raise PruneForgeError(f"{what} {value!r} is not a number of bytes; write it like 3GB or 512MiB")
     return int(float(match[1]) * UNITS[match[2] or ""])

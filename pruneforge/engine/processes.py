@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ from pruneforge.interfaces.statistics import Statistic
 T = TypeVar("T")
 
 HOST = torch.device("cpu")
+
+ON_THIS_MACHINE = "LOCAL_WORLD_SIZE"
+"""Variable of how many processes of the run share this machine's memory."""
 
 PATIENCE = timedelta(hours=2)
 """How long processes wait for one another. The first one reads a whole checkpoint while the others wait; NCCL's default
@@ -166,6 +170,18 @@ class Group:
         return owners
 
 
+def process_count(variable: str = "WORLD_SIZE") -> int:
+    """Return how many processes share the run, as `torchrun` says, or with another variable those of this machine.
+
+    Raises:
+        PruneForgeError: The variable holds no number.
+    """
+    text = os.environ.get(variable, "1")
+    if not re.fullmatch("[1-9][0-9]{0,8}", text):
+        raise PruneForgeError(f"the environment variable {variable} is {text!r}, and no number of processes; unset it")
+    return int(text)
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[Group]:
     """Yield the group that `torchrun` started this process in, or a group of one.
@@ -176,8 +192,7 @@ def joined(device: torch.device) -> Iterator[Group]:
     Raises:
         UnfinishedError: The processes cannot be joined.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if process_count() == 1:
         yield Group()
         return
     if device.type == "cuda":
@@ -225,6 +240,6 @@ def _others() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:  # also a RuntimeError, but this process's own
         raise
-    except (RuntimeError, dist.DistBackendError) as error:
+    except (RuntimeError, ValueError, dist.DistBackendError) as error:  # values: of torchrun's variables
         reason = " ".join(str(error).split())[-160:]
         raise UnfinishedError(f"another process of the run ended or cannot be reached: {reason}") from error

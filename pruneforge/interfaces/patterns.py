@@ -163,7 +163,7 @@ def parse_pattern(sparsity: float | None, pattern: str | None, scope: Scope) -> 
         raise PruneForgeError(f"sparsity {sparsity} is outside [0, 1); it is the share of weights to prune")
     if pattern is None or pattern == "unstructured":
         return Unstructured(DEFAULT_SPARSITY if sparsity is None else sparsity, scope)
-    match = re.fullmatch(r"([0-9]+):([0-9]+)", pattern)
+    match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", pattern)
     if not match:
         raise PruneForgeError(f"pattern {pattern!r} is neither 'unstructured' nor N:M, such as 2:4")
     n, m = int(match[1]), int(match[2])

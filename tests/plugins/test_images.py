@@ -140,6 +140,34 @@ def test_a_corrupt_image_is_named_and_counted_or_fails_a_strict_run(folder, chec
         draw(folder, EACH * 3)
 
 
+def test_images_without_a_label_among_others_are_counted(folder):
+    _, found = draw(folder, 4)
+    assert not [text for text in found.warnings() if "label" in text]
+    picture(7).save(folder / "loose.png")
+    found = source(folder)
+    total = len(CLASSES) * EACH + 1
+    batches = list(found.calibration(Request(processor(), total, None, 4, 0)))
+    assert sum("labels" not in batch for batch in batches) == 1
+    assert "1 images have no label, so their batches count as without labels" in found.warnings()
+
+
+def test_a_member_that_unpacks_to_far_more_than_an_image_is_not_read(folder, tmp_path, monkeypatch):
+    from pruneforge_images import files
+
+    for name, mode in (("images.zip", "zip"), ("images.tar", "w")):
+        if mode == "zip":
+            with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
+                archive.writestr(f"{CLASSES[0]}/large.png", bytes(1 << 20))
+        else:
+            with tarfile.open(tmp_path / name, mode) as archive:
+                member = tarfile.TarInfo(f"{CLASSES[0]}/large.png")
+                member.size = 1 << 20
+                archive.addfile(member, io.BytesIO(bytes(1 << 20)))
+        monkeypatch.setattr(files, "LARGEST", 1 << 19)
+        with pytest.raises(OSError, match="it has 1,048,576 bytes, and 524,288 are the most"):
+            source(tmp_path / name).images("evaluation").open(0)
+
+
 def test_a_corrupt_member_of_an_archive_is_left_out_and_counted(folder, tmp_path):
     with zipfile.ZipFile(tmp_path / "images.zip", "w", zipfile.ZIP_STORED) as archive:
         for path in sorted(folder.rglob("*.*")):

@@ -86,12 +86,21 @@ def test_images_of_another_size_are_named():
         pruneforge.prune(tiny("ViT"), "wanda", 0.5, None, [torch.rand(1, 3, 40, 32)])
 
 
-def test_an_imagenet_heads_classes_are_wordnet_ids(tmp_path):
-    info = ImageNetInfo()
-    names = {index: info.index_to_description(index) for index in range(1000)}
+def processor_of(names, tmp_path):
     config = transformers.ViTConfig(**{**SMALL, "num_labels": 1000}, id2label=names)
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
     transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
-    processor = load_model(tmp_path, "auto", None, loaded_plugins().registry).processor
-    assert processor.names[281] == "n02123045"  # tabby, tabby cat
-    assert len(set(processor.names)) == 1000
+    return load_model(tmp_path, "auto", None, loaded_plugins().registry).processor
+
+
+def test_an_imagenet_heads_classes_are_wordnet_ids(tmp_path):
+    info = ImageNetInfo()
+    names = {index: info.index_to_description(index) for index in range(1000)}
+    assert processor_of(names, tmp_path).names[281] == "n02123045"  # tabby, tabby cat
+    spelled = processor_of({**names, 3: "tiger shark"}, tmp_path)
+    assert len(set(spelled.names)) == 1000
+    assert spelled.names[3] == "n01491361"
+    other = {**names, 281: names[282], 282: names[281]}  # a head in another order
+    swapped = processor_of(other, tmp_path)
+    assert list(swapped.names) == list(other.values())
+    assert not swapped.aliases
