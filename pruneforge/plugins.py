@@ -154,9 +154,16 @@ def _described(entry: Entry) -> dict[str, Any]:
         cls = entry.load()
     except PruneForgeError as error:
         text = str(error)
-        return item | {"summary": f"cannot be imported: {text}", "argument": None, "options": [], "error": text}
-    summary = (inspect.getdoc(cls) or "").partition("\n")[0]
-    return item | {"summary": summary, "argument": cls.argument, "options": describe_options(cls)}
+        unknown: dict[str, Any] = {
+            "summary": f"cannot be imported: {text}",
+            "description": "",
+            "argument": None,
+            "options": [],
+        }
+        return item | unknown | {"error": text}
+    description = inspect.getdoc(cls) or ""
+    said = {"summary": description.partition("\n")[0], "description": description, "argument": cls.argument}
+    return item | said | {"options": describe_options(cls)}
 
 
 def _admitted(selection: str | None, installed: Iterable[str]) -> list[str]:

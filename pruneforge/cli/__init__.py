@@ -124,7 +124,7 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and isinstance(end.code, int | None):
+        if os.environ.get("WORLD_SIZE", "1") != "1" and isinstance(end.code, int | None):
             # Everything is written and closed. With several processes, threads of torch's may abort while the
             # interpreter is taken down, and torchrun would call the run failed.
             sys.stdout.flush()

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pruneforge.cli import common, tables
+from pruneforge.cli.stopping import resumable
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -50,17 +51,18 @@ def apply(
     """
     from pruneforge.runs.apply import apply as run
 
-    result = run(
-        masks,
-        model,
-        output,
-        any_model=any_model,
-        masks_only=masks_only,
-        exclude=exclude or (),
-        device=device,
-        resume=resume,
-        progress=common.progress(),
-    )
+    with resumable(output):
+        result = run(
+            masks,
+            model,
+            output,
+            any_model=any_model,
+            masks_only=masks_only,
+            exclude=exclude or (),
+            device=device,
+            resume=resume,
+            progress=common.progress(),
+        )
     if not result.report:
         return  # another process of the group speaks for all
     if as_json:

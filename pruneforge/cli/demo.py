@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from rich.table import Table
 
-from pruneforge.cli import common
+from pruneforge.cli import common, tables
 from pruneforge.cli.fields import Fields, fields_of
 from pruneforge.cli.settings import SettingsCommand, settings
 
@@ -45,7 +45,9 @@ def demo(
     from pruneforge.interfaces.statistics import streams_of
     from pruneforge.plugins import loaded_plugins
     from pruneforge.progress import as_progress
+    from pruneforge.runs.loading import parse_device
 
+    parse_device(settings(ctx).get("device", "auto"))  # before anything is said
     registry = loaded_plugins().registry
     results, metrics = {}, []
     progress = as_progress(common.progress())
@@ -87,7 +89,7 @@ def run(subject: Any, metrics: list[str], asked: dict[str, Any], progress: Any) 
                 "pattern": pruned.report["pattern"]["pattern"],
                 "sparsity": pruned.report["sparsity"]["reached"],
                 result: found[result],
-                "seconds": measured["seconds"]["total"],
+                "seconds": tables.waited(measured),
                 "peak_memory_bytes": measured["peak_memory"]["host_bytes"],
             }
         )

@@ -28,7 +28,7 @@ def doctor(as_json: common.Json = False, plugins: common.PluginFiles = None, con
     for section, values in findings.items():
         table = Table(title=section, title_justify="left", show_header=False)
         for name, value in values.items():
-            table.add_row(name, str(value))
+            table.add_row(name, common.shown(value) or "none")
         common.console.print(table)
 
 

@@ -27,7 +27,8 @@ PRUNEFORGE_PLUGINS=-NAME pruneforge plugins
 
 def plugins(
     names: Annotated[
-        list[str] | None, typer.Argument(help="What to show the options of, or the text if a study.", metavar="NAME")
+        list[str] | None,
+        typer.Argument(help="What to show in full: description and options, or a study's text.", metavar="NAME"),
     ] = None,
     as_json: common.Json = False,
     plugins: common.PluginFiles = None,
@@ -42,6 +43,7 @@ def plugins(
     from pruneforge.plugins import loaded_plugins
 
     installed = loaded_plugins()
+    origins = {plugin.name: f"{plugin.origin} {plugin.version}".strip() for plugin in installed.loaded}
     entries = [entry for kind in KINDS for entry in installed.registry.entries(kind)]
     studies = installed.registry.files("study")
     everything: list[Entry | Shipped] = [*entries, *studies]
@@ -61,11 +63,10 @@ def plugins(
             print(json.dumps(found, indent=2, default=str))
             return
         for item in described:
-            common.console.print(_details(item))
+            _print_details(item, origins)
         for study in chosen:
             print(study.read(), end="")
     else:
-        origins = {plugin.name: f"{plugin.origin} {plugin.version}".strip() for plugin in installed.loaded}
         for kind in (*KINDS, "study"):
             listed = [each for each in everything if each.kind == kind]
             if not listed:
@@ -79,24 +80,29 @@ def plugins(
     for plugin in installed.loaded:
         if plugin.error:
             where = f"{plugin.origin} {plugin.version}".strip()
-            common.console.print(f"plugin {plugin.name} ({where}) failed to load:", markup=False)
-            common.console.print(plugin.error, markup=False)
+            common.console.print(f"plugin {plugin.name} ({where}) failed to load:")
+            common.console.print(plugin.error)
 
 
-def _details(item: dict[str, Any]) -> Table:
-    """Return the options of one registered class, under what it is."""
-    title = "\n".join(filter(None, [f"{item['kind']} {item['name']}: {item['summary']}", item["lacking"]]))
-    table = _table(title, "option", "type", "default", "meaning")
+def _print_details(item: dict[str, Any], origins: dict[str, str]) -> None:
+    """Print what one registered class is, in full, and its options."""
+    print(f"{item['kind']} {item['name']}, of plugin {item['plugin']} ({origins.get(item['plugin'], '')})")
+    print("\n".join(filter(None, [item["description"] or item["summary"], item["lacking"]])), end="\n\n")
+    if item["argument"]:
+        print(f"{item['name']}:VALUE sets {item['argument']}", end="\n\n")
+    if not item["options"]:
+        return
+    table = _table("", "option", "type", "default", "meaning")
     for option in item["options"]:
-        default = "required" if option["required"] else common.shown(option["default"])
-        table.add_row(
-            option["name"], option["type"].removesuffix("|None"), default, option["description"].replace("[", "\\[")
-        )
-    return table
+        value = option["default"]
+        number = f"{value:g}" if isinstance(value, float) else common.shown(value)
+        default = "required" if option["required"] else number
+        table.add_row(option["name"], option["type"].removesuffix("|None"), default, option["description"])
+    common.console.print(table, "")
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title.replace("[", "\\["), title_justify="left")
+    table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")
     return table

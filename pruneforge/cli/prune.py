@@ -6,7 +6,6 @@ Its settings are fields of the recipe and the resources; only what concerns the 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -15,7 +14,7 @@ import typer
 from pruneforge.cli import common, tables
 from pruneforge.cli.fields import Fields, fields_of
 from pruneforge.cli.settings import OF_RUN, SettingsCommand, settings
-from pruneforge.cli.stopping import stopped
+from pruneforge.cli.stopping import resumable
 
 if TYPE_CHECKING:
     from pruneforge.runs.estimate import Estimate
@@ -121,7 +120,6 @@ def prune(
     several = max(len(metrics), len(sparsities), len(patterns)) > 1
     if output is None and not dry_run:
         raise typer.BadParameter("Missing option '--output'")
-    from pruneforge.checkpoint.journal import JOURNAL_FILE
     from pruneforge.interfaces.patterns import DEFAULT_SPARSITY, parse_pattern
     from pruneforge.runs import estimate as estimating
     from pruneforge.runs import prune as pruning
@@ -143,16 +141,11 @@ def prune(
         _print_estimate(f"{metric} on {model}", estimated, as_json)
         return
     assert output is not None
-    try:
+    with resumable(output):
         if several:
             results = list(pruning.prune_each(model, metrics, asked_patterns, output=output, **asked).values())
         else:
             results = [pruning.prune(model, metric, output=output, **asked)]
-    except KeyboardInterrupt as error:
-        if not any(output.rglob(JOURNAL_FILE)):
-            raise
-        print(f"pruneforge: interrupted; {output} holds what is finished, go on with --resume", file=sys.stderr)
-        raise stopped(error) from None
     reports = [result.report for result in results if result.report]
     if not reports:
         return  # another process of the group speaks for all

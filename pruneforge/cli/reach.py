@@ -9,7 +9,7 @@ import threading
 from typing import Any
 from urllib.request import getproxies, proxy_bypass
 
-PATIENCE = 10.0
+PATIENCE = 5.0
 """Seconds after which a host counts as not reached, if nothing says so earlier."""
 
 _asked: dict[tuple[str, int], bool] = {}

@@ -6,7 +6,6 @@ Its settings are fields of the recipe; only what concerns the command alone is a
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -15,7 +14,7 @@ import typer
 from pruneforge.cli import common, tables
 from pruneforge.cli.fields import Fields, fields_of
 from pruneforge.cli.settings import OF_RUN, SettingsCommand, settings
-from pruneforge.cli.stopping import stopped
+from pruneforge.cli.stopping import resumable
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -58,16 +57,10 @@ def recover(
 
     Options of the recovery and of the calibration source are options of the command: --with NAME --help lists them.
     """
-    from pruneforge.checkpoint.state import STATE_FILE
     from pruneforge.runs import recover as recovering
 
-    try:
+    with resumable(output):
         result = recovering.recover(model, recover, output=output, **settings(ctx) | {"progress": common.progress()})
-    except KeyboardInterrupt as error:
-        if not (output / STATE_FILE).is_file():
-            raise
-        print(f"pruneforge: interrupted; {output} holds what is done, go on with --resume", file=sys.stderr)
-        raise stopped(error) from None
     if as_json:
         print(json.dumps(result.report, indent=2))
         return

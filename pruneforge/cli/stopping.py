@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -71,6 +75,20 @@ def _stop(number: int, frame: Any) -> None:
 
 def _ignore(number: int, frame: Any) -> None:
     """Do nothing; unlike with SIG_IGN the thread still hears of the signal."""
+
+
+@contextmanager
+def resumable(output: Path) -> Iterator[None]:
+    """Say, where a run is interrupted within the context, what an output folder holds of it to go on from."""
+    from pruneforge.checkpoint.journal import JOURNAL_FILE
+
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if not any(output.rglob(JOURNAL_FILE)):
+            raise
+        print(f"pruneforge: interrupted; {output} holds what is finished, go on with --resume", file=sys.stderr)
+        raise stopped(error) from None
 
 
 def stopped(error: KeyboardInterrupt) -> typer.Exit:

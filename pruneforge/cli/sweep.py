@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from pruneforge.cli import common, studies
@@ -138,5 +137,5 @@ def _table(grid: Grid) -> Table:
     for name, texts in zip(grid.head, zip(*grid.lines, strict=True), strict=True):
         table.add_column(name, justify="right", overflow="fold", min_width=min(NUMBERS, max(map(len, texts))))
     for line in grid.lines:
-        table.add_row(*map(escape, line))
+        table.add_row(*line)
     return table

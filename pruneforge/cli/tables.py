@@ -14,11 +14,9 @@ if TYPE_CHECKING:
 def print_result(report: dict[str, Any], output: Path) -> None:
     """Print what became of one run, from its report."""
     measured = report["measured"]
-    # What the user waited for; "total" is the pass alone, as speed is compared.
-    waited = sum(measured["seconds"].get(stage, 0.0) for stage in ("load", "data", "total"))
     print(
         f"pruned {report['sparsity']['pruned']:,} of {report['sparsity']['weights']:,} weights "
-        f"({report['sparsity']['reached']:.2%}) in {waited:.1f} s, "
+        f"({report['sparsity']['reached']:.2%}) in {waited(measured):.1f} s, "
         f"peak memory {common.mebibytes(measured['peak_memory']['host_bytes'])}; wrote {output}"
     )
     if "trained" in report.get("recovery", {}):
@@ -28,7 +26,12 @@ def print_result(report: dict[str, Any], output: Path) -> None:
 def print_recovered(report: dict[str, Any], output: Path) -> None:
     """Print what the last recovery of a pruned model did."""
     entry, measured = report["recovered"][-1], report["measured"]["recovered"][-1]
-    print(f"{trained(entry)} in {measured['seconds']['recover']:.1f} s; wrote {output}")
+    print(f"{trained(entry)} in {waited(measured, 'recover'):.1f} s; wrote {output}")
+
+
+def waited(measured: dict[str, Any], work: str = "total") -> float:
+    """Return the seconds that the user waited: for the work, which alone is compared as speed, and what came before."""
+    return sum(measured["seconds"].get(stage, 0.0) for stage in ("load", "data", work))
 
 
 def trained(recovery: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from pruneforge.interfaces.statistics import LayerStatistics
 from pruneforge.progress import Progress
 from pruneforge.runs import report_file as reports
 from pruneforge.runs.job import make_job
+from pruneforge.runs.places import check_place
 from pruneforge.runs.provenance import file_hash
 from pruneforge.runs.result import PruneResult
 from pruneforge.runs.session import Session
@@ -93,6 +94,7 @@ def apply(
     Raises:
         PruneForgeError: The model is another one, or its layers are; weights were updated; or as `prune` does.
     """
+    check_place(str(masks))
     file = file_of(Path(masks))
     shapes = mask_shapes(Path(masks))
     report = reports.load_report(file.parent)

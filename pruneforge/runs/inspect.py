@@ -15,6 +15,7 @@ from pruneforge.checkpoint.masks import load_masks, load_permutations, pack, pac
 from pruneforge.engine.structure import Structure, random_structure, structure_of, together
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.patterns import NM
+from pruneforge.runs.places import check_place
 from pruneforge.runs.report_file import REPORT_FILE, load_report
 
 PATTERNS = (NM(2, 4), NM(4, 8), NM(1, 4))
@@ -44,7 +45,7 @@ def inspect(folder: str | Path, against: str | Path | None = None) -> dict[str, 
     Raises:
         PruneForgeError: A folder is not the output of a pruning run, or the two are of models with other layers.
     """
-    masks, report = _read(Path(folder))
+    masks, report = _read(_place(folder))
     permutations = load_permutations(Path(folder))
     roles: dict[str, list[str]] = {}
     for name in masks:
@@ -62,7 +63,7 @@ def inspect(folder: str | Path, against: str | Path | None = None) -> dict[str, 
         "bytes": _bytes(masks, report),
     }
     if against is not None:
-        other, _ = _read(Path(against))
+        other, _ = _read(_place(against))
         found["agreement"] = agreement(masks, other, str(folder), str(against))
     return found
 
@@ -111,7 +112,7 @@ def diff(first: str | Path, second: str | Path) -> list[str]:
     Raises:
         PruneForgeError: A folder holds no report.
     """
-    reports = [_report(Path(folder)) for folder in (first, second)]
+    reports = [_report(_place(folder)) for folder in (first, second)]
     one, two = ({key: value for key, value in report.items() if key not in MEASURED} for report in reports)
     lines = list(_differences(one, two, ""))
     sparsities = [{name: layer["sparsity"] for name, layer in report["layers"].items()} for report in reports]
@@ -128,6 +129,11 @@ def diff(first: str | Path, second: str | Path) -> list[str]:
 def role(name: str) -> str:
     """Return a layer's name without the number of its block, and without what stands before it."""
     return re.split(r"\.\d+\.", name, maxsplit=1)[-1]
+
+
+def _place(folder: str | Path) -> Path:
+    check_place(str(folder))
+    return Path(folder)
 
 
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

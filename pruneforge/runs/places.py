@@ -84,7 +84,9 @@ def check_place(reference: str) -> None:
     if (path / JOURNAL_FILE).is_file():
         raise PruneForgeError(f"{reference!r} holds an unfinished run; finish it first: its own command, with `resume`")
     if (path / STUDY_FILE).is_file() and (path / "cells").is_dir():
-        raise PruneForgeError(f"{reference!r} is the folder of a study, which holds results and no model")
+        raise PruneForgeError(
+            f"{reference!r} is the folder of a study, whose report.html shows its results; it has no model"
+        )
     made = sorted(file.parent for file in path.glob(f"*/{MASKS_FILE}"))
     if made and not (path / "config.json").is_file():
         raise PruneForgeError(f"{reference!r} holds {len(made)} pruned models; name one, such as {str(made[0])!r}")

@@ -106,8 +106,9 @@ def test_plugins_lists_options_types_defaults_origin_and_version():
     assert (alpha["type"], alpha["default"]) == ("float", 100.0)
     assert all(plugin["origin"] and plugin["version"] for plugin in listed["plugins"])
     table = " ".join(shell("plugins", "gblm").stdout.split())
-    assert "metric gblm: " in table
-    assert "float │ 100.0" in table
+    assert table.startswith("metric gblm, of plugin gblm (pruneforge-lab ")
+    assert "the paper uses alpha 100 with 128 samples" in table  # the whole description
+    assert "alpha │ float │ 100 │" in table
     assert "l1|l2" in table
     assert "python-docs" not in table
     assert invoke("plugins", "gbml").output == "pruneforge: unknown plugin name 'gbml'; did you mean 'gblm'?\n"
@@ -366,5 +367,9 @@ def test_long_work_says_where_it_is_where_there_is_no_terminal(checkpoint, tmp_p
     told = shell("prune", checkpoint, *SETTINGS, "--output", tmp_path / "told", PRUNEFORGE_QUIET="")
     assert told.returncode == 0
     lines = told.stderr.strip().splitlines()
-    assert [line.split("] ")[1].split(",")[0] for line in lines] == ["reading calibration data", "pruning blocks"]
+    assert [line.split("] ")[1].split(",")[0] for line in lines] == [
+        "loading the model",
+        "reading calibration data",
+        "pruning blocks",
+    ]
     assert invoke("prune", checkpoint, *SETTINGS, "--output", tmp_path / "quiet", "--quiet").stderr == ""

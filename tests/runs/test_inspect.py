@@ -122,7 +122,12 @@ def test_the_commands_print_and_refuse(outputs, tmp_path):
     assert json.loads(as_json.output)["all"]["sparsity"] == 0.5
     assert "metric name: magnitude and wanda" in commands.invoke("diff", *outputs).output
     assert "differ in nothing" in commands.invoke("diff", outputs[0], outputs[0]).output
-    for command in (("inspect", tmp_path), ("diff", tmp_path, outputs[0])):
-        refused = commands.invoke(*command)
-        assert refused.exit_code == 2
-        assert "is not the output of a pruning run" in refused.output
+    (tmp_path / "empty").mkdir()
+    for place, said in (
+        (tmp_path / "empty", "is not the output of a pruning run"),
+        (tmp_path, "pruned models; name one"),
+    ):
+        for command in (("inspect", place), ("diff", place, outputs[0])):
+            refused = commands.invoke(*command)
+            assert refused.exit_code == 2
+            assert said in refused.output

@@ -40,8 +40,12 @@ def cache(tmp_path) -> Path:
 
 
 def prune(cache: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process that takes the cache from its environment."""
-    command = [sys.executable, "-m", "pruneforge", "prune", *map(str, arguments), "--metric", "magnitude"]
+    return run(cache, "prune", *arguments, "--metric", "magnitude")
+
+
+def run(cache: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process that takes the cache from its environment."""
+    command = [sys.executable, "-m", "pruneforge", *map(str, arguments)]
     environment = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -65,6 +69,26 @@ def test_a_revision_is_pruned_and_its_commit_is_in_the_report(cache, tmp_path):
     assert missing.returncode == 2
     (line,) = missing.stderr.strip().splitlines()
     assert "model 'org/tiny' cannot be downloaded at revision 'v2'" in line
+
+
+def test_a_revision_is_evaluated(cache, tmp_path):
+    """By a plugin's evaluator, since these models have no tokenizer."""
+    plugin = tmp_path / "first.py"
+    plugin.write_text(
+        "from pruneforge import Evaluator\n"
+        "class First(Evaluator):\n"
+        "    def evaluate(self, subject):\n"
+        "        weight = next(subject.model.module.parameters())\n"
+        "        return {'first': float(weight.flatten()[0])}\n"
+    )
+    for revision, commit in ((None, NEW), ("v1", OLD)):
+        asked = ("org/tiny", *(("--revision", revision) if revision else ()), "--task", "first", "-p", plugin, "--json")
+        done = run(cache, "eval", *asked)
+        assert done.returncode == 0, done.stderr
+        weights = load_file(tmp_path / commit / "model.safetensors")
+        assert json.loads(done.stdout)["first"] == float(weights["model.embed_tokens.weight"].flatten()[0])
+    refused = run(cache, "eval", tmp_path / OLD, "--revision", "v1", "--task", "first", "-p", plugin)
+    assert (refused.returncode, "--revision is for a hub id" in refused.stderr) == (2, True)
 
 
 def test_what_follows_an_at_sign_is_a_revision_of_a_hub_id_alone(tmp_path, monkeypatch):
