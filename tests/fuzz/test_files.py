@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,6 +21,7 @@ from commands import invoke
 from conftest import CHECKPOINT, tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from zoo import METHODS, MODELS
 
 import pruneforge
@@ -39,6 +41,9 @@ fuzzed = settings(
     suppress_health_check=list(HealthCheck),
     print_blob=True,
 )
+
+HANGS = 20
+"""Seconds after which an example is ended."""
 
 VALUES = st.recursive(
     st.none()
@@ -108,15 +113,41 @@ def place(pruned, tmp_path) -> Path:
     return Path(shutil.copytree(pruned, tmp_path / "here" / "pruned"))
 
 
-def check_refused(work: Callable[[], object], inside: Path) -> None:
-    """Do something that may be refused, and must write nowhere but in a folder."""
-    beside, said = set(inside.parent.parent.iterdir()), ""
+def check_refused(work: Callable[[], object], inside: Path) -> bool:
+    """Do something that may be refused, and must write nowhere but in a folder; return whether it was done."""
+    before, said = beside(inside), ""
     try:
-        work()
+        with ended_after(HANGS):
+            work()
     except PruneForgeError as error:
         said = str(error)
     assert "\n" not in said
-    assert set(inside.parent.parent.iterdir()) == beside
+    assert beside(inside) == before
+    return not said
+
+
+def beside(inside: Path) -> dict[Path, int]:
+    """Return what is around a folder, where names such as `../x` lead, with the time of its last change."""
+    around = inside.parent.parent
+    return {path: path.lstat().st_mtime_ns for path in around.rglob("*") if inside not in (path, *path.parents)} | {
+        around: around.lstat().st_mtime_ns
+    }
+
+
+@contextmanager
+def ended_after(seconds: int) -> Iterator[None]:
+    """Fail in the middle of what never ends, which a deadline that is looked at afterwards does not."""
+
+    def fail(number: int, frame: object) -> None:
+        raise AssertionError(f"it did not end in {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager
@@ -156,6 +187,30 @@ def test_indexes(data, place):
     forged = as_bytes(data.draw(mutated_values(json.loads(content))))
     with holding(file, data.draw(st.just(forged) | mutated_bytes(content))):
         check_refused(lambda: Checkpoint(place).fingerprint(), place)
+
+
+@given(data=st.data())
+@fuzzed
+def test_what_is_pruned_is_read_by_the_library(data, place):
+    """A model of forged weights or index is refused, or its output is one that safetensors opens."""
+    index = data.draw(st.booleans())
+    file = place / ("model.safetensors.index.json" if index else Checkpoint(place).files[0])
+    content, out = file.read_bytes(), place.parent / "out"
+    if index:
+        forged = as_bytes(data.draw(mutated_values(json.loads(content))))
+    else:
+        header, rest = parts_of(content)
+        text = as_bytes(data.draw(mutated_values(header)))
+        forged = len(text).to_bytes(8, "little") + text + rest
+    out.mkdir(exist_ok=True)
+    with holding(file, forged):
+        done = check_refused(lambda: pruneforge.prune(place, "magnitude", 0.25, output=out), out)
+    assert any(out.iterdir()) is done
+    for made in out.glob("*.safetensors"):
+        with safe_open(made, "pt") as opened:
+            assert all(opened.get_tensor(name) is not None for name in opened.keys())  # noqa: SIM118
+    for made in out.iterdir():
+        made.unlink()
 
 
 @given(data=st.data())
