@@ -142,7 +142,8 @@ def _pretrained(document: dict[str, Any]) -> list[str]:
         f"{document['tokens']} tokens, in float32 on one thread: the share of weights that PruneForge and the "
         "repositories' loop both keep or both prune, by samples that go through a block together. Sums are rounded "
         "in another order than theirs, with one sample a batch as with more: in the first blocks a few weights in a "
-        "million have scores so equal that it decides, and what they change is seen by all later ones."
+        "million have scores so equal that it decides, and what they change is seen by all later ones. Made by "
+        "`benchmarks/agreement.py --model DIR --text FILE`, which `make bench` leaves out."
     )
     return [
         *textwrap.wrap(said, 118),
