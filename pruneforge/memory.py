@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,6 +80,55 @@ def resident_bytes() -> int:
     """Return the bytes of host memory that this process uses now, or 0 where the system does not tell."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+def free_bytes() -> int:
+    """Return the bytes of host memory free for this process: on the machine, or within its control groups if less."""
+    pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 1 << 18
+    free = pages * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        free = int(match[1]) * 1024 if match else free
+    return max(0, min([free, *_free_in_groups()]))
+
+
+def _free_in_groups() -> Iterator[int]:
+    """Yield what is left to each control group of this process, as containers and schedulers make them."""
+    groups = Path("/proc/self/cgroup")
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):  # the second version of control groups, or the first
+            for mount in _MOUNTS[controllers]:
+                # In a container the path may be of the machine outside, and the container's group be at the mount.
+                inside = [] if ".." in path else [Path(path.lstrip("/")), *Path(path.lstrip("/")).parents]
+                for folder in dict.fromkeys([*(mount / place for place in inside), mount]):
+                    yield from _left(folder, controllers)
+
+
+_MOUNTS = {
+    "": (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")),
+    "memory": (Path("/sys/fs/cgroup/memory"),),
+}
+"""Where the groups of each version are, by their controller in `/proc/self/cgroup`."""
+
+_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""Files of a group's limit and use, and the name of what the kernel gives back of the use when memory is needed."""
+
+
+def _left(folder: Path, controllers: str) -> Iterator[int]:
+    """Yield the bytes left to a control group, if it has a limit."""
+    limit, used, given_back = _FILES[controllers]
+    try:
+        most, now = (folder / limit).read_text().strip(), (folder / used).read_text()
+        found = re.search(rf"^{given_back} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+    except OSError:  # there is no such group here, or no limit to it
+        return
+    if most.isdigit():
+        yield int(most) - int(now) + (int(found[1]) if found else 0)
 
 
 def _reset_peak() -> bool:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import commands
 import pytest
@@ -196,3 +200,44 @@ def test_a_plugin_that_meets_a_full_host_leaves_a_run_that_goes_on(full, tmp_pat
     whole = pruneforge.prune("demo:text", "magnitude", 0.5, options={"scope": "row"}, output=tmp_path / "whole")
     masks = pruneforge.load(tmp_path / "out").masks
     assert all(torch.equal(mask, whole.masks[name]) for name, mask in masks.items())
+
+
+def own_group() -> tuple[Path, str] | None:
+    """The folder of this process's control group of memory, and the file of its limit."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        for mount, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+            folder = Path(mount + path)
+            if (controllers == "memory") == (limit == "memory.limit_in_bytes") and (folder / limit).exists():
+                return folder, limit
+    return None
+
+
+def test_a_limit_of_a_control_group_counts_and_what_files_take_of_it_does_not(tmp_path):
+    """In a group of 700 MB, of which a file that was read takes 300 MB until memory is needed."""
+    found = own_group() if Path("/proc/self/cgroup").exists() else None
+    if found is None:
+        pytest.skip("no control group limits memory here")
+    group = found[0] / f"pruneforge-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / found[1]).write_text(str(700 << 20))
+    except OSError as error:
+        pytest.skip(f"no control group can be made: {error}")
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        f"Path({str(group / 'cgroup.procs')!r}).write_text(str(os.getpid()))\n"
+        "from pruneforge.memory import free_bytes\n"
+        "before = free_bytes()\n"
+        "with open('large', 'wb') as file:\n"
+        "    for _ in range(300): file.write(bytes(1 << 20))\n"
+        "    file.flush(); os.fsync(file.fileno())\n"
+        "print(before, free_bytes())\n"
+    )
+    try:
+        run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    finally:
+        group.rmdir()
+    before, after = map(int, run.stdout.split())
+    assert 300 << 20 < before <= 700 << 20
+    assert after > before - (100 << 20)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,7 +18,7 @@ from pruneforge.interfaces.batch import Batch
 from pruneforge.interfaces.recovery import recovers_blocks, recovers_models
 from pruneforge.interfaces.run import Run, needed_to_allocate, required_statistics
 from pruneforge.interfaces.statistics import GradientStatistic, Statistic, empty_statistics, kind_of, of_model_gradients
-from pruneforge.memory import resident_bytes, usual_tokens_a_batch
+from pruneforge.memory import free_bytes, resident_bytes, usual_tokens_a_batch
 from pruneforge.numerics import accumulation_dtype
 
 SHARE_OF_FREE = 0.8
@@ -182,20 +180,6 @@ def recovery_bytes(blocks: Sequence[Block]) -> int:
 def bytes_a_token(blocks: Sequence[Block]) -> int:
     """Estimate the bytes of a token while it passes a block: the inputs and outputs of all its layers."""
     return max(sum(sum(layer.shape) * layer.parameter.element_size() for layer in block.layers) for block in blocks)
-
-
-def free_bytes() -> int:
-    """Return the bytes of host memory free for this process: on the machine, or within its control group if less."""
-    pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 1 << 18
-    free = pages * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
-        free = int(match[1]) * 1024 if match else free
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return max(0, free)
 
 
 def free_on_device(device: torch.device) -> int:
