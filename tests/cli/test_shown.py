@@ -86,7 +86,6 @@ def test_a_shell_is_given_what_completes_a_word():
         check=False,
     )
     assert done.stdout.split() == ["prune"], done.stderr
-    assert "complete" in printed("--show-completion", SHELL="/bin/bash").stdout.lower()
 
 
 def test_the_help_groups_options_and_shows_plain_types():
