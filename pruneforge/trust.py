@@ -1,6 +1,7 @@
 """Code that a setting names, such as a folder of task definitions: it runs only where a person asked for it by name.
 
-From Python the caller is that person. A command says what was typed; what a recipe or a study alone names is refused.
+From Python the caller is that person. A command says what was typed; what a recipe or a study alone names is refused,
+and also what a plugin makes by itself within a command, unless it says so with `typed`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from contextlib import contextmanager
 from pruneforge.errors import PruneForgeError
 
 VARIABLE = "PRUNEFORGE_TYPED"
-"""Variable with the options that the running command was given by hand, which its worker processes inherit."""
+"""Variable with the options that the running command was given by hand, which the processes that it starts inherit.
+What a study names is checked before it is given to others, such as those of a cluster."""
 
 
 @contextmanager

@@ -41,6 +41,7 @@ RECIPES = {
     "plug.yaml": "plugins: 5",
     "plug2.yaml": "plugins: [evil.py]",
     "force.yaml": "task: perplexity\noptions: {data: t.txt}\noutput: file\nforce: true",
+    "trust.yaml": "trust: [include_path=empty]",
     "include.yaml": "task: lm-eval\noptions: {tasks: t, include_path: model}",
     "include2.yaml": "task: lm-eval:t\ninclude_path: empty",
 }
@@ -145,6 +146,12 @@ def _models(folder: Path) -> None:
     for name, index in (("outside", f"{WEIGHTS}.index.json"), ("outside_bin", "pytorch_model.bin.index.json")):
         _variant(folder, name, WEIGHTS, None)
         (folder / name / index).write_text(json.dumps({"weight_map": {"lm_head.weight": f"../model/{WEIGHTS}"}}))
+    below = json.dumps({**config, "transformers_weights": f"below/{WEIGHTS}.index.json"}).encode()
+    _variant(folder, "outside_below", "config.json", below)
+    _variant(folder, "linked_below", WEIGHTS, None)
+    for name in ("outside_below", "linked_below"):
+        (folder / name / "below").mkdir()
+    (folder / "linked_below" / "below" / WEIGHTS).symlink_to(folder / "model" / WEIGHTS)
     _variant(folder, "linked", "tokenizer.json", None)
     (folder / "linked" / "tokenizer.json").symlink_to(folder / "file")
     _variant(folder, "piped", "tokenizer.json", None)

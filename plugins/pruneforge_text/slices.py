@@ -44,6 +44,7 @@ def _position(text: str, rows: int, default: int) -> int:
     """Return the row of one end of a slice, at most `rows`; `default` if it is empty."""
     if not text.strip("%"):
         return default
-    if len(text.lstrip("0")) > LONGEST:
+    text = text.lstrip("0") or "0"
+    if len(text) > LONGEST:
         return rows
     return min(rows, rows * int(text[:-1]) // 100 if text.endswith("%") else int(text))

@@ -98,7 +98,7 @@ def load_pretrained(reference: str, auto: str, dtype: torch.dtype | None) -> Any
 @contextmanager
 def _without_bars() -> Iterator[None]:
     """Keep transformers' own bars off within the context; those of downloads stay."""
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
     if not logging.is_progress_bar_enabled():
@@ -112,6 +112,8 @@ def _without_bars() -> Iterator[None]:
         yield
     finally:
         logging.enable_progress_bar()
+        if not downloads:
+            disable_progress_bars()
 
 
 def skeleton_from_checkpoint(reference: str, auto: str, dtype: torch.dtype | None) -> tuple[nn.Module, Path] | None:

@@ -151,19 +151,17 @@ def _weights(path: Path) -> bool:
 
 
 def check_within(folder: Path) -> None:
-    """Raise if something in a model's folder leads out of it: a link, or a name in an index. Pipes are refused too.
+    """Raise if something in a model's folder leads out of it: a link, or a name in an index or the configuration.
 
     What it leads to would be read, and copied as a file of the model. The links of the Hub's cache lead to its own
-    files, and are allowed.
+    files, and are allowed. Pipes and devices are refused too.
 
     Raises:
         PruneForgeError: Naming it.
     """
-    for index in sorted(folder.glob("*.index.json")):
-        _listed(index)
     home = folder.resolve()
     blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else None
-    for path in folder.iterdir():
+    for path in _paths(folder):
         try:
             target = path.resolve(strict=True)
         except (OSError, RuntimeError):  # leads nowhere, or in a circle
@@ -174,30 +172,48 @@ def check_within(folder: Path) -> None:
             )
         if not (target.is_file() or target.is_dir()):
             raise PruneForgeError(f"{str(path)!r} is not a regular file; remove it from the model's folder")
+    for path in _paths(folder):
+        if path.name.endswith(".index.json"):
+            _check_names(path, "weight_map")
+    _check_names(folder / "config.json", "transformers_weights")
+
+
+def _paths(folder: Path) -> Iterator[Path]:
+    """Yield what is in a folder and in those below it, but for hidden ones, which no library reads."""
+    for base, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in [*folders, *files]:
+            yield Path(base, name)
+
+
+def _check_names(path: Path, key: str) -> None:
+    """Raise if a JSON file names a path under `key`, where names of files in the same folder belong.
+
+    A file that is not as expected is left to whoever needs it.
+
+    Raises:
+        PruneForgeError: Naming the path.
+    """
+    try:
+        content = read_json(path, "file")
+    except PruneForgeError:
+        return
+    found = content.get(key) if isinstance(content, dict) else None
+    for name in found.values() if isinstance(found, dict) else [found]:
+        if isinstance(name, str) and Path(name).name != name:
+            raise PruneForgeError(f"{str(path)!r} names {name!r}, which is not the name of a file in the folder")
 
 
 def _index(path: Path) -> dict[str, str]:
     """Read an index: the file name of each tensor, by tensor name."""
-    listed = _listed(path)
-    if not listed:
+    content = read_json(path, "index")
+    listed = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(listed, dict) or not listed:
         raise PruneForgeError(f"index {str(path)!r} is damaged: its weight_map is empty")
     for file in listed.values():
-        if not file.endswith(".safetensors"):
-            raise PruneForgeError(f"index {str(path)!r} names {file!r}, which is no safetensors file")
-    return listed
-
-
-def _listed(path: Path) -> dict[str, str]:
-    """Return the file name of each tensor that an index of any format lists.
-
-    Raises:
-        PruneForgeError: It is damaged, or names a path: an index must not make us read or write outside the folder.
-    """
-    content = read_json(path, "index")
-    listed = content.get("weight_map", {}) if isinstance(content, dict) else None
-    if not isinstance(listed, dict):
-        raise PruneForgeError(f"index {str(path)!r} is damaged: its weight_map is no mapping")
-    for file in listed.values():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise PruneForgeError(f"index {str(path)!r} names {file!r}, which is not the name of a file in the folder")
+        # Paths are refused: an index must not make us read or write outside the folder.
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise PruneForgeError(
+                f"index {str(path)!r} names {file!r}, which is not the name of a safetensors file in the folder"
+            )
     return listed

@@ -79,7 +79,7 @@ def quieten(quiet: bool) -> None:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    asked = os.environ.get(QUIET, "").lower() in ("1", "true", "yes", "on")
+    asked = os.environ.get(QUIET, "").lower() in ("1", "true", "t", "yes", "y", "on")
     if quiet or asked or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -36,8 +36,8 @@ OF_RUN = {
 """Settings of a run that name a plugin: the plugin's kind, and the setting that takes its options."""
 
 
-OF_ONE_CALL = {"config", "help", "as_json", "quiet", "debug", "force"}
-"""What a recipe file cannot say: what is shown, and that files which are not ours may be replaced."""
+OF_ONE_CALL = {"config", "help", "as_json", "quiet", "debug", "force", "trust"}
+"""What a recipe file cannot say: what is shown, that files which are not ours are replaced, and that code may run."""
 
 
 class SettingsCommand(TyperCommand):

@@ -200,6 +200,7 @@ def _parse(value: str | int | None, what: str) -> int | None:
     if value is None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", str(value).lower())
-    if not match or not 0 < float(match[1]) < math.inf:
+    count = float(match[1]) * UNITS[match[2] or ""] if match else 0.0
+    if not 0 < count < math.inf:
         raise PruneForgeError(f"{what} {value!r} is not a number of bytes; write it like 3GB or 512MiB")
-    return int(float(match[1]) * UNITS[match[2] or ""])
+    return int(count)

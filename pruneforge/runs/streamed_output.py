@@ -178,6 +178,8 @@ class StreamedOutput(Output):
         assert self._journal is not None
         pruned = self.folder / PRUNED if recovers_models(self.run.recovery) else self.folder
         if not any("recovered" in entry for entry in self._journal.entries):
+            if pruned != self.folder and not pruned.exists() and (self.folder / COMPLETE).exists():
+                (self.folder / COMPLETE).rename(pruned)  # stopped while it was given up: tried once more
             self.rewrite.finish(OWN_FILES, pruned)
             self._complete = True
         if pruned != self.folder:

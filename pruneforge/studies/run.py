@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -58,18 +58,18 @@ def run_study(
             )
     cells = cells_of(study, [plugin.origin for plugin in loaded_plugins().loaded if plugin.from_file])
     chosen = chosen_cells(cells, only)
-    fingerprints = check(study, cells)
+    check(study, cells)
     _check_folder(folder)
     held, executor = StudyFolder(folder), executor or Local(workers=1)
     _check_device(study, executor)
-    _check_unchanged(fingerprints, held)
     missing = [cell for cell in chosen if not _is_finished(held, cell)]
+    dense = list(_dense_evaluations(study, held, {cell.model for cell in chosen}))
+    fingerprints = _unchanged(study, {part.model for part in missing} | {part.label for part in dense}, cells, held)
     with writing(folder, "study folder"):
         held.sweep()
         save_study(study, folder)
     for name, found in fingerprints.items():
         held.keep(model_place(name), as_json({"fingerprint": found}))
-    dense = list(_dense_evaluations(study, held, {cell.model for cell in chosen}))
     _run(dense, missing, held, executor, as_progress(progress))
     return cells
 
@@ -120,18 +120,14 @@ def chosen_cells(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
     return [cell for cell in cells if cell.key in chosen]
 
 
-def check(study: Study, cells: Sequence[Cell]) -> dict[str, str]:
+def check(study: Study, cells: Sequence[Cell]) -> None:
     """Raise if a cell cannot run, as far as that shows without loading a model whole.
-
-    Returns:
-        The fingerprint of each model, by name.
 
     Raises:
         PruneForgeError: Naming the model or the cell.
     """
     published_numbers()  # the report needs them
     registry = loaded_plugins().registry
-    fingerprints = {}
     for name, model in study.models.items():
         try:
             loaded = load_model(model.model, model.dtype, None, registry, model.adapter_options, on_disk=True)
@@ -142,8 +138,6 @@ def check(study: Study, cells: Sequence[Cell]) -> dict[str, str]:
                     parse_pattern(None, text, "row").check(layer.name, layer.shape[1])
             for task in model.tasks:
                 registry.create("evaluator", task.task, task.options)
-            checkpoint = loaded.checkpoint
-            fingerprints[name] = checkpoint.fingerprint() if checkpoint else fingerprint(loaded.module)
         except PruneForgeError as error:
             raise PruneForgeError(f"model {name!r}: {error}") from error
     for cell in cells:
@@ -151,23 +145,30 @@ def check(study: Study, cells: Sequence[Cell]) -> dict[str, str]:
             make_job(**arguments(cell))
         except PruneForgeError as error:
             raise PruneForgeError(f"cell {cell.key}: {error}") from error
-    return fingerprints
 
 
-def _check_unchanged(fingerprints: Mapping[str, str], held: StudyFolder) -> None:
-    """Raise if a model is another one than what its cells were made of.
+def _unchanged(study: Study, names: Collection[str], cells: Sequence[Cell], held: StudyFolder) -> dict[str, str]:
+    """Return the fingerprints of models, by name.
 
     Raises:
-        PruneForgeError: Naming it.
+        PruneForgeError: One is another model than what the folder holds results of.
     """
-    for name, found in fingerprints.items():
-        before = held.fingerprint(name)
-        if before is not None and before != found:
+    fingerprints = {}
+    for name, model in ((name, study.models[name]) for name in study.models if name in names):
+        registry = loaded_plugins().registry
+        loaded = load_model(model.model, model.dtype, None, registry, model.adapter_options, on_disk=True)
+        found = loaded.checkpoint.fingerprint() if loaded.checkpoint else fingerprint(loaded.module)
+        fingerprints[name], before = found, held.fingerprint(name)
+        results = [held.dense(name, number) for number in range(len(model.tasks))]
+        results += [held.cell(cell) for cell in cells if cell.model == name]
+        succeeded = any(result is not None and "failed" not in result for result in results)
+        if succeeded and before is not None and before != found:
             raise PruneForgeError(
                 f"model {name!r} has changed since {str(held.path)!r} was begun (its fingerprint was {before[:12]} and "
                 f"is {found[:12]}); name another folder, or remove {str(held.path / 'cells' / name)!r} and "
                 f"{str(held.path / 'dense' / name)!r}"
             )
+    return fingerprints
 
 
 def _is_finished(held: StudyFolder, cell: Cell) -> bool:

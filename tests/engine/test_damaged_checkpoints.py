@@ -65,12 +65,30 @@ def break_index_with_a_path(folder):
     return in_index(folder, "../elsewhere.safetensors", "is not the name of a file in the folder")
 
 
+def test_an_index_that_nothing_reads_does_not_matter(tmp_path):
+    model = saved(tmp_path / "model", shards=False)
+    (model / "notes.index.json").write_text("[]")
+    (model / "more.index.json").write_text('{"weight_map": null}')
+    (model / "pytorch_model.bin.index.json").write_text("{")
+    (model / "folder.index.json").mkdir()
+    (model / "dangling.index.json").symlink_to("nowhere")
+    pruneforge.prune(model, "magnitude", 0.5, output=tmp_path / "out")
+    assert pruneforge.load(tmp_path / "out").report["sparsity"]["reached"] == 0.5
+
+
+def break_index_with_a_link(folder):
+    index = folder / "model.safetensors.index.json"
+    index.rename(folder.parent / "elsewhere.json")
+    index.symlink_to(folder.parent / "elsewhere.json")
+    return "is a link out of the model's folder"
+
+
 def break_index_with_another_file(folder):
-    return in_index(folder, "config.json", "is no safetensors file")
+    return in_index(folder, "config.json", "is not the name of a safetensors file in the folder")
 
 
 def break_index_with_a_number(folder):
-    return in_index(folder, 7, "names 7, which is not the name of a file in the folder")
+    return in_index(folder, 7, "names 7, which is not the name of a safetensors file in the folder")
 
 
 def in_index(folder, file, said):

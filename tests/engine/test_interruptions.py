@@ -12,10 +12,11 @@ from pathlib import Path
 import commands
 import pytest
 import torch
-from conftest import CHECKPOINT, outcome, tiny_llama
+from conftest import CHECKPOINT, outcome, tiny_llama, tokens
 
 import pruneforge
-from pruneforge import Checkpoint, PruneForgeError, hookimpl
+from pruneforge import Checkpoint, PruneForgeError, Recovery, hookimpl
+from pruneforge.checkpoint.journal import Journal
 from pruneforge.errors import UnfinishedError
 from pruneforge.plugins import loaded_plugins
 
@@ -187,4 +188,37 @@ def test_a_flush_that_fails_is_one_line_and_the_run_goes_on(call, tmp_path, monk
             pruneforge.prune(tmp_path / "model", **asked)
     assert "\n" not in str(error.value)
     pruneforge.prune(tmp_path / "model", **asked, resume=(tmp_path / "out").exists())
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+
+
+def test_a_run_that_was_stopped_while_it_gave_up_a_recovery_goes_on(tmp_path, monkeypatch):
+    """Between the moment that the pruned model gets the place of the recovered one and the note of it."""
+
+    class Hopeless(Recovery):
+        def recover_model(self, site):
+            raise ValueError("no way")
+
+    tiny_llama(torch.float32).save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    asked = {"calibration": [tokens(4)], "recover": Hopeless()}
+
+    def prune(output, **more):
+        return pruneforge.prune(tmp_path / "model", "magnitude", 0.5, **asked, output=output, **more)
+
+    with pytest.raises(PruneForgeError, match="no way"):
+        prune(tmp_path / "whole")
+    append = Journal.append
+
+    def stops(journal, entry):
+        if "recovered" in entry:
+            raise KeyboardInterrupt
+        append(journal, entry)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "append", stops)
+        with pytest.raises(KeyboardInterrupt):
+            prune(tmp_path / "out")
+    assert (tmp_path / "out" / ".recovered").is_dir()
+    assert not (tmp_path / "out" / ".pruned").exists()
+    with pytest.raises(PruneForgeError, match="no way"):
+        prune(tmp_path / "out", resume=True)
     assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")

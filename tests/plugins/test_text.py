@@ -314,3 +314,12 @@ def test_more_samples_than_a_text_can_hold_are_refused_before_any_is_drawn(pack,
             checkpoint, "wanda", 0.5, calibration=tmp_path / "text.txt", samples=10**13, seqlen=64,
             source_options={"pack": pack},
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["9" * 5_000, "9" * 5_000 + "%", "0" * 5_000 + "99"])
+def test_a_slice_of_thousands_of_digits_is_beyond_every_row(text):
+    from pruneforge_text.slices import Slice
+
+    with pytest.raises(PruneForgeError, match="selects none of 10 rows"):
+        Slice(text, "").bounds(10)
+    assert Slice("", text).bounds(10) == (0, 10)

@@ -188,9 +188,23 @@ def test_a_model_that_has_changed_since_is_not_mixed_with_what_it_was(tmp_path):
     with pytest.raises(PruneForgeError, match=r"model 'digits' has changed since .* was begun"):
         run_study(make_study({**asked, "patterns": [0.5, 0.6]}), folder)
     assert sorted(folder.rglob("*")) == before
+    run_study(make_study({**asked, "patterns": [0.5]}), folder)  # there is nothing to run
     for place in ("cells", "dense"):
         shutil.rmtree(folder / place / "digits")
     run_study(make_study({**asked, "patterns": [0.5, 0.6]}), folder)
+
+
+def test_a_model_that_is_mended_after_it_failed_is_tried_again(tmp_path, unmeasurable):
+    model, folder = shutil.copytree(CHECKPOINTS / "image", tmp_path / "model"), tmp_path / "out"
+    task = {"task": "unmeasurable", "options": {"dense": True}}
+    digits = {**values()["models"]["digits"], "model": str(model), "tasks": [task]}
+    asked = values(models={"digits": digits}, methods={"magnitude": {"metric": "magnitude"}}, controls=False)
+    study = make_study({**asked, "patterns": [0.5]})
+    run_study(study, folder)
+    weights = load_file(model / "model.safetensors")
+    save_file({**weights, "head.bias": weights["head.bias"] + 1}, model / "model.safetensors")
+    run_study(study, folder)
+    assert "no dense model here" in StudyFolder(folder).dense("digits", 0)["failed"]
 
 
 def test_what_is_kept_of_each_cell(unbroken, tmp_path):
