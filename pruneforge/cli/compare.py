@@ -79,7 +79,7 @@ def compare(
             metavar="GLOB|PART",
         ),
     ] = None,
-    trust: Annotated[
+    trust: Annotated[  # read where it is asked whether somebody typed it
         list[str] | None,
         typer.Option(
             help="Let an option of the study run code, written as it stands there: include_path=DIR. Repeatable.",

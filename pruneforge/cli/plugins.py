@@ -98,7 +98,8 @@ def _print_details(item: dict[str, Any], origins: dict[str, str]) -> None:
         number = f"{value:g}" if isinstance(value, float) else common.shown(value)
         default = "required" if option["required"] else number
         table.add_row(option["name"], option["type"].removesuffix("|None"), default, option["description"])
-    common.console.print(table, "")
+    common.console.print(table)
+    print()
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -77,10 +77,10 @@ def parse_options(cls: type[Configurable], values: Mapping[str, Any], name: str)
         value = f"={first['input']!r}" if first["type"] != "missing" else ""
         reason = first["msg"].removeprefix("Value error, ")
         raise PruneForgeError(f"option {key}{value} of {name}: {reason[:1].lower()}{reason[1:]}") from None
-    for key in made.model_fields_set:
-        extra = cls.Options.model_fields[key].json_schema_extra
-        if isinstance(extra, dict) and extra.get("runs_code"):
-            check_typed(key, str(getattr(made, key)))
+    for key, field in cls.Options.model_fields.items():
+        extra, value = field.json_schema_extra, getattr(made, key)
+        if isinstance(extra, dict) and extra.get("runs_code") and value not in (None, field.default):
+            check_typed(key, str(value))
     return made
 
 

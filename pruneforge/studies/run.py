@@ -153,9 +153,9 @@ def _unchanged(study: Study, names: Collection[str], cells: Sequence[Cell], held
     Raises:
         PruneForgeError: One is another model than what the folder holds results of.
     """
-    fingerprints = {}
-    for name, model in ((name, study.models[name]) for name in study.models if name in names):
-        registry = loaded_plugins().registry
+    fingerprints, registry = {}, loaded_plugins().registry
+    for name in names:
+        model = study.models[name]
         loaded = load_model(model.model, model.dtype, None, registry, model.adapter_options, on_disk=True)
         found = loaded.checkpoint.fingerprint() if loaded.checkpoint else fingerprint(loaded.module)
         fingerprints[name], before = found, held.fingerprint(name)

@@ -327,3 +327,30 @@ def test_a_recipe_of_several_refiners_repeats_the_run(checkpoint, tmp_path):
     assert done.exit_code == 0, done.output
     first, second = (pruneforge.load(tmp_path / name).report["recipe"] for name in ("first", "second"))
     assert first["refine_options"].keys() == second["refine_options"].keys() == {"twice"}
+
+
+def test_options_that_run_code_are_taken_as_typed_in_every_form():
+    from pruneforge.cli.typed import typed_options
+    from pruneforge.errors import PruneForgeError
+    from pruneforge.trust import check_typed, typed
+
+    check_typed("include_path", "a b")  # from Python, whoever calls
+    forms = [
+        ["--include-path", "a b"],
+        ["--include-path=a b"],
+        ["--option", "include_path=a b"],
+        ["--option=include_path=a b"],
+        ["--option", "lm-eval.include_path=a b"],
+        ["--allocator-option", 'task_options={"include_path": "a b"}'],
+        ["--trust", "include_path=a b"],
+    ]
+    for form in forms:
+        with typed(typed_options(["eval", *form, "--quiet"])):
+            check_typed("include_path", "a b")
+            with pytest.raises(PruneForgeError, match="which may run code"):
+                check_typed("include_path", "a")
+    others = [["eval", "a b"], ["--output", "a b"], ["--option", "path=a b"], ["--option", "not_include_path=a b"]]
+    for form in others:
+        with typed(typed_options(form)), pytest.raises(PruneForgeError, match="which may run code"):
+            check_typed("include_path", "a b")
+    check_typed("include_path", "a b")
