@@ -120,6 +120,9 @@ def test_doctor_says_what_is_not_there_in_words():
     text = invoke("doctor").stdout
     assert re.search(r"accelerators\s*│\s*\S", text)
     assert not re.search(r"│ (\[\]|True|False|None) +│", text)
+    assert re.search(
+        r"bfloat16 on the CPU\s*│ yes(, but in \d+ times float32's time; --dtype float32 is faster)? ", text
+    )
 
 
 def test_a_name_that_looks_like_markup_is_shown_as_it_is(checkpoint, tmp_path):
