@@ -35,7 +35,7 @@ def answer_fast() -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that are begun later
         print(
             f"pruneforge: warning: {url.host} cannot be reached, so only what was downloaded before is used",
-            file=sys.stderr,
+            file=sys.__stderr__ or sys.stderr,  # also where a library's output is kept aside
         )
 
     hooks = get_session().event_hooks["request"]

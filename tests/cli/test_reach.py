@@ -54,3 +54,10 @@ def test_a_command_tries_once_and_says_that_it_is_cut_off(listener, tmp_path):
     assert done.stderr.count("127.0.0.1 cannot be reached, so only what was downloaded before is used") == 1
     assert "Retrying" not in done.stderr
     assert "no adapter takes 'owner/name'" in done.stderr
+    asked = ["eval", "demo:text", "--task", "lm-eval:sciq", "--limit", "1"]  # whose library's output is kept aside
+    done = subprocess.run(
+        [sys.executable, "-m", "pruneforge", *asked], env={**os.environ, **cut_off}, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("127.0.0.1 cannot be reached, so only what was downloaded before is used") == 1
+    assert "lm-eval cannot run sciq" in done.stderr
