@@ -10,10 +10,9 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest -m "not slow" -n auto
 
-# With the slow ones, which need the whole machine, and the coverage.
+# With the slow ones, and the coverage.
 test-all: .venv/ready
-	$(BIN)/python -m pytest -m "not slow" -n auto --cov --cov-report=
-	$(BIN)/python -m pytest -m slow --cov --cov-append --cov-report=
+	$(BIN)/python -m pytest -n auto --cov --cov-report=
 	$(BIN)/python tests/coverage_by_room.py
 
 # With the oldest versions that pyproject.toml allows, and with the newest there are, whatever constraints.txt says.
