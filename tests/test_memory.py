@@ -223,10 +223,13 @@ def test_a_limit_of_a_control_group_counts_and_what_files_take_of_it_does_not(tm
         group.mkdir()
         (group / found[1]).write_text(str(700 << 20))
     except OSError as error:
+        if group.is_dir():
+            group.rmdir()
         pytest.skip(f"no control group can be made: {error}")
     code = (
         "import os, sys; from pathlib import Path\n"
-        f"Path({str(group / 'cgroup.procs')!r}).write_text(str(os.getpid()))\n"
+        f"try: Path({str(group / 'cgroup.procs')!r}).write_text(str(os.getpid()))\n"
+        "except OSError: sys.exit(3)\n"
         "from pruneforge.memory import free_bytes\n"
         "before = free_bytes()\n"
         "with open('large', 'wb') as file:\n"
@@ -235,9 +238,12 @@ def test_a_limit_of_a_control_group_counts_and_what_files_take_of_it_does_not(tm
         "print(before, free_bytes())\n"
     )
     try:
-        run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+        run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     finally:
         group.rmdir()
+    if run.returncode == 3:
+        pytest.skip("no process can be moved to a control group")
+    assert run.returncode == 0, run.stderr
     before, after = map(int, run.stdout.split())
     assert 300 << 20 < before <= 700 << 20
     assert after > before - (100 << 20)
