@@ -107,8 +107,8 @@ def page(document: dict[str, Any]) -> str:
     dense = document["files"][0]
     lines = [HEAD, "## On disk", ""]
     lines += [
-        "The demo's language model, pruned by magnitude; MB of its weight file, and the share of the dense one.",
-        "*Kept values* are those of the pruned layers with one bit a weight, as `pruneforge inspect` counts them.",
+        "The demo's language model (bfloat16), pruned by magnitude; MB of its weight file, and the share of the dense",
+        "one. *Kept values* are those of the pruned layers with one bit a weight, as `pruneforge inspect` counts them.",
         "",
         "| pattern | file | zlib | xz | kept values and bits |",
         "|---|---:|---:|---:|---:|",

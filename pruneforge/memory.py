@@ -15,6 +15,18 @@ import torch
 
 from pruneforge.errors import DeviceFullError
 
+_MOUNTS = {
+    "": (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")),
+    "memory": (Path("/sys/fs/cgroup/memory"),),
+}
+"""Where the groups of each version are, by their controller in `/proc/self/cgroup`."""
+
+_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""Files of a group's limit and use, and the name of what the kernel gives back of the use when memory is needed."""
+
 
 class PeakMemory:
     """Measures peak memory from its creation to `read`.
@@ -104,19 +116,6 @@ def _free_in_groups() -> Iterator[int]:
                 inside = [] if ".." in path else [Path(path.lstrip("/")), *Path(path.lstrip("/")).parents]
                 for folder in dict.fromkeys([*(mount / place for place in inside), mount]):
                     yield from _left(folder, controllers)
-
-
-_MOUNTS = {
-    "": (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")),
-    "memory": (Path("/sys/fs/cgroup/memory"),),
-}
-"""Where the groups of each version are, by their controller in `/proc/self/cgroup`."""
-
-_FILES = {
-    "": ("memory.max", "memory.current", "inactive_file"),
-    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-}
-"""Files of a group's limit and use, and the name of what the kernel gives back of the use when memory is needed."""
 
 
 def _left(folder: Path, controllers: str) -> Iterator[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +63,23 @@ def examine() -> dict[str, dict[str, Any]]:
             "CUDA": f"{torch.cuda.device_count()} devices"
             if torch.cuda.is_available()
             else "no device; runs on the CPU",
-            "bfloat16 on the CPU": _bfloat16(),
-            "factorisation": _works(lambda: torch.linalg.cholesky(torch.eye(4))),
+            "bfloat16 on the CPU": _works(_multiplies_bfloat16),
+            "factorisation": _works(_factorises),
             "every registered name": _imports(),
             "without their library": ", ".join(_named("lacking")) or "none",
         },
     }
 
 
-def _bfloat16() -> str:
-    """Return how products of bfloat16 go on the CPU: without instructions for them they take up to a hundred times."""
+def _factorises() -> str:
+    import torch
+
+    torch.linalg.cholesky(torch.eye(4))
+    return "yes"
+
+
+def _multiplies_bfloat16() -> str:
+    """Return how fast products of bfloat16 are on the CPU, which without instructions for them is very slow."""
     import torch
 
     seconds = {}
@@ -86,12 +94,12 @@ def _bfloat16() -> str:
     return "yes" if ratio < SLOW else f"yes, but in {ratio:.0f} times float32's time; --dtype float32 is faster"
 
 
-def _works(attempt: Any) -> str:
+def _works(attempt: Callable[[], str]) -> str:
+    """Return what an attempt says, or why it fails."""
     try:
-        attempt()
+        return attempt()
     except RuntimeError as error:
         return f"no: {error}"
-    return "yes"
 
 
 def _imports() -> str:

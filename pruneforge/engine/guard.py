@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from pruneforge.checkpoint.tensors import as_bytes
 from pruneforge.errors import PruneForgeError
 from pruneforge.interfaces.layer import Layer
 from pruneforge.interfaces.metric import Pruned, measures_scores
@@ -195,24 +196,21 @@ def check_share(run: Run, layers: Sequence[Layer], masks: Mapping[str, Tensor], 
 def _versions(layer: Layer, stats: LayerStatistics, weights: bool) -> dict[str, Any]:
     """Return what tells whether the weight, or a statistic, was changed in place since."""
     versions: dict[str, Any] = (
-        {"the weight": (_version(layer.parameter), _sums_of_bits(layer.parameter))} if weights else {}
+        {"the weight": (_version(layer.parameter), _checksum(layer.parameter))} if weights else {}
     )
     for kind, statistic in stats.items():
         versions[f"statistic {kind.__name__}"] = _version(statistic.total)
     return versions
 
 
-def _sums_of_bits(parameter: Tensor) -> bytes:
-    """Return sums over a parameter's bits, which also tell of changes that torch does not count, through `.data`.
+def _checksum(parameter: Tensor) -> int:
+    """Return the CRC-32 of a parameter's bytes, which also tells of changes that torch does not count, through `.data`.
 
-    Sums by the first dimension and by the last one tell of values that changed places too. On the CPU alone: with a
-    device the host would wait for it at each layer.
+    On the CPU alone: with a device the host would wait for it at each layer.
     """
     if parameter.device.type != "cpu":
-        return b""
-    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
-    bits = parameter.detach().view(kind).flatten(1) if parameter.dim() > 1 else parameter.detach().view(kind)[None]
-    return b"".join(bits.sum(dimension, dtype=torch.int64).numpy().tobytes() for dimension in (0, 1))
+        return 0
+    return zlib.crc32(as_bytes(parameter).numpy().data)
 
 
 def _version(tensor: Tensor) -> int:
