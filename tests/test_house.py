@@ -13,7 +13,7 @@ import pruneforge
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pruneforge"
-SMALL = {"errors", "progress", "profile", "memory", "numerics", "documents", "trust"}
+SMALL = {"errors", "progress", "profile", "memory", "numerics", "wide_products", "documents", "trust"}
 """What every room may use; these use one another alone."""
 
 MAY_IMPORT = {

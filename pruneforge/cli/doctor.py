@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,6 @@ pruneforge doctor
 
 pruneforge doctor --json
 """
-
-SLOW = 4.0
-"""Times of float32's time from which on bfloat16 is called slow."""
 
 
 def doctor(as_json: common.Json = False, plugins: common.PluginFiles = None, config: common.Config = None) -> None:
@@ -45,6 +41,7 @@ def examine() -> dict[str, dict[str, Any]]:
     from pruneforge.interfaces.registry import KINDS, plural
     from pruneforge.plugins import loaded_plugins
     from pruneforge.runs.provenance import machine, versions
+    from pruneforge.wide_products import is_fast
 
     installed = loaded_plugins()
     entries = installed.registry.entries
@@ -63,7 +60,9 @@ def examine() -> dict[str, dict[str, Any]]:
             "CUDA": f"{torch.cuda.device_count()} devices"
             if torch.cuda.is_available()
             else "no device; runs on the CPU",
-            "bfloat16 on the CPU": _works(_multiplies_bfloat16),
+            "bfloat16 on the CPU": "yes"
+            if is_fast(torch.bfloat16)
+            else "yes; its products are slow here, so a run computes them in float32 and rounds them",
             "factorisation": _works(_factorises),
             "every registered name": _imports(),
             "without their library": ", ".join(_named("lacking")) or "none",
@@ -76,22 +75,6 @@ def _factorises() -> str:
 
     torch.linalg.cholesky(torch.eye(4))
     return "yes"
-
-
-def _multiplies_bfloat16() -> str:
-    """Return how fast products of bfloat16 are on the CPU, which without instructions for them is very slow."""
-    import torch
-
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix, times = torch.ones(256, 256, dtype=dtype), []
-        for _ in range(4):
-            start = time.perf_counter()
-            matrix @ matrix
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    ratio = seconds[torch.bfloat16] / seconds[torch.float32]
-    return "yes" if ratio < SLOW else f"yes, but in {ratio:.0f} times float32's time; --dtype float32 is faster"
 
 
 def _works(attempt: Callable[[], str]) -> str:

@@ -25,6 +25,7 @@ from pruneforge.numerics import exact_arithmetic
 from pruneforge.runs.job import Job, make_job, refuse_single_pattern
 from pruneforge.runs.loading import in_evaluation_mode
 from pruneforge.runs.parts import Metrics
+from pruneforge.wide_products import wide_products
 
 META = torch.device("meta")
 
@@ -121,6 +122,7 @@ def _estimated(job: Job) -> Estimate:
     with (
         exact_arithmetic(runs[0].seed, job.device),
         in_evaluation_mode(loaded.module),
+        wide_products(loaded.module, job.device),
         torch.no_grad(),
         one_line_for_full_devices(),
     ):

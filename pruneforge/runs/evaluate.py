@@ -30,6 +30,7 @@ from pruneforge.runs.documented import documented
 from pruneforge.runs.loading import in_evaluation_mode, load_model, parse_device, parse_dtype
 from pruneforge.runs.recipe_file import validated
 from pruneforge.runs.result import PruneResult
+from pruneforge.wide_products import wide_products
 
 LARGEST_RESULT = 1 << 26
 """Size in bytes of the largest file that may be the results of an evaluation."""
@@ -153,7 +154,7 @@ def _in_batches_that_fit(evaluator: Evaluator, subject: Subject) -> tuple[dict[s
     usual: int | None = None
     while True:
         try:
-            with one_line_for_full_devices():
+            with one_line_for_full_devices(), wide_products(subject.model.module, subject.device):
                 results = evaluator.evaluate(subject)
             break
         except DeviceFullError:

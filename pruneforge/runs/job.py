@@ -39,6 +39,7 @@ from pruneforge.runs.result import PruneResult
 from pruneforge.runs.search import search_allocations
 from pruneforge.runs.session import Session
 from pruneforge.runs.streaming import prune_streamed
+from pruneforge.wide_products import wide_products
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class Job:
             with (
                 exact_arithmetic(self.runs[0].seed, self.device),
                 in_evaluation_mode(session.loaded.module),
+                wide_products(session.loaded.module, self.device),
                 session.profile.watching(),
             ):
                 streams = session.loaded.checkpoint is not None

@@ -29,6 +29,7 @@ from pruneforge.numerics import all_finite
 from pruneforge.progress import Progress
 from pruneforge.runs.loading import in_evaluation_mode
 from pruneforge.runs.session import Session
+from pruneforge.wide_products import wide_products
 
 PRUNED = ".pruned"
 """Folder, in the output, of the pruned model that a run recovers: without it nothing takes the output for a model."""
@@ -141,7 +142,7 @@ class Training:
         """
         given = (self.batches, self.device, self.seed, self.objective, state, self.progress)
         site = PrunedModel(module, self.adapter, masks, *given)
-        with in_evaluation_mode(module):
+        with in_evaluation_mode(module), wide_products(module, self.device):
             return site.recover(self.recovery)
 
     def recover_folder(

@@ -40,12 +40,13 @@ def test_perplexity_is_the_plain_computation(checkpoint, tmp_path):
 
 
 def test_perplexity_keeps_the_loss_of_each_window(checkpoint):
-    found = pruneforge.evaluate(checkpoint, "perplexity", data="python-docs", window=64, limit=3, items=True)
+    exact = {"dtype": "float32", "items": True}
+    found = pruneforge.evaluate(checkpoint, "perplexity", data="python-docs", window=64, limit=3, **exact)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     from pruneforge_demo import corpus
 
     ids = tokenizer("\n\n".join(corpus.documents("evaluation")[:30]), verbose=False)["input_ids"]
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     with torch.no_grad():
         windows = [torch.tensor([ids[start : start + 64]]) for start in (0, 64, 128)]
         losses = [model(window, labels=window).loss.item() for window in windows]
