@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -66,7 +66,7 @@ class WideProducts(TorchDispatchMode):
         if func in _WHOLE and args[0].dtype in self._dtypes:
             with self:
                 return func.decompose(*args, **kwargs)
-        if func in _PRODUCTS and self._takes(args[:3]) and not _of_few_rows(func, args):
+        if func in _PRODUCTS and self._takes(args[:3], kwargs) and not _of_few_rows(func, args):
             dtype = args[0].dtype
             wide = [_cast(value, dtype, torch.float32) for value in args]
             named = {name: _cast(value, dtype, torch.float32) for name, value in kwargs.items()}
@@ -76,10 +76,11 @@ class WideProducts(TorchDispatchMode):
             return results.to(dtype)
         return func(*args, **kwargs)
 
-    def _takes(self, factors: Sequence[Tensor | None]) -> bool:
-        """Return whether factors are of one dtype of these and on the CPU; torch refuses a mixture by itself."""
-        found = {(factor.dtype, factor.device.type) for factor in factors if factor is not None}
-        return len(found) == 1 and found <= {(dtype, "cpu") for dtype in self._dtypes}
+    def _takes(self, values: Sequence[Any], named: Mapping[str, Any]) -> bool:
+        """Return whether factors, and the result, are of one dtype of these and on the CPU; torch refuses mixtures."""
+        factors = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+        found = {(factor.dtype, factor.device.type) for factor in factors}
+        return len(found) == 1 and found <= {(dtype, "cpu") for dtype in self._dtypes} and not named.get("out_dtype")
 
 
 _ATEN = torch.ops.aten
@@ -89,6 +90,7 @@ _PRODUCTS = {
     _ATEN.addmm.default,
     _ATEN.bmm.default,
     _ATEN.baddbmm.default,
+    _ATEN._grouped_mm.default,  # of experts
     _ATEN.convolution.default,
     _ATEN.convolution_backward.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default,

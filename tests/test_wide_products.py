@@ -25,6 +25,14 @@ def random(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)), dtype=torch.float64)
 
 
+def grouped(rows, weights):
+    """Multiply groups of rows by a weight each; torch has no such product of float64."""
+    ends = [10, 25, 60]
+    if rows.dtype == torch.float64:
+        return torch.cat([group @ weight for group, weight in zip(rows.tensor_split(ends[:-1]), weights, strict=True)])
+    return torch._grouped_mm(rows, weights, offs=torch.tensor(ends, dtype=torch.int32))
+
+
 PRODUCTS = {
     "linear": (functional.linear, [random(2, 40, 64), random(24, 64), random(24)]),
     "linear without bias": (functional.linear, [random(2, 40, 64), random(24, 64)]),
@@ -32,6 +40,7 @@ PRODUCTS = {
     "rows and columns": (torch.matmul, [random(40, 64), random(64, 24)]),
     "batches": (torch.bmm, [random(3, 20, 64), random(3, 64, 24)]),
     "batches and more": (torch.baddbmm, [random(3, 20, 24), random(3, 20, 64), random(3, 64, 24)]),
+    "groups": (grouped, [random(60, 64), random(3, 64, 24)]),
     "einsum": (lambda a, b: torch.einsum("bik,bjk->bij", a, b), [random(3, 20, 64), random(3, 24, 64)]),
     "convolution": (functional.conv2d, [random(2, 3, 16, 16), random(8, 3, 4, 4), random(8)]),
 }
