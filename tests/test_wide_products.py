@@ -134,16 +134,13 @@ def test_a_mixture_of_dtypes_is_refused_as_ever(multiply):
 def test_what_a_model_compiles_or_branches_by_still_runs():
     from torch.nn.attention.flex_attention import flex_attention
 
-    values = random(1, 2, 128, 16).bfloat16()
-
-    def square(matrix):
-        return matrix @ matrix.mT
-
-    compiled = torch.compile(square, fullgraph=True, backend="eager")
+    values, others = random(1, 2, 128, 16).bfloat16(), random(16, 128).bfloat16()
+    compiled = torch.compile(torch.matmul, fullgraph=True, backend="eager")
     with torch.no_grad(), WIDE:
         assert flex_attention(values, values, values).dtype == torch.bfloat16
-        assert torch.equal(torch.cond(torch.tensor(True), square, torch.neg, (values[0],)), square(values[0]))
-        assert torch.allclose(compiled(values[0]), square(values[0]), rtol=0.01)
+        expected = values @ others
+        assert torch.equal(torch.cond(torch.tensor(True), torch.matmul, torch.matmul, (values, others)), expected)
+        assert torch.allclose(compiled(values, others), expected, rtol=0.01)
 
 
 def test_other_devices_are_left_alone():
