@@ -62,16 +62,22 @@ def one_line_for_full_devices() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         reason = str(error).partition(". ")[0]
         raise DeviceFullError(
-            f"the device has no room left: {reason}; free some of it and run again (with `resume` if there is an "
-            "unfinished output), or begin anew with a smaller `batch_size` or `device_memory_budget`"
+            f"the device has no room left: {reason}{_within(error)}; free some of it and run again (with "
+            "`resume` if there is an unfinished output), or begin anew with a smaller `batch_size` or "
+            "`device_memory_budget`"
         ) from error
     except (MemoryError, RuntimeError) as error:
         if not is_full_memory(error):
             raise
         raise DeviceFullError(
-            "the host has no memory left; free some of it and run again (with `resume` if there is an unfinished "
-            "output), or begin anew with a smaller `batch_size` or `memory_budget`"
+            f"the host has no memory left{_within(error)}; free some of it and run again (with `resume` if there is an "
+            "unfinished output), or begin anew with a smaller `batch_size` or `memory_budget`"
         ) from error
+
+
+def _within(error: BaseException) -> str:
+    """Return what was at work when memory was full, if a note says so; the first one is the innermost."""
+    return "".join(f", {note}" for note in getattr(error, "__notes__", [])[:1])
 
 
 def is_full_memory(error: BaseException) -> bool:

@@ -190,7 +190,10 @@ def test_a_plugin_that_meets_a_full_host_leaves_a_run_that_goes_on(full, tmp_pat
 
     loaded_plugins().registry.metric("hungry", Hungry)
     try:
-        with pytest.raises(UnfinishedError, match=r"the host has no memory left; .* \(with `resume`"):
+        said = (
+            r"the host has no memory left, in metric 'hungry' on layer 'model\.layers\.3\.[a-z_.]+'; .* \(with `resume`"
+        )
+        with pytest.raises(UnfinishedError, match=said):
             pruneforge.prune("demo:text", "hungry", 0.5, output=tmp_path / "out")
         assert (tmp_path / "out" / "journal.jsonl").is_file()
         Hungry.room = True

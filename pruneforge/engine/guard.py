@@ -106,7 +106,8 @@ def named(who: str, where: str, work: Callable[[], T]) -> T:
     except PruneForgeError:
         raise
     except (Exception, SystemExit) as error:  # a plugin may fail in any way
-        if is_full_memory(error):  # nothing of the plugin's: smaller batches are tried, and the run can go on
+        if is_full_memory(error):  # maybe not the plugin's doing: smaller batches are tried, and the run can go on
+            error.add_note(f"in {who} {where}")
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
         raise PruneForgeError(f"{who} failed {where}: {reason}") from error
