@@ -8,11 +8,11 @@ demo: .venv/ready
 	$(BIN)/pruneforge demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow" -n auto
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist worksteal
 
 # With the slow ones, and the coverage.
 test-all: .venv/ready
-	$(BIN)/python -m pytest -n auto --cov --cov-report=
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=
 	$(BIN)/python tests/coverage_by_room.py
 
 # With the oldest versions that pyproject.toml allows, and with the newest there are, whatever constraints.txt says.
@@ -23,13 +23,13 @@ test-oldest:
 	$(OLDEST_PYTHON) -m venv --clear .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --upgrade uv
 	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct --editable '.[dev]'
-	.venv-oldest/bin/python -m pytest -m "not slow" -n auto
+	.venv-oldest/bin/python -m pytest -m "not slow" -n auto --dist worksteal
 
 test-newest:
 	$(NEWEST_PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade uv
 	.venv-newest/bin/uv pip install --quiet --python .venv-newest/bin/python --upgrade --editable '.[dev]'
-	.venv-newest/bin/python -m pytest -m "not slow" -n auto
+	.venv-newest/bin/python -m pytest -m "not slow" -n auto --dist worksteal
 
 # Damaged and forged files, many of each kind; `make test-all` tries a few.
 fuzz: .venv/ready

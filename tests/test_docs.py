@@ -15,6 +15,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)
 GUIDES = [ROOT / "README.md", *DOCS]
+LONG = {"compare", "method", "next", "prune", "tutorial"}
+"""Pages whose programs take a quarter of a minute and more; `make test-all` runs them too."""
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / ".github").rglob("*.md")), *DOCS]
 
 
@@ -45,7 +47,11 @@ def little_demo_text(gradient_cache, little_text):
     (gradient_cache / "python-docs").symlink_to(little_text)
 
 
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "guide",
+    [pytest.param(page, marks=pytest.mark.slow) if page.stem in LONG else page for page in GUIDES],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
 def test_every_bash_and_python_block_runs(guide, tmp_path, little_demo_text):
     blocks = re.findall(r"```(bash|python|yaml)(?: file=(\S+))?\n(.*?)```", guide.read_text(), re.DOTALL)
     for language, file, code in blocks:
