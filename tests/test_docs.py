@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)
 GUIDES = [ROOT / "README.md", *DOCS]
 LONG = {"compare", "method", "next", "prune", "tutorial"}
-"""Pages whose programs take a quarter of a minute and more; `make test-all` runs them too."""
+"""Pages whose programs take twenty seconds and more; `make test-all` runs them too."""
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / ".github").rglob("*.md")), *DOCS]
 
 

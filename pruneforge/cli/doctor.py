@@ -60,29 +60,24 @@ def examine() -> dict[str, dict[str, Any]]:
             "CUDA": f"{torch.cuda.device_count()} devices"
             if torch.cuda.is_available()
             else "no device; runs on the CPU",
-            "bfloat16 on the CPU": "yes"
+            "bfloat16 on the CPU": _works(lambda: torch.ones(2, 2, dtype=torch.bfloat16) @ torch.ones(2, 2).bfloat16()),
+            "bfloat16 products": "fast"
             if is_fast(torch.bfloat16)
-            else "yes; its products are slow here, so a run computes them in float32 and rounds them",
-            "factorisation": _works(_factorises),
+            else "slow on this CPU, so a run computes them in float32 and rounds them",
+            "factorisation": _works(lambda: torch.linalg.cholesky(torch.eye(4))),
             "every registered name": _imports(),
             "without their library": ", ".join(_named("lacking")) or "none",
         },
     }
 
 
-def _factorises() -> str:
-    import torch
-
-    torch.linalg.cholesky(torch.eye(4))
-    return "yes"
-
-
-def _works(attempt: Callable[[], str]) -> str:
-    """Return what an attempt says, or why it fails."""
+def _works(attempt: Callable[[], object]) -> str:
+    """Return whether an attempt succeeds, or why it fails."""
     try:
-        return attempt()
+        attempt()
     except RuntimeError as error:
         return f"no: {error}"
+    return "yes"
 
 
 def _imports() -> str:
